@@ -1,0 +1,50 @@
+# Two commands do everything on a fresh machine: `make pretrain` and `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+# Never put the working directory on sys.path: our folder kernels/ would shadow Hugging Face's package of that name.
+export PYTHONSAFEPATH := 1
+
+.PHONY: help pretrain test bench lint format clean
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# What training needs, and what developing needs on top. The stamps make each install happen once.
+$(VENV)/.train: setup.py constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[plot]'
+	@touch $@
+$(VENV)/.dev: $(VENV)/.train
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+data/pydocs/manifest.json: | $(VENV)/.train
+	$(BIN)/fusebert prepare --corpus pydocs --out data/pydocs --vocab-size 8192 --max-bytes 48MB
+
+pretrain: $(VENV)/.train data/pydocs/manifest.json  ## install, prepare the installed packages' docstrings, pretrain a small BERT
+	$(BIN)/fusebert pretrain --data data/pydocs --out runs/pydocs --minutes 5
+
+test: $(VENV)/.dev  ## install and run the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+bench: $(VENV)/.dev  ## every operator and the training step against reference and peers
+	$(BIN)/fusebert bench kernels --minutes 5
+	$(BIN)/fusebert bench step --minutes 5
+
+# mypy must see the folders under their import name.
+lint: $(VENV)/.dev  ## style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@mkdir -p build/typecheck/fusebert
+	@for name in kernels model train bench; do ln -sfn ../../../$$name build/typecheck/fusebert/$$name; done
+	cd build/typecheck && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p fusebert
+
+format: $(VENV)/.dev  ## rewrite the code in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove what make built (not data/ or runs/)
+	rm -rf $(VENV) build *.egg-info

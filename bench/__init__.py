@@ -1,0 +1,1 @@
+"""Each kernel and the whole step against reference and peers."""

@@ -1,0 +1,19 @@
+"""Fused operators for bidirectional encoders. Each name below stands alone: no model is needed to use it."""
+
+from .attention import attention, attention_varlen
+from .backend import use_backend
+from .dropout import dropout_mask
+from .layernorm import FusedDropoutAddLayerNorm, FusedLayerNorm, dropout_add_layernorm, layernorm
+from .mlm_loss import masked_lm_loss
+
+__all__ = [
+    "FusedDropoutAddLayerNorm",
+    "FusedLayerNorm",
+    "attention",
+    "attention_varlen",
+    "dropout_add_layernorm",
+    "dropout_mask",
+    "layernorm",
+    "masked_lm_loss",
+    "use_backend",
+]

@@ -1,0 +1,69 @@
+"""Which implementation an operator runs: the Triton kernel or the plain PyTorch reference.
+
+``auto`` takes Triton for CUDA tensors of a dtype the kernels support and the reference for everything else (CPU
+tensors, float64, a machine without Triton). ``use_backend`` or the environment variable ``FUSEBERT_BACKEND``
+override the choice, for comparisons and for tests: ``triton`` on CPU tensors runs Triton's interpreter.
+The choice is made once a call, in the forward; the backward follows it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+
+from ._triton import HAVE_TRITON, interpreting
+
+BACKENDS = ("auto", "triton", "reference")
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _checked(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
+    return name
+
+
+_override = _checked(os.environ.get("FUSEBERT_BACKEND", "auto"))
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block, run every fusebert operator on ``name``: ``"auto"``, ``"triton"`` or ``"reference"``.
+
+    Process-wide (autograd runs backwards on threads of its own), so not for two threads that want different ones.
+
+    Raises:
+        ValueError: ``name`` is none of the three.
+    """
+    global _override
+    previous, _override = _override, _checked(name)
+    try:
+        yield
+    finally:
+        _override = previous
+
+
+def choose_backend(x: torch.Tensor) -> str:
+    """``"triton"`` or ``"reference"`` for an operator whose main input is ``x``.
+
+    Raises:
+        TypeError: ``triton`` was asked for and ``x`` has a dtype the kernels do not take.
+        RuntimeError: ``triton`` was asked for and cannot run where ``x`` is.
+    """
+    if _override == "reference":
+        return "reference"
+    if _override == "auto":
+        return "triton" if x.is_cuda and HAVE_TRITON and x.dtype in KERNEL_DTYPES else "reference"
+    if not HAVE_TRITON:
+        raise RuntimeError("backend 'triton' was asked for, but triton is not installed (pip install triton, Linux only)")
+    if x.dtype not in KERNEL_DTYPES:
+        raise TypeError(f"the Triton kernels take bfloat16, float16 and float32; got {x.dtype}")
+    if not x.is_cuda and not interpreting():
+        raise RuntimeError(
+            f"backend 'triton' was asked for, but the tensors are on {x.device.type}: move them to a CUDA device, or set "
+            "TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter"
+        )
+    return "triton"

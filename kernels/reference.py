@@ -1,0 +1,162 @@
+"""Every operator as plain, differentiable PyTorch: the specification, the oracle, and the path CPU tensors take.
+
+Run in float64 these functions are what the kernels are checked against; run in float32 on a CPU they are what
+`fusebert.kernels` calls there, so each is written with PyTorch's fast operators where they say the same thing.
+Where an operator drops elements, ``dropout_mask`` (bool, True = kept) replaces PyTorch's own draw, so that a kernel's
+mask (`fusebert.kernels.dropout.dropout_mask`) can be replayed exactly.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def dropout(x: Tensor, p: float, dropout_mask: Tensor | None = None) -> Tensor:
+    """Inverted dropout: kept elements scaled by 1 / (1 − p)."""
+    if p == 0.0:
+        return x
+    return F.dropout(x, p) if dropout_mask is None else x * dropout_mask / (1.0 - p)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_padding_mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """softmax(QKᵀ · scale)V and its log-sum-exp, per head (Vaswani et al. 2017, eq. 1; no causal mask).
+
+    Args:
+        q: [B, H, N_q, D]. k, v: [B, H_k, N_k, D], H a multiple of H_k (grouped queries share a key head).
+        key_padding_mask: bool [B, N_k], True where a key is real. A query whose keys are all padding gives zeros.
+        scale: 1/√D when None.
+        dropout_mask: bool [B, H, N_q, N_k].
+
+    Returns:
+        (out [B, H, N_q, D], lse [B, H, N_q]: natural log of the softmax denominator, −inf where no key is real).
+    """
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = (q * scale) @ k.transpose(-1, -2)  # (B, H, N_q, N_k)
+    if key_padding_mask is None and k.shape[2] > 0:
+        lse = torch.logsumexp(scores, dim=-1)
+        probabilities = torch.softmax(scores, dim=-1)
+    else:
+        real = torch.ones_like(scores, dtype=torch.bool)
+        if key_padding_mask is not None:
+            real = real & key_padding_mask[:, None, None, :]
+        lse = torch.logsumexp(scores.masked_fill(~real, -math.inf), dim=-1)
+        # A finite fill, then zeros: a row without a real key has neither NaN nor gradient.
+        finite = scores.masked_fill(~real, torch.finfo(scores.dtype).min)
+        probabilities = torch.softmax(finite, dim=-1).masked_fill(~real, 0.0)
+    return dropout(probabilities, dropout_p, dropout_mask) @ v, lse
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_masks: list[Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`attention` over packed segments: segment s is rows cu_seqlens[s] … cu_seqlens[s+1] − 1.
+
+    Args:
+        q: [T_q, H, D]. k, v: [T_k, H_k, D]. cu_seqlens_q, cu_seqlens_k: int32 [S + 1], from 0, rising, to T.
+        dropout_masks: for each segment a bool [H, n_q, n_k].
+
+    Returns:
+        (out [T_q, H, D], lse [H, T_q]).
+    """
+    bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # (H, T, D)
+    outs, lses = [], []
+    for s in range(len(bounds_q) - 1):
+        of_q, of_k = slice(bounds_q[s], bounds_q[s + 1]), slice(bounds_k[s], bounds_k[s + 1])
+        if of_q.start == of_q.stop:
+            continue
+        out, lse = attention(
+            q[None, :, of_q],
+            k[None, :, of_k],
+            v[None, :, of_k],
+            scale=scale,
+            dropout_p=dropout_p,
+            dropout_mask=None if dropout_masks is None else dropout_masks[s][None],
+        )
+        outs.append(out[0])
+        lses.append(lse[0])
+    if not outs:
+        return (q * 0).transpose(0, 1), q.sum(-1) * 0
+    return torch.cat(outs, dim=1).transpose(0, 1), torch.cat(lses, dim=1)
+
+
+def layernorm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float) -> Tensor:
+    """(x − mean) / √(var + eps) · weight + bias over the last axis (Ba et al. 2016). x: [.., H]; weight, bias: [H]."""
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def dropout_add_layernorm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    p: float = 0.0,
+    dropout_mask: Tensor | None = None,
+) -> Tensor:
+    """LayerNorm(residual + Dropout(x)), the end of each BERT sub-layer. x, residual: [.., H]; weight, bias: [H]."""
+    return layernorm(residual + dropout(x, p, dropout_mask), weight, bias, eps=eps)
+
+
+def cross_entropy_rows(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
+    """Per-row −Σ_w y_w log p(w) + z_loss · lse², y = (1 − label_smoothing)·onehot + label_smoothing/V. [M]."""
+    losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+    if z_loss:
+        losses = losses + z_loss * torch.logsumexp(logits, dim=-1).square()
+    return losses
+
+
+def masked_lm_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Cross entropy of hidden @ weightᵀ + bias over the rows whose label is not ``ignore_index``.
+
+    Args:
+        hidden: [T, H]. weight: [V, H]. bias: [V] or None. labels: int64 [T].
+        reduction: "mean" over the labelled rows (0 when there are none), "sum", or "none" ([T], 0 where ignored).
+
+    Returns:
+        (loss, number of labelled rows whose arg max is the label: int64 scalar).
+    """
+    rows = torch.nonzero(labels != ignore_index).squeeze(-1)
+    targets = labels[rows]
+    logits = F.linear(hidden[rows], weight, bias)  # (M, V): only labelled rows meet the vocabulary
+    losses = cross_entropy_rows(logits, targets, label_smoothing=label_smoothing, z_loss=z_loss)
+    correct = (logits.detach().argmax(-1) == targets).sum()
+    if reduction == "none":
+        return torch.zeros_like(hidden[:, 0]).index_put((rows,), losses), correct
+    total = losses.sum()
+    return total / max(rows.numel(), 1) if reduction == "mean" else total, correct

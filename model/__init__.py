@@ -1,0 +1,1 @@
+"""The minimal BERT encoder, its heads, packing and Hugging Face interchange."""

@@ -1,0 +1,113 @@
+"""BERT's encoder on packed tokens: embeddings, then L post-LN layers, every row of every operation a token.
+
+Sequences lie end to end in one token axis of T rows (see `packing`), so the linears and the norms see a plain
+[T, H] matrix and only attention asks where a segment ends:
+
+    x ← LN(x + Dropout(W_o · Attention(W_qkv · x)))
+    x ← LN(x + Dropout(W_2 · GELU(W_1 · x)))              Devlin et al. 2018; exact (erf) GELU, eps 1e-12
+
+No shape and no branch depends on a value that lives on the device, so nothing here waits for it.
+Shapes: T tokens, S segments, H hidden_size, I intermediate_size, h heads of D = H / h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels import FusedLayerNorm, attention_varlen, dropout_add_layernorm
+from ..kernels.backend import choose_backend
+from .config import BertConfig
+
+SEEDS_PER_LAYER = 3  # attention probabilities, and the end of each sub-layer
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype the matrix products run in: autocast's where it is on, else ``x``'s own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+class BertEmbeddings(nn.Module):
+    """Word + token type + learned position, LayerNorm, dropout."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.norm = FusedLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout_p = config.hidden_dropout_prob
+
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """int64 [T] three times → [T, H]."""
+        x = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)  # (T, H)
+        x = self.norm(x + self.position_embeddings(position_ids))
+        # Under autocast the residual stream from here on has the linears' dtype: half the bytes in every norm.
+        return F.dropout(x.to(compute_dtype(x)), self.dropout_p, self.training)
+
+
+class BertLayer(nn.Module):
+    """Self-attention and feed-forward, each ending in dropout, residual and LayerNorm."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        hidden_size = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)  # rows: queries, keys, values; in each, head after head
+        self.attention_output = nn.Linear(hidden_size, hidden_size)
+        self.attention_norm = FusedLayerNorm(hidden_size, eps=config.layer_norm_eps)
+        self.intermediate = nn.Linear(hidden_size, config.intermediate_size)
+        self.output = nn.Linear(config.intermediate_size, hidden_size)
+        self.output_norm = FusedLayerNorm(hidden_size, eps=config.layer_norm_eps)
+        self.attention_dropout_p = config.attention_probs_dropout_prob
+        self.hidden_dropout_p = config.hidden_dropout_prob
+
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, seeds: Sequence[Tensor | None] = (None,) * SEEDS_PER_LAYER
+    ) -> Tensor:
+        """x: [T, H]; cu_seqlens: int32 [S + 1]; seeds: three int64 tensors of one element, or None → [T, H]."""
+        attention_p, hidden_p = (self.attention_dropout_p, self.hidden_dropout_p) if self.training else (0.0, 0.0)
+        qkv = self.qkv(x).view(x.shape[0], 3, self.num_heads, -1)  # (T, 3, h, D)
+        attended = attention_varlen(qkv, cu_seqlens, max_seqlen, dropout_p=attention_p, seed=seeds[0])  # (T, h, D)
+        attended = self.attention_output(attended.reshape_as(x))  # (T, H)
+        x = self._add_norm(self.attention_norm, attended, x, hidden_p, seeds[1])
+        inner = F.gelu(self.intermediate(x))  # (T, I)
+        return self._add_norm(self.output_norm, self.output(inner), x, hidden_p, seeds[2])  # (T, H)
+
+    @staticmethod
+    def _add_norm(norm: nn.LayerNorm, x: Tensor, residual: Tensor, p: float, seed: Tensor | None) -> Tensor:
+        return dropout_add_layernorm(x, residual, norm.weight, norm.bias, eps=norm.eps, p=p, seed=seed)
+
+
+class BertEncoder(nn.Module):
+    """Embeddings and L layers."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.embeddings = BertEmbeddings(config)
+        self.layers = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
+        self.has_dropout = max(config.hidden_dropout_prob, config.attention_probs_dropout_prob) > 0.0
+
+    def forward(
+        self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int
+    ) -> Tensor:
+        """input_ids, token_type_ids, position_ids: int64 [T]; cu_seqlens: int32 [S + 1] → hidden states [T, H]."""
+        x = self.embeddings(input_ids, token_type_ids, position_ids)  # (T, H)
+        seeds = self._seeds(x)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, cu_seqlens, max_seqlen, seeds[SEEDS_PER_LAYER * i : SEEDS_PER_LAYER * (i + 1)])
+        return x
+
+    def _seeds(self, x: Tensor) -> Sequence[Tensor | None]:
+        """A dropout seed for every operator of the forward, from torch's generator in one draw on the device."""
+        n = SEEDS_PER_LAYER * len(self.layers)
+        if not (self.training and self.has_dropout) or choose_backend(x) == "reference":
+            return (None,) * n  # nothing is dropped, or PyTorch's own dropout draws
+        return torch.randint(0, 2**62, (n,), dtype=torch.int64, device=x.device).split(1)
+
+
+__all__ = ["BertEmbeddings", "BertEncoder", "BertLayer"]

@@ -1,0 +1,128 @@
+"""BERT for pretraining: the encoder, the masked-language-model head, the pooler and next-sentence head, both losses.
+
+    MLM   hidden rows at the masked positions → LN(GELU(W x + b)) → logits over the vocabulary, decoder tied to the
+          word embeddings; −Σ log p(original token)
+    NSP   first token of each segment → tanh(W x + b) → 2 logits; −Σ log p(label), 0 = B follows A
+
+The losses are sums, not means: the mean over the labelled positions of several micro-batches and ranks is then exact,
+with the batches' own counts (`PackedBatch.num_masked`, `.num_pairs`) as the denominator.
+Shapes: T tokens, S segments, M masked positions, H hidden_size, V vocab_size.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels import FusedLayerNorm, masked_lm_loss
+from .config import BertConfig
+from .encoder import BertEncoder
+from .packing import IGNORE, PackedBatch
+
+
+class PreTrainingOutput(NamedTuple):
+    """Sums over the labelled positions and pairs of a batch; 0-dim tensors on the model's device.
+
+    Attributes:
+        mlm_loss_sum: −Σ log p(original token), nats.
+        nsp_loss_sum: −Σ log p(pair label), nats; 0 in a batch without pairs.
+        mlm_correct: int64, masked positions whose arg max is the original token.
+        nsp_correct: int64, pairs whose arg max is the label.
+    """
+
+    mlm_loss_sum: Tensor
+    nsp_loss_sum: Tensor
+    mlm_correct: Tensor
+    nsp_correct: Tensor
+
+
+class BertForPreTraining(nn.Module):
+    """BERT with its two pretraining heads, on packed batches.
+
+    Initialised as BERT is: weights and embeddings normal(0, initializer_range), biases 0, LayerNorms 1 and 0, the
+    padding token's embedding 0; ``torch.manual_seed`` governs.
+    """
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = BertEncoder(config)
+        self.mlm_dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.mlm_norm = FusedLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlm_bias = nn.Parameter(torch.empty(config.vocab_size))
+        self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
+        self.nsp_classifier = nn.Linear(config.hidden_size, 2)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew from torch's generator."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if isinstance(module, nn.LayerNorm):
+                nn.init.ones_(module.weight)
+            if isinstance(module, nn.Linear | nn.LayerNorm):
+                nn.init.zeros_(module.bias)
+        nn.init.zeros_(self.mlm_bias)
+        if self.config.pad_token_id is not None:
+            self.encoder.embeddings.word_embeddings.weight[self.config.pad_token_id].zero_()
+
+    def num_parameters(self) -> int:
+        """Trainable scalars; the tied decoder counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def forward(self, batch: PackedBatch) -> PreTrainingOutput:
+        """Both losses and both counts of right answers over ``batch``, as sums."""
+        hidden = self.encode(batch)  # (T, H)
+        mlm_loss, mlm_correct = masked_lm_loss(
+            self.transform(hidden.index_select(0, batch.masked_positions)),  # (M, H): only these rows meet the decoder
+            self.decoder_weight.to(hidden.dtype),
+            self.mlm_bias,
+            batch.masked_labels,
+            ignore_index=IGNORE,
+            reduction="sum",
+            return_accuracy=True,
+        )
+        nsp_logits = self.nsp_logits(self.pool(hidden, batch.cu_seqlens))  # (S, 2)
+        nsp_logits = nsp_logits.to(torch.promote_types(nsp_logits.dtype, torch.float32))
+        nsp_loss = F.cross_entropy(nsp_logits, batch.nsp_labels, ignore_index=IGNORE, reduction="sum")
+        nsp_correct = (nsp_logits.argmax(-1) == batch.nsp_labels).sum()
+        return PreTrainingOutput(mlm_loss, nsp_loss, mlm_correct, nsp_correct)
+
+    def encode(self, batch: PackedBatch) -> Tensor:
+        """The last layer's hidden state of every token: [T, H]."""
+        return self.encoder(
+            batch.input_ids, batch.token_type_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen
+        )
+
+    @property
+    def decoder_weight(self) -> Tensor:
+        """The MLM decoder, [V, H]: the word embeddings themselves."""
+        return self.encoder.embeddings.word_embeddings.weight
+
+    def transform(self, hidden: Tensor) -> Tensor:
+        """What comes before the decoder: LN(GELU(W x + b)), [.., H] → [.., H]."""
+        return self.mlm_norm(F.gelu(self.mlm_dense(hidden)))
+
+    def predict_tokens(self, hidden: Tensor) -> Tensor:
+        """Logits over the vocabulary for the given rows of hidden states: [.., H] → [.., V]."""
+        return F.linear(self.transform(hidden), self.decoder_weight, self.mlm_bias)
+
+    def pool(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """tanh(W x + b) of each segment's first token: [T, H], int32 [S + 1] → [S, H].
+
+        An empty segment gets some other token's row, which means nothing: it has no label.
+        """
+        first = cu_seqlens[:-1].clamp(max=hidden.shape[0] - 1)  # (S,): an empty segment at the end starts at T
+        return torch.tanh(self.pooler(hidden.index_select(0, first)))
+
+    def nsp_logits(self, pooled: Tensor) -> Tensor:
+        """[.., H] → [.., 2]: (B follows A, B does not)."""
+        return self.nsp_classifier(pooled)
+
+
+__all__ = ["BertForPreTraining", "PreTrainingOutput"]

@@ -1,0 +1,33 @@
+"""How every kernel is judged: ‖out − float64 oracle‖ at most twice the error PyTorch itself makes at that dtype."""
+
+from __future__ import annotations
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter multiplies bf16 bit patterns in tl.dot (triton #11584): kernels with tl.dot take bf16 on a GPU only.
+DOT_DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def relative_error(actual: torch.Tensor, oracle: torch.Tensor) -> float:
+    """‖actual − oracle‖ / ‖oracle‖ in float64; NaN anywhere gives NaN."""
+    actual, oracle = actual.detach().double().cpu(), oracle.detach().double().cpu()
+    return ((actual - oracle).norm() / oracle.norm().clamp_min(torch.finfo(torch.float64).tiny)).item()
+
+
+def assert_as_good_as_torch(actual: torch.Tensor, oracle: torch.Tensor, torch_result: torch.Tensor, name: str = "out", factor: float = 2.0) -> None:
+    """``actual`` is as close to ``oracle`` as ``factor`` times PyTorch's own result at the same dtype.
+
+    Where PyTorch happens to be nearer than its dtype can express, the oracle rounded to that dtype sets the bound.
+    """
+    assert actual.shape == oracle.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}"
+    assert actual.dtype == torch_result.dtype, f"{name}: dtype {actual.dtype}, expected {torch_result.dtype}"
+    assert torch.isfinite(actual).all(), f"{name}: not finite"
+    if oracle.double().norm() == 0:
+        assert actual.double().norm() == 0, f"{name}: expected zeros"
+        return
+    rounded = relative_error(oracle.to(actual.dtype), oracle)
+    allowed = factor * max(relative_error(torch_result, oracle), rounded)
+    error = relative_error(actual, oracle)
+    assert error <= allowed, f"{name}: relative error {error:.3g}, allowed {allowed:.3g}"

@@ -1,0 +1,1 @@
+"""Text to tokenizer to examples to packed batches to steps to checkpoints. The command line."""
