@@ -33,9 +33,13 @@ except ImportError:
     triton = tl = _MissingTriton()  # type: ignore[assignment]
 
 
+# Read once, as Triton itself does where it decorates a kernel; a constant to torch.compile.
+_INTERPRETING = HAVE_TRITON and bool(triton.knobs.runtime.interpret)
+
+
 def interpreting() -> bool:
     """True when kernels run in Triton's CPU interpreter (``TRITON_INTERPRET=1`` before the first import)."""
-    return HAVE_TRITON and bool(triton.knobs.runtime.interpret)
+    return _INTERPRETING
 
 
 __all__ = ["HAVE_TRITON", "interpreting", "tl", "triton"]

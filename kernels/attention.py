@@ -7,25 +7,24 @@ For every segment and head, with S = scale · QKᵀ and Z the dropout mask (0 or
                 dS = P ∘ (dP − δ)             dQ = scale · dS K             dK = scale · dSᵀ Q
 
 (Vaswani et al. 2017, eq. 1; Dao 2023, "FlashAttention-2", algorithms 1 and 2.) The scores never reach memory: the
-forward keeps L, 4 bytes a row, and the backward recomputes P from it. Z is drawn again from the seed. c leaves every
-loop: with dP' = Z ∘ (dO Vᵀ) and δ' = δ / c, dS = c P ∘ (dP' − δ'), so c and scale multiply the finished sums.
-Exponentials are base 2, with log₂e folded into the scale, because that is the instruction the hardware has.
+forward keeps a row's maximum and log₂ of its sum, 8 bytes, and the backward recomputes P from them (not from L, which
+rounds at the size of the scores: in float32 that is a larger error than PyTorch's). Z is drawn again from the seed.
+c leaves every loop: with dP' = Z ∘ (dO Vᵀ) and δ' = δ / c, dS = c P ∘ (dP' − δ'), so c and scale multiply the finished
+sums. Exponentials are base 2, with log₂e folded into the scale, because that is the instruction the hardware has.
 
-Two routes, by shape. N rows a segment, D a head, e bytes an element; per segment and head:
+Two routes, by shape: `attention_short` and `attention_long`. N rows a segment, D a head, e bytes an element; per
+segment and head:
 
     route                 programs over                  FLOPs      bytes through HBM              the floor
-    short forward         (segment, head)                 4 N²D      4 NDe + 4 N                    the same
-    short backward        (segment, key head)            10 N²D      7 NDe + 4 N                    the same
-    long forward          (query tile, segment, head)     4 N²D      4 NDe + 4 N                    the same
-    long backward, dQ     (query tile, segment, head)     6 N²D      6 NDe + 8 N }                 10 N²D FLOPs,
-    long backward, dK dV  (key tile, segment, key head)   8 N²D      6 NDe + 8 N }                  7 NDe + 4 N
+    short forward         (segment, head)                 4 N²D      4 NDe + 8 N                    the same
+    short backward        (segment, key head)            10 N²D      7 NDe + 8 N                    the same
+    long forward          (query tile, segment, head)     4 N²D      4 NDe + 8 N                    the same
+    long backward, dQ     (query tile, segment, head)     6 N²D      6 NDe + 12 N }                 10 N²D FLOPs,
+    long backward, dK dV  (key tile, segment, key head)   8 N²D      6 NDe + 12 N }                  7 NDe + 8 N
 
-(the long routes read K and V, or Q and dO, once a tile more, from L2.) Short is for segments whose keys fit in one
-tile, which BERT's do: the softmax needs no rescaling, and one backward program holds all keys of its head, so it has
-whole rows of dP: δ comes from registers (O is neither saved nor read), dQ is finished on the spot, dK and dV stay in
-registers until the last query, and nothing is added to memory by two programs. The long backward trades two more
-matrix products for the same absence of atomics: every gradient has one owner, so the same inputs give the same bits.
-dQ runs first because it holds dO and O: it leaves δ' behind for dK and dV, which saves a pass of its own over both.
+(the long route reads K and V, or Q and dO, once a tile more, from L2). Short is for segments whose keys fit in one
+tile, which BERT's often do; the long backward trades two more matrix products for the same absence of atomics. Either
+way every gradient has one owner, so the same inputs give the same bits.
 """
 
 from __future__ import annotations
@@ -36,681 +35,562 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
-from ._triton import tl, triton
+from . import attention_config, attention_fallback
+from ._triton import triton
+from .attention_long import long_backward_dk_dv, long_backward_dq, long_forward
+from .attention_short import short_backward, short_forward
 from .backend import choose_backend
-from .dropout import dropout_keep, dropout_mask, keep_threshold, resolve_seed
+from .dropout import keep_threshold, resolve_seed
 
-LOG2E = tl.constexpr(math.log2(math.e))
-LN2 = tl.constexpr(math.log(2.0))
 MAX_HEAD_DIM = 256
+NO_WINDOW = -1  # what the operators take for window=None
 
 
-# ---------------------------------------------------------------------------------------------------- shared by kernels
+# ------------------------------------------------------------------------------------------------------------- launcher
 #
-# A tensor is addressed by three strides, in elements: _s from one segment's origin to the next, _n from row to row,
-# _h from head to head. The origin of a segment is a token of the packed axis (then _s equals _n) or a batch index.
+# Packed tensors are [T, H, D] and come with cu_seqlens, padded ones [B, H, N, D] without. The statistics of a query, m
+# and log₂ l, have the same axes, rows last: [2, H, T] and [2, B, H, N]. The kernels see both as (origin, row, head).
 
 
-@triton.jit
-def _segment(cu_seqlens_ptr, segment, num_rows, VARLEN: tl.constexpr):
-    """(origin, rows) of a segment. num_rows: of each padded sequence, or of the whole packed axis."""
-    if VARLEN:
-        # Clamped, so that no content of cu_seqlens can send a load outside its tensor.
-        origin = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + segment), 0), num_rows)
-        rows = tl.minimum(tl.load(cu_seqlens_ptr + segment + 1), num_rows) - origin
+class _Problem(NamedTuple):
+    """One call, as both directions need it. ``max_q``, ``max_k``: no segment is longer."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    key_mask: Tensor | None
+    seed: Tensor | None
+    max_q: int
+    max_k: int
+    scale: float
+    dropout_p: float
+    window: int
+
+    @property
+    def programs(self) -> int:
+        """Segments that get programs: packed, one more, for the rows behind the last."""
+        return self.q.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.numel()
+
+    @property
+    def empty(self) -> bool:
+        """Nothing to compute or to write."""
+        return self.q.numel() + self.k.numel() == 0
+
+    def short_forward(self) -> attention_config.Config | None:
+        return attention_config.short_forward(self.q.shape[-1], self.max_q, self.max_k, self.q.dtype)
+
+    def short_backward(self) -> attention_config.Config | None:
+        return attention_config.short_backward(self.q.shape[-1], self.max_k, self.q.dtype)
+
+    def arguments(self, config: attention_config.Config) -> dict[str, Any]:
+        """What every kernel takes."""
+        rows = 0 if self.cu_seqlens_q is not None else 2
+        head_dim = self.q.shape[-1]
+        precision = "tf32" if self.q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+        return {
+            "cu_seqlens_q_ptr": self.cu_seqlens_q,
+            "cu_seqlens_k_ptr": self.cu_seqlens_k,
+            "key_mask_ptr": self.key_mask,
+            "seed_ptr": self.seed,
+            "num_segments": self.q.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.numel() - 1,
+            "num_heads": self.q.shape[1],
+            "num_q": self.q.shape[rows],
+            "num_k": self.k.shape[rows],
+            "window": self.window,
+            "scale": self.scale,
+            "p_threshold": keep_threshold(self.dropout_p),
+            "keep_scale": 1.0 / (1.0 - self.dropout_p),
+            "GROUPS": self.q.shape[1] // self.k.shape[1],
+            "D": head_dim,
+            "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "VARLEN": self.cu_seqlens_q is not None,
+            "MASKED": self.key_mask is not None,
+            "WINDOW": self.window != NO_WINDOW,
+            "DROPOUT": self.dropout_p > 0.0,
+            "EXACT": self.q.dtype == torch.float32,
+            "PRECISION": precision,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+        }
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    """(origin, row, head) strides of [T, H, D] or [B, H, N, D]."""
+    return (x.stride(0), x.stride(0), x.stride(1)) if x.dim() == 3 else (x.stride(0), x.stride(2), x.stride(1))
+
+
+def _stats_strides(stats: Tensor) -> tuple[int, int, int]:
+    """(m to l, origin, head) strides of [2, H, T] or [2, B, H, N]."""
+    return (stats.stride(0), 1, stats.stride(1)) if stats.dim() == 3 else stats.stride()[:3]
+
+
+def _launch_forward(a: _Problem, out: Tensor, stats: Tensor) -> None:
+    if a.empty:
+        return
+    tensors = (a.q, a.k, a.v, out, stats)
+    strides = {"q_strides": _strides(a.q), "k_strides": _strides(a.k), "v_strides": _strides(a.v)}
+    strides |= {"out_strides": _strides(out), "stats_strides": _stats_strides(stats)}
+    heads = a.programs * a.q.shape[1]
+    if config := a.short_forward():
+        short_forward[(heads,)](*tensors, **strides, max_q=a.max_q, max_k=a.max_k, **a.arguments(config))
     else:
-        origin = segment
-        rows = num_rows
-    return tl.cast(origin, tl.int64), rows
+        config = attention_config.long_forward(a.q.shape[-1], a.q.dtype)
+        num_tiles = triton.cdiv(max(a.max_q, 1), config.block_m)
+        long_forward[(num_tiles * heads,)](
+            *tensors, **strides, num_tiles=num_tiles, max_q=a.max_q, max_k=a.max_k, **a.arguments(config)
+        )
 
 
-@triton.jit
-def _last_real_key(key_mask_ptr, num_keys):
-    """One past the last real key: tiles of padding at the end, which is where padding is, cost nothing."""
-    last = 0
-    for start in range(0, num_keys, 1024):
-        keys = start + tl.arange(0, 1024)
-        real = tl.load(key_mask_ptr + keys, mask=keys < num_keys, other=0) != 0
-        last = tl.maximum(last, tl.max(tl.where(real, keys + 1, 0), axis=0))
-    return last
-
-
-@triton.jit
-def _load_tile(ptr, stride_n, rows_left, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr):
-    """[BLOCK, BLOCK_D] from ptr, zeros beyond rows_left and D. CHECK False: all BLOCK rows exist."""
-    rows, columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
-    pointers = ptr + (rows[:, None] * stride_n + columns[None, :])
-    if CHECK and D < BLOCK_D:
-        return tl.load(pointers, mask=(rows[:, None] < rows_left) & (columns[None, :] < D), other=0.0)
-    elif CHECK:
-        return tl.load(pointers, mask=rows[:, None] < rows_left, other=0.0)
-    elif D < BLOCK_D:
-        return tl.load(pointers, mask=columns[None, :] < D, other=0.0)
-    else:
-        return tl.load(pointers)
-
-
-@triton.jit
-def _store_tile(ptr, x, stride_n, rows_left, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    rows, columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
-    pointers = ptr + (rows[:, None] * stride_n + columns[None, :])
-    inside = rows[:, None] < rows_left
-    if D < BLOCK_D:
-        inside = inside & (columns[None, :] < D)
-    tl.store(pointers, x.to(ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _real_keys(key_mask_ptr, start_n, num_keys, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
-    """[BLOCK_N] booleans: key start_n + j exists and is not padding."""
-    keys = start_n + tl.arange(0, BLOCK_N)
-    real = keys < num_keys
-    if MASKED:
-        real = real & (tl.load(key_mask_ptr + keys, mask=real, other=0) != 0)
-    return real
-
-
-# --------------------------------------------------------------------------------------------------------- short route
-
-
-@triton.jit
-def _short_forward(
-    q_ptr,  # [origin, n_q, H, D]
-    k_ptr,  # [origin, n_k, H_k, D]
-    v_ptr,  # as k
-    out_ptr,  # as q
-    lse_ptr,  # [origin, H, n_q] float32
-    cu_seqlens_q_ptr,  # [S + 1] int32, VARLEN
-    cu_seqlens_k_ptr,
-    key_mask_ptr,  # [B, n_k] uint8, MASKED
-    seed_ptr,  # [1] int64, DROPOUT
-    stride_qs,
-    stride_qn,
-    stride_qh,
-    stride_ks,
-    stride_kn,
-    stride_kh,
-    stride_vs,
-    stride_vn,
-    stride_vh,
-    stride_os,
-    stride_on,
-    stride_oh,
-    stride_ls,
-    stride_lh,
-    num_heads,
-    num_q,
-    num_k,
-    scale,
-    p_threshold,
-    keep_scale,
-    GROUPS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    VARLEN: tl.constexpr,
-    MASKED: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    segment, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
-    q_origin, n_q = _segment(cu_seqlens_q_ptr, segment, num_q, VARLEN)
-    k_origin, n_k = _segment(cu_seqlens_k_ptr, segment, num_k, VARLEN)
-    if n_q <= 0:
+def _launch_backward(
+    a: _Problem, out: Tensor | None, stats: Tensor, dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
+) -> None:
+    """``out`` is read by the long route alone."""
+    if a.empty:
         return
-    q = _load_tile(q_ptr + q_origin * stride_qs + head * stride_qh, stride_qn, n_q, BLOCK_M, D, BLOCK_D, True)
-    key_head = head // GROUPS
-    k = _load_tile(k_ptr + k_origin * stride_ks + key_head * stride_kh, stride_kn, n_k, BLOCK_N, D, BLOCK_D, True)
-    v = _load_tile(v_ptr + k_origin * stride_vs + key_head * stride_vh, stride_vn, n_k, BLOCK_N, D, BLOCK_D, True)
-
-    qk_scale = scale * LOG2E
-    # A segment longer than the caller's max_seqlen would be cut off: make that NaN, which is noticed.
-    qk_scale = tl.where((n_q > BLOCK_M) | (n_k > BLOCK_N), float("nan"), qk_scale)
-    if MASKED:
-        key_mask_ptr += tl.cast(segment, tl.int64) * num_k
-    real = _real_keys(key_mask_ptr, 0, n_k, BLOCK_N, MASKED)
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale
-    scores = tl.where(real[None, :], scores, float("-inf"))
-    m = tl.max(scores, axis=1)
-    m = tl.where(m == float("-inf"), 0.0, m)  # no real key: exp2(−inf − 0) = 0, where −inf − −inf would be NaN
-    p = tl.exp2(scores - m[:, None])
-    l = tl.sum(p, axis=1)
-    if DROPOUT:
-        rows = tl.arange(0, BLOCK_M)
-        keep = dropout_keep(tl.load(seed_ptr), p_threshold, rows, 0, tl.program_id(0), BLOCK_M, BLOCK_N)
-        p = tl.where(keep, p, 0.0)
-    out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-    out = out * (keep_scale / tl.where(l == 0.0, 1.0, l))[:, None]
-    _store_tile(out_ptr + q_origin * stride_os + head * stride_oh, out, stride_on, n_q, BLOCK_M, D, BLOCK_D)
-    rows = tl.arange(0, BLOCK_M)
-    lse = (m + tl.log2(l)) * LN2
-    tl.store(lse_ptr + q_origin * stride_ls + head * stride_lh + rows, lse, mask=rows < n_q)
-
-
-@triton.jit
-def _short_backward(
-    q_ptr,  # [origin, n_q, H, D]
-    k_ptr,  # [origin, n_k, H_k, D]
-    v_ptr,  # as k
-    dout_ptr,  # as q
-    dq_ptr,  # as q
-    dk_ptr,  # as k
-    dv_ptr,  # as k
-    lse_ptr,  # [origin, H, n_q] float32
-    cu_seqlens_q_ptr,
-    cu_seqlens_k_ptr,
-    key_mask_ptr,
-    seed_ptr,
-    stride_qs,
-    stride_qn,
-    stride_qh,
-    stride_ks,
-    stride_kn,
-    stride_kh,
-    stride_vs,
-    stride_vn,
-    stride_vh,
-    stride_dos,
-    stride_don,
-    stride_doh,
-    stride_dqs,
-    stride_dqn,
-    stride_dqh,
-    stride_dks,
-    stride_dkn,
-    stride_dkh,
-    stride_ls,
-    stride_lh,
-    num_heads,
-    num_q,
-    num_k,
-    scale,
-    p_threshold,
-    keep_scale,
-    GROUPS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    VARLEN: tl.constexpr,
-    MASKED: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    num_key_heads = num_heads // GROUPS
-    segment, key_head = tl.program_id(0) // num_key_heads, tl.program_id(0) % num_key_heads
-    q_origin, n_q = _segment(cu_seqlens_q_ptr, segment, num_q, VARLEN)
-    k_origin, n_k = _segment(cu_seqlens_k_ptr, segment, num_k, VARLEN)
-    if (n_q <= 0) & (n_k <= 0):
+    of_q, of_k = {"q_strides": _strides(a.q)}, {"k_strides": _strides(a.k), "v_strides": _strides(a.v)}
+    strides = {**of_q, **of_k, "dout_strides": _strides(dout), "stats_strides": _stats_strides(stats)}
+    to_q, to_k = {"dq_strides": _strides(dq)}, {"dk_strides": _strides(dk), "dv_strides": _strides(dv)}
+    heads, key_heads = a.programs * a.q.shape[1], a.programs * a.k.shape[1]
+    if config := a.short_backward():
+        short_backward[(key_heads,)](
+            a.q, a.k, a.v, dout, dq, dk, dv, stats,
+            ONE_TILE=a.max_q <= config.block_m, **strides, **to_q, **to_k, **a.arguments(config),
+        )  # fmt: skip
         return
-    k = _load_tile(k_ptr + k_origin * stride_ks + key_head * stride_kh, stride_kn, n_k, BLOCK_N, D, BLOCK_D, True)
-    v = _load_tile(v_ptr + k_origin * stride_vs + key_head * stride_vh, stride_vn, n_k, BLOCK_N, D, BLOCK_D, True)
-    if MASKED:
-        key_mask_ptr += tl.cast(segment, tl.int64) * num_k
-    real = _real_keys(key_mask_ptr, 0, n_k, BLOCK_N, MASKED)
-    dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    qk_scale = scale * LOG2E
-
-    for group in range(GROUPS):
-        head = key_head * GROUPS + group
-        q_base = q_ptr + q_origin * stride_qs + head * stride_qh
-        dout_base = dout_ptr + q_origin * stride_dos + head * stride_doh
-        dq_base = dq_ptr + q_origin * stride_dqs + head * stride_dqh
-        lse_base = lse_ptr + q_origin * stride_ls + head * stride_lh
-        # Fewer query rows a step than keys: the [rows, keys] tiles P and dP are what fills the registers.
-        for start_m in range(0, n_q, BLOCK_M):
-            rows = start_m + tl.arange(0, BLOCK_M)
-            q = _load_tile(q_base + tl.cast(start_m, tl.int64) * stride_qn, stride_qn, n_q - start_m, BLOCK_M, D, BLOCK_D, True)
-            dout = _load_tile(
-                dout_base + tl.cast(start_m, tl.int64) * stride_don, stride_don, n_q - start_m, BLOCK_M, D, BLOCK_D, True
-            )
-            # A row that does not exist has L = +inf: its P is 0.
-            lse = tl.load(lse_base + rows, mask=rows < n_q, other=float("inf")) * LOG2E
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            p = tl.where(real[None, :], tl.exp2(scores * qk_scale - lse[:, None]), 0.0)
-            dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-            p_kept = p
-            if DROPOUT:
-                plane = segment * num_heads + head
-                keep = dropout_keep(tl.load(seed_ptr), p_threshold, rows, 0, plane, BLOCK_M, BLOCK_N)
-                p_kept = tl.where(keep, p, 0.0)
-                dp = tl.where(keep, dp, 0.0)
-            dv = tl.dot(tl.trans(p_kept.to(dout.dtype)), dout, dv, input_precision=PRECISION)
-            delta = tl.sum(p * dp, axis=1)
-            ds = (p * (dp - delta[:, None])).to(q.dtype)
-            dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
-            dq = tl.dot(ds, k, input_precision=PRECISION) * (scale * keep_scale)
-            _store_tile(dq_base + tl.cast(start_m, tl.int64) * stride_dqn, dq, stride_dqn, n_q - start_m, BLOCK_M, D, BLOCK_D)
-
-    kv_base = k_origin * stride_dks + key_head * stride_dkh
-    _store_tile(dk_ptr + kv_base, dk * (scale * keep_scale), stride_dkn, n_k, BLOCK_N, D, BLOCK_D)
-    _store_tile(dv_ptr + kv_base, dv * keep_scale, stride_dkn, n_k, BLOCK_N, D, BLOCK_D)
-
-
-# ---------------------------------------------------------------------------------------------------------- long route
-
-
-@triton.jit
-def _long_forward_step(
-    acc,
-    l,
-    m,
-    q,
-    k_base,
-    v_base,
-    key_mask_ptr,
-    seed_ptr,
-    stride_kn,
-    stride_vn,
-    start_m,
-    start_n,
-    n_k,
-    plane,
-    qk_scale,
-    p_threshold,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    CHECK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One key tile of the online softmax: (acc, l, m) after keys start_n … start_n + BLOCK_N − 1."""
-    k = _load_tile(k_base + tl.cast(start_n, tl.int64) * stride_kn, stride_kn, n_k - start_n, BLOCK_N, D, BLOCK_D, CHECK)
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if CHECK or MASKED:
-        real = _real_keys(key_mask_ptr, start_n, n_k, BLOCK_N, MASKED)
-        scores = tl.where(real[None, :], scores, float("-inf"))
-    m_new = tl.maximum(m, tl.max(scores, axis=1) * qk_scale)
-    if MASKED:
-        m_new = tl.where(m_new == float("-inf"), -1e30, m_new)  # no real key so far: finite, so that no NaN arises
-    p = tl.exp2(scores * qk_scale - m_new[:, None])
-    alpha = tl.exp2(m - m_new)
-    l = l * alpha + tl.sum(p, axis=1)
-    if DROPOUT:
-        rows = start_m + tl.arange(0, BLOCK_M)
-        keep = dropout_keep(tl.load(seed_ptr), p_threshold, rows, start_n, plane, BLOCK_M, BLOCK_N)
-        p = tl.where(keep, p, 0.0)
-    v = _load_tile(v_base + tl.cast(start_n, tl.int64) * stride_vn, stride_vn, n_k - start_n, BLOCK_N, D, BLOCK_D, CHECK)
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-    return acc, l, m_new
-
-
-@triton.jit
-def _long_forward(
-    q_ptr,  # [origin, n_q, H, D]
-    k_ptr,  # [origin, n_k, H_k, D]
-    v_ptr,  # as k
-    out_ptr,  # as q
-    lse_ptr,  # [origin, H, n_q] float32
-    cu_seqlens_q_ptr,
-    cu_seqlens_k_ptr,
-    key_mask_ptr,
-    seed_ptr,
-    stride_qs,
-    stride_qn,
-    stride_qh,
-    stride_ks,
-    stride_kn,
-    stride_kh,
-    stride_vs,
-    stride_vn,
-    stride_vh,
-    stride_os,
-    stride_on,
-    stride_oh,
-    stride_ls,
-    stride_lh,
-    num_tiles,
-    num_heads,
-    num_q,
-    num_k,
-    scale,
-    p_threshold,
-    keep_scale,
-    GROUPS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    VARLEN: tl.constexpr,
-    MASKED: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    # Query tiles of one head run side by side, so that its K and V are read from L2.
-    start_m = tl.program_id(0) % num_tiles * BLOCK_M
-    plane = tl.program_id(0) // num_tiles
-    segment, head = plane // num_heads, plane % num_heads
-    q_origin, n_q = _segment(cu_seqlens_q_ptr, segment, num_q, VARLEN)
-    k_origin, n_k = _segment(cu_seqlens_k_ptr, segment, num_k, VARLEN)
-    if start_m >= n_q:
-        return
-    # A segment longer than the caller's max_seqlen has rows that no program owns: make that NaN, which is noticed.
-    qk_scale = tl.where(n_q > num_tiles * BLOCK_M, float("nan"), scale * LOG2E)
-    if MASKED:
-        key_mask_ptr += tl.cast(segment, tl.int64) * num_k
-        n_k = _last_real_key(key_mask_ptr, n_k)
-
-    q_base = q_ptr + (q_origin * stride_qs + tl.cast(start_m, tl.int64) * stride_qn + head * stride_qh)
-    q = _load_tile(q_base, stride_qn, n_q - start_m, BLOCK_M, D, BLOCK_D, True)
-    k_base = k_ptr + (k_origin * stride_ks + head // GROUPS * stride_kh)
-    v_base = v_ptr + (k_origin * stride_vs + head // GROUPS * stride_vh)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
-    l = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    m = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
-
-    # The ragged last tile is peeled, so that the loop checks no bounds.
-    whole = n_k // BLOCK_N * BLOCK_N
-    for start_n in range(0, whole, BLOCK_N):
-        acc, l, m = _long_forward_step(
-            acc, l, m, q, k_base, v_base, key_mask_ptr, seed_ptr, stride_kn, stride_vn, start_m, start_n, n_k, plane,
-            qk_scale, p_threshold, D, BLOCK_D, BLOCK_M, BLOCK_N, MASKED, DROPOUT, False, PRECISION,
-        )  # fmt: skip
-    if whole < n_k:
-        acc, l, m = _long_forward_step(
-            acc, l, m, q, k_base, v_base, key_mask_ptr, seed_ptr, stride_kn, stride_vn, start_m, whole, n_k, plane,
-            qk_scale, p_threshold, D, BLOCK_D, BLOCK_M, BLOCK_N, MASKED, DROPOUT, True, PRECISION,
-        )  # fmt: skip
-
-    out = acc * (keep_scale / tl.where(l == 0.0, 1.0, l))[:, None]
-    out_base = out_ptr + (q_origin * stride_os + tl.cast(start_m, tl.int64) * stride_on + head * stride_oh)
-    _store_tile(out_base, out, stride_on, n_q - start_m, BLOCK_M, D, BLOCK_D)
-    rows = start_m + tl.arange(0, BLOCK_M)
-    lse = (m + tl.log2(l)) * LN2
-    tl.store(lse_ptr + q_origin * stride_ls + head * stride_lh + rows, lse, mask=rows < n_q)
-
-
-@triton.jit
-def _long_dq_step(
-    dq,
-    q,
-    dout,
-    lse,
-    delta,
-    k_base,
-    v_base,
-    key_mask_ptr,
-    seed_ptr,
-    stride_kn,
-    stride_vn,
-    start_m,
-    start_n,
-    n_k,
-    plane,
-    qk_scale,
-    p_threshold,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    CHECK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """dq + dS K over keys start_n … start_n + BLOCK_N − 1."""
-    k = _load_tile(k_base + tl.cast(start_n, tl.int64) * stride_kn, stride_kn, n_k - start_n, BLOCK_N, D, BLOCK_D, CHECK)
-    v = _load_tile(v_base + tl.cast(start_n, tl.int64) * stride_vn, stride_vn, n_k - start_n, BLOCK_N, D, BLOCK_D, CHECK)
-    p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale - lse[:, None])
-    if CHECK or MASKED:
-        # Needed although such a key's K and V are zeros here: exp2(0 − L) may be inf.
-        p = tl.where(_real_keys(key_mask_ptr, start_n, n_k, BLOCK_N, MASKED)[None, :], p, 0.0)
-    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-    if DROPOUT:
-        rows = start_m + tl.arange(0, BLOCK_M)
-        dp = tl.where(dropout_keep(tl.load(seed_ptr), p_threshold, rows, start_n, plane, BLOCK_M, BLOCK_N), dp, 0.0)
-    ds = p * (dp - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-
-
-@triton.jit
-def _long_backward_dq(
-    q_ptr,  # [origin, n_q, H, D]
-    k_ptr,  # [origin, n_k, H_k, D]
-    v_ptr,  # as k
-    out_ptr,  # as q
-    dout_ptr,  # as q
-    dq_ptr,  # as q
-    lse_ptr,  # [origin, H, n_q] float32
-    delta_ptr,  # as lse, written
-    cu_seqlens_q_ptr,
-    cu_seqlens_k_ptr,
-    key_mask_ptr,
-    seed_ptr,
-    stride_qs,
-    stride_qn,
-    stride_qh,
-    stride_ks,
-    stride_kn,
-    stride_kh,
-    stride_vs,
-    stride_vn,
-    stride_vh,
-    stride_os,
-    stride_on,
-    stride_oh,
-    stride_dos,
-    stride_don,
-    stride_doh,
-    stride_dqs,
-    stride_dqn,
-    stride_dqh,
-    stride_ls,
-    stride_lh,
-    num_tiles,
-    num_heads,
-    num_q,
-    num_k,
-    scale,
-    p_threshold,
-    keep_scale,
-    GROUPS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    VARLEN: tl.constexpr,
-    MASKED: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    start_m = tl.program_id(0) % num_tiles * BLOCK_M
-    plane = tl.program_id(0) // num_tiles
-    segment, head = plane // num_heads, plane % num_heads
-    q_origin, n_q = _segment(cu_seqlens_q_ptr, segment, num_q, VARLEN)
-    k_origin, n_k = _segment(cu_seqlens_k_ptr, segment, num_k, VARLEN)
-    if start_m >= n_q:
-        return
-    qk_scale = scale * LOG2E
-    if MASKED:
-        key_mask_ptr += tl.cast(segment, tl.int64) * num_k
-        n_k = _last_real_key(key_mask_ptr, n_k)
-
-    start = tl.cast(start_m, tl.int64)
-    rows_left = n_q - start_m
-    q_base = q_ptr + (q_origin * stride_qs + start * stride_qn + head * stride_qh)
-    out_base = out_ptr + (q_origin * stride_os + start * stride_on + head * stride_oh)
-    dout_base = dout_ptr + (q_origin * stride_dos + start * stride_don + head * stride_doh)
-    q = _load_tile(q_base, stride_qn, rows_left, BLOCK_M, D, BLOCK_D, True)
-    out = _load_tile(out_base, stride_on, rows_left, BLOCK_M, D, BLOCK_D, True)
-    dout = _load_tile(dout_base, stride_don, rows_left, BLOCK_M, D, BLOCK_D, True)
-    rows = start_m + tl.arange(0, BLOCK_M)
-    row_base = q_origin * stride_ls + head * stride_lh
-    lse = tl.load(lse_ptr + row_base + rows, mask=rows < n_q, other=float("inf")) * LOG2E
-    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), axis=1) / keep_scale
-    tl.store(delta_ptr + row_base + rows, delta, mask=rows < n_q)
-
-    k_base = k_ptr + (k_origin * stride_ks + head // GROUPS * stride_kh)
-    v_base = v_ptr + (k_origin * stride_vs + head // GROUPS * stride_vh)
-    dq = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
-    whole = n_k // BLOCK_N * BLOCK_N
-    for start_n in range(0, whole, BLOCK_N):
-        dq = _long_dq_step(
-            dq, q, dout, lse, delta, k_base, v_base, key_mask_ptr, seed_ptr, stride_kn, stride_vn, start_m, start_n, n_k,
-            plane, qk_scale, p_threshold, D, BLOCK_D, BLOCK_M, BLOCK_N, MASKED, DROPOUT, False, PRECISION,
-        )  # fmt: skip
-    if whole < n_k:
-        dq = _long_dq_step(
-            dq, q, dout, lse, delta, k_base, v_base, key_mask_ptr, seed_ptr, stride_kn, stride_vn, start_m, whole, n_k,
-            plane, qk_scale, p_threshold, D, BLOCK_D, BLOCK_M, BLOCK_N, MASKED, DROPOUT, True, PRECISION,
-        )  # fmt: skip
-    dq_base = dq_ptr + (q_origin * stride_dqs + start * stride_dqn + head * stride_dqh)
-    _store_tile(dq_base, dq * (scale * keep_scale), stride_dqn, rows_left, BLOCK_M, D, BLOCK_D)
-
-
-@triton.jit
-def _long_dk_dv_step(
-    dk,
-    dv,
-    k,
-    v,
-    q_base,
-    dout_base,
-    lse_base,
-    delta_base,
-    seed_ptr,
-    stride_qn,
-    stride_don,
-    start_m,
-    start_n,
-    n_q,
-    plane,
-    qk_scale,
-    p_threshold,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    CHECK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """(dk + dSᵀ Q, dv + (P∘Z)ᵀ dO) over queries start_m … start_m + BLOCK_M − 1."""
-    rows = start_m + tl.arange(0, BLOCK_M)
-    q = _load_tile(q_base + tl.cast(start_m, tl.int64) * stride_qn, stride_qn, n_q - start_m, BLOCK_M, D, BLOCK_D, CHECK)
-    dout = _load_tile(
-        dout_base + tl.cast(start_m, tl.int64) * stride_don, stride_don, n_q - start_m, BLOCK_M, D, BLOCK_D, CHECK
+    assert out is not None
+    delta = torch.empty_like(stats[0])
+    config = attention_config.long_backward_dq(a.q.shape[-1], a.q.dtype)
+    num_tiles = triton.cdiv(max(a.max_q, 1), config.block_m)
+    long_backward_dq[(num_tiles * heads,)](
+        a.q, a.k, a.v, out, dout, dq, stats, delta,
+        out_strides=_strides(out), num_tiles=num_tiles, **strides, **to_q, **a.arguments(config),
+    )  # fmt: skip
+    config = attention_config.long_backward_dk_dv(a.q.shape[-1], a.q.dtype)
+    num_tiles = triton.cdiv(max(a.max_k, 1), config.block_n)
+    long_backward_dk_dv[(num_tiles * key_heads,)](
+        a.q, a.k, a.v, dout, dk, dv, stats, delta, num_tiles=num_tiles, **strides, **to_k, **a.arguments(config)
     )
-    if CHECK:
-        lse = tl.load(lse_base + rows, mask=rows < n_q, other=float("inf"))
-        delta = tl.load(delta_base + rows, mask=rows < n_q, other=0.0)
-    else:
-        lse = tl.load(lse_base + rows)
-        delta = tl.load(delta_base + rows)
-    # Transposed, [keys, queries]: Pᵀ and dSᵀ are then the left factors of their products, straight from registers.
-    scores_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-    p_t = tl.exp2(scores_t * qk_scale - (lse * LOG2E)[None, :])
-    dp_t = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-    p_kept = p_t
-    if DROPOUT:
-        keep = tl.trans(dropout_keep(tl.load(seed_ptr), p_threshold, rows, start_n, plane, BLOCK_M, BLOCK_N))
-        p_kept = tl.where(keep, p_t, 0.0)
-        dp_t = tl.where(keep, dp_t, 0.0)
-    dv = tl.dot(p_kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
-    ds_t = p_t * (dp_t - delta[None, :])
-    dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)
-    return dk, dv
 
 
-@triton.jit
-def _long_backward_dk_dv(
-    q_ptr,  # [origin, n_q, H, D]
-    k_ptr,  # [origin, n_k, H_k, D]
-    v_ptr,  # as k
-    dout_ptr,  # as q
-    dk_ptr,  # as k
-    dv_ptr,  # as k
-    lse_ptr,  # [origin, H, n_q] float32
-    delta_ptr,  # as lse
-    cu_seqlens_q_ptr,
-    cu_seqlens_k_ptr,
-    key_mask_ptr,
-    seed_ptr,
-    stride_qs,
-    stride_qn,
-    stride_qh,
-    stride_ks,
-    stride_kn,
-    stride_kh,
-    stride_vs,
-    stride_vn,
-    stride_vh,
-    stride_dos,
-    stride_don,
-    stride_doh,
-    stride_dks,
-    stride_dkn,
-    stride_dkh,
-    stride_ls,
-    stride_lh,
-    num_tiles,
-    num_heads,
-    num_q,
-    num_k,
-    scale,
-    p_threshold,
-    keep_scale,
-    GROUPS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    VARLEN: tl.constexpr,
-    MASKED: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    num_key_heads = num_heads // GROUPS
-    start_n = tl.program_id(0) % num_tiles * BLOCK_N
-    plane = tl.program_id(0) // num_tiles
-    segment, key_head = plane // num_key_heads, plane % num_key_heads
-    q_origin, n_q = _segment(cu_seqlens_q_ptr, segment, num_q, VARLEN)
-    k_origin, n_k = _segment(cu_seqlens_k_ptr, segment, num_k, VARLEN)
-    if start_n >= n_k:
+# ------------------------------------------------------------------------------------------------------------ operators
+#
+# Two, because gradients want the layout their tensor has: dqkv is written as [T, 3, H, D], where autograd, given three
+# views, would gather three gradients in a pass of its own.
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _like_query(q: Tensor) -> Tensor:
+    """Uninitialised, as q; memory is [.., rows, heads, D] whatever q's, which is what the next projection reads."""
+    if q.dim() == 3:
+        return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    b, h, n, d = q.shape
+    return torch.empty((b, n, h, d), dtype=q.dtype, device=q.device).transpose(1, 2)
+
+
+def _new_stats(q: Tensor) -> Tensor:
+    shape = (2, q.shape[1], q.shape[0]) if q.dim() == 3 else (2, *q.shape[:-1])
+    return torch.empty(shape, dtype=torch.float32, device=q.device)
+
+
+def _lse(stats: Tensor, scale: float) -> Tensor:
+    """L = scale · m + ln l; not differentiable."""
+    m, log2_l = stats.detach().unbind(0)
+    return scale * m + math.log(2.0) * log2_l
+
+
+@torch.library.custom_op("fusebert::attention", mutates_args=())
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    key_mask: Tensor | None,
+    seed: Tensor | None,
+    max_q: int,
+    max_k: int,
+    scale: float,
+    dropout_p: float,
+    window: int,
+) -> tuple[Tensor, Tensor]:
+    """(out, stats) of separate q, k, v, packed or padded."""
+    q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
+    out, stats = _like_query(q), _new_stats(q)
+    _launch_forward(
+        _Problem(q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, seed, max_q, max_k, scale, dropout_p, window),
+        out,
+        stats,
+    )
+    return out, stats
+
+
+@_attention.register_fake
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _like_query(q), _new_stats(q)
+
+
+@torch.library.custom_op("fusebert::attention_backward", mutates_args=())
+def _attention_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    key_mask: Tensor | None,
+    seed: Tensor | None,
+    max_q: int,
+    max_k: int,
+    scale: float,
+    dropout_p: float,
+    window: int,
+    out: Tensor | None,
+    stats: Tensor,
+    dout: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, dout = _dense_rows(q), _dense_rows(k), _dense_rows(v), _dense_rows(dout)
+    dq, dk, dv = _like_query(q), _like_query(k), _like_query(v)
+    problem = _Problem(q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, seed, max_q, max_k, scale, dropout_p, window)
+    _launch_backward(problem, out, stats, dout, dq, dk, dv)
+    return dq, dk, dv
+
+
+@_attention_backward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _like_query(q), _like_query(k), _like_query(v)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    problem = _Problem(*inputs)
+    out, stats = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*problem[:7], out if problem.short_backward() is None else None, stats)
+    ctx.constants = problem[7:]
+
+
+def _attention_gradients(ctx: Any, dout: Tensor | None, _dstats: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, out, stats = ctx.saved_tensors
+    if dout is None:
+        return (None,) * len(_Problem._fields)
+    gradients = _attention_backward(*tensors, *ctx.constants, out, stats, dout)
+    return *gradients, *(None,) * (len(_Problem._fields) - 3)
+
+
+_attention.register_autograd(_attention_gradients, setup_context=_save)
+
+
+@torch.library.custom_op("fusebert::attention_qkv", mutates_args=())
+def _attention_qkv(
+    qkv: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seqlen: int, scale: float, dropout_p: float, window: int
+) -> tuple[Tensor, Tensor]:
+    """(out, stats) of packed self-attention on [T, 3, H, D]."""
+    q, k, v = _dense_rows(qkv).unbind(1)
+    out, stats = _like_query(q), _new_stats(q)
+    cu = cu_seqlens
+    _launch_forward(_Problem(q, k, v, cu, cu, None, seed, max_seqlen, max_seqlen, scale, dropout_p, window), out, stats)
+    return out, stats
+
+
+@_attention_qkv.register_fake
+def _(qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _like_query(qkv[:, 0]), _new_stats(qkv[:, 0])
+
+
+@torch.library.custom_op("fusebert::attention_qkv_backward", mutates_args=())
+def _attention_qkv_backward(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    seed: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    dropout_p: float,
+    window: int,
+    out: Tensor | None,
+    stats: Tensor,
+    dout: Tensor,
+) -> Tensor:
+    q, k, v = _dense_rows(qkv).unbind(1)
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    cu = cu_seqlens
+    problem = _Problem(q, k, v, cu, cu, None, seed, max_seqlen, max_seqlen, scale, dropout_p, window)
+    _launch_backward(problem, out, stats, _dense_rows(dout), *dqkv.unbind(1))
+    return dqkv
+
+
+@_attention_qkv_backward.register_fake
+def _(qkv: Tensor, *_: Any) -> Tensor:
+    return torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+
+
+def _save_qkv(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, cu_seqlens, seed, max_seqlen, *_ = inputs
+    out, stats = output
+    needs_out = attention_config.short_backward(qkv.shape[-1], max_seqlen, qkv.dtype) is None
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(qkv, cu_seqlens, seed, out if needs_out else None, stats)
+    ctx.constants = inputs[3:]
+
+
+def _attention_qkv_gradients(ctx: Any, dout: Tensor | None, _dstats: Tensor | None) -> tuple[Tensor | None, ...]:
+    qkv, cu_seqlens, seed, out, stats = ctx.saved_tensors
+    if dout is None:
+        return (None,) * 7
+    return _attention_qkv_backward(qkv, cu_seqlens, seed, *ctx.constants, out, stats, dout), *(None,) * 6
+
+
+_attention_qkv.register_autograd(_attention_qkv_gradients, setup_context=_save_qkv)
+
+
+# --------------------------------------------------------------------------------------------------------------- checks
+
+
+def _under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As ``scaled_dot_product_attention`` is under autocast: in its dtype."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+
+
+def _check_tensors(**tensors: Tensor) -> None:
+    """Floating point, one dtype, one device, a head the kernels can hold."""
+    (name, first), *others = tensors.items()
+    if not first.is_floating_point():
+        raise TypeError(f"{name} must be floating point; got {first.dtype}")
+    for other, x in others:
+        if x.dtype != first.dtype:
+            raise TypeError(f"{other} must have {name}'s dtype, {first.dtype}; got {x.dtype}")
+        if x.device != first.device:
+            raise ValueError(f"{other} must be on {name}'s device, {first.device}; got {x.device}")
+    if not 1 <= first.shape[-1] <= MAX_HEAD_DIM:
+        raise ValueError(f"the head size (last axis of {name}) must be 1 … {MAX_HEAD_DIM}; got {first.shape[-1]}")
+
+
+def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have the same shape; got {tuple(k.shape)} and {tuple(v.shape)}")
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"k must have q's head size, {q.shape[-1]}; got {k.shape[-1]}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"q's heads must be a multiple of k's; got {q.shape[1]} and {k.shape[1]}")
+
+
+def _check_options(scale: float | None, head_dim: int, dropout_p: float, window: int | None) -> float:
+    """The scale to use."""
+    keep_threshold(dropout_p)
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 0):
+        raise ValueError(f"window must be None or an int of at least 0; got {window!r}")
+    if scale is not None and not scale > 0.0:
+        raise ValueError(f"scale must be positive; got {scale!r}")
+    return 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
+
+
+def _check_cu_seqlens(
+    name: str, cu_seqlens: Tensor, total: int, max_name: str, max_seqlen: int, device: torch.device
+) -> None:
+    """Shape and dtype always; the content where reading it costs no synchronisation."""
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32; got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(f"{name} must have shape [S + 1], S at least 1; got {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.device != device:
+        raise ValueError(f"{name} must be on {device}; got {cu_seqlens.device}")
+    if not isinstance(max_seqlen, int) or isinstance(max_seqlen, bool) or max_seqlen < 1:
+        raise ValueError(f"{max_name} must be an int of at least 1; got {max_seqlen!r}")
+    if device.type != "cpu" or torch.compiler.is_compiling() or isinstance(cu_seqlens, torch._subclasses.FakeTensor):
         return
-    qk_scale = scale * LOG2E
-    start = tl.cast(start_n, tl.int64)
-    keys_left = n_k - start_n
-    k_base = k_ptr + (k_origin * stride_ks + start * stride_kn + key_head * stride_kh)
-    v_base = v_ptr + (k_origin * stride_vs + start * stride_vn + key_head * stride_vh)
-    k = _load_tile(k_base, stride_kn, keys_left, BLOCK_N, D, BLOCK_D, True)
-    v = _load_tile(v_base, stride_vn, keys_left, BLOCK_N, D, BLOCK_D, True)
-    if MASKED:
-        key_mask_ptr += tl.cast(segment, tl.int64) * num_k
-    real = _real_keys(key_mask_ptr, start_n, n_k, BLOCK_N, MASKED)
-    if MASKED:
-        n_q = tl.where(tl.max(real.to(tl.int32), axis=0) > 0, n_q, 0)  # a tile of padding: gradients are zero, at once
+    lengths = cu_seqlens.diff()
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] > total or lengths.min() < 0:
+        raise ValueError(
+            f"{name} must start at 0, never fall and end at most at {total}, the number of rows; got "
+            f"{cu_seqlens.tolist() if cu_seqlens.numel() <= 16 else cu_seqlens}"
+        )
+    if lengths.max() > max_seqlen:
+        raise ValueError(f"{max_name} is {max_seqlen}, but the longest segment has {int(lengths.max())} rows")
 
-    dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    whole = n_q // BLOCK_M * BLOCK_M
-    for group in range(GROUPS):
-        head = key_head * GROUPS + group
-        plane = segment * num_heads + head
-        q_base = q_ptr + (q_origin * stride_qs + head * stride_qh)
-        dout_base = dout_ptr + (q_origin * stride_dos + head * stride_doh)
-        lse_base = lse_ptr + (q_origin * stride_ls + head * stride_lh)
-        delta_base = delta_ptr + (q_origin * stride_ls + head * stride_lh)
-        for start_m in range(0, whole, BLOCK_M):
-            dk, dv = _long_dk_dv_step(
-                dk, dv, k, v, q_base, dout_base, lse_base, delta_base, seed_ptr, stride_qn, stride_don, start_m, start_n,
-                n_q, plane, qk_scale, p_threshold, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, False, PRECISION,
-            )  # fmt: skip
-        if whole < n_q:
-            dk, dv = _long_dk_dv_step(
-                dk, dv, k, v, q_base, dout_base, lse_base, delta_base, seed_ptr, stride_qn, stride_don, whole, start_n,
-                n_q, plane, qk_scale, p_threshold, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, True, PRECISION,
-            )  # fmt: skip
-    if MASKED:
-        # A key owns its rows of dK and dV, so padding needs no masking until here.
-        dk = tl.where(real[:, None], dk, 0.0)
-        dv = tl.where(real[:, None], dv, 0.0)
-    kv_base = k_origin * stride_dks + start * stride_dkn + key_head * stride_dkh
-    _store_tile(dk_ptr + kv_base, dk * (scale * keep_scale), stride_dkn, keys_left, BLOCK_N, D, BLOCK_D)
-    _store_tile(dv_ptr + kv_base, dv * keep_scale, stride_dkn, keys_left, BLOCK_N, D, BLOCK_D)
+
+# --------------------------------------------------------------------------------------------------------------- public
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_padding_mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    window: int | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(QKᵀ · scale)V for each sequence and head of a padded batch, without a causal mask (module docstring).
+
+    Args:
+        q: [B, H, N_q, D], bfloat16, float16, float32 (float64: by PyTorch), any strides, D at most 256.
+        k, v: [B, H_k, N_k, D], q's dtype. H is a multiple of H_k: each group of H / H_k heads shares a key head.
+        key_padding_mask: bool [B, N_k], True where a key is real. Padding is not attended to; a query without any
+            real key gives zeros and has zero gradients.
+        scale: multiplies the scores, positive; 1/√D when None.
+        dropout_p: probability of dropping an attention weight, in [0, 1). Pass 0 when not training.
+        seed: int, or int64 tensor of one element on q's device (read by the kernel, so a replayed CUDA graph may
+            change it), or None: drawn from torch's generator. The mask is `dropout_mask(dropout_p, seed, N_q, N_k,
+            planes=B·H)`, plane b·H + h.
+        window: query i attends to key j only where |i − j| ≤ window (N_q = N_k); None: no limit.
+        return_lse: return also the log of each query's softmax denominator, not differentiable.
+
+    Returns:
+        out [B, H, N_q, D], whose memory is [B, N_q, H, D]; with return_lse (out, lse float32 [B, H, N_q], −inf where
+        no key is real).
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or option that does not fit; the message names the argument.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} must have shape [B, H, N, D]; got {tuple(x.shape)}")
+    _check_tensors(q=q, k=k, v=v)
+    _check_heads(q, k, v)
+    if k.shape[0] != q.shape[0]:
+        raise ValueError(f"k must have q's batch size, {q.shape[0]}; got {k.shape[0]}")
+    scale = _check_options(scale, q.shape[-1], dropout_p, window)
+    if window is not None and q.shape[2] != k.shape[2]:
+        raise ValueError(f"window needs as many queries as keys; got {q.shape[2]} and {k.shape[2]}")
+    if key_padding_mask is not None:
+        if key_padding_mask.dtype != torch.bool:
+            raise TypeError(f"key_padding_mask must be bool, True where a key is real; got {key_padding_mask.dtype}")
+        if key_padding_mask.shape != (k.shape[0], k.shape[2]) or key_padding_mask.device != q.device:
+            raise ValueError(
+                f"key_padding_mask must have shape {(k.shape[0], k.shape[2])} and be on {q.device}; got "
+                f"{tuple(key_padding_mask.shape)} on {key_padding_mask.device}"
+            )
+    q, k, v = _under_autocast(q, k, v)
+    if choose_backend(q) == "reference":
+        out, lse = attention_fallback.padded(q, k, v, key_padding_mask, scale, dropout_p, seed, window, return_lse)
+    else:
+        mask = None if key_padding_mask is None else key_padding_mask.contiguous().view(torch.uint8)
+        drawn = resolve_seed(seed, q.device) if dropout_p > 0.0 else None
+        limit = NO_WINDOW if window is None else window
+        out, stats = _attention(q, k, v, None, None, mask, drawn, q.shape[2], k.shape[2], scale, dropout_p, limit)
+        lse = _lse(stats, scale) if return_lse else None
+    return (out, lse.detach()) if return_lse and lse is not None else out
+
+
+def attention_varlen(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    window: int | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` within each segment of a packed batch: no padding exists. Reads qkv as its projection wrote it.
+
+    Args:
+        qkv: [T, 3, H, D]: queries, keys and values of T rows.
+        cu_seqlens: int32 [S + 1] on qkv's device, from 0, never falling: segment s is rows cu_seqlens[s] …
+            cu_seqlens[s + 1] − 1. Segments may be empty. Rows behind the last are in no segment: their output and
+            gradients are zeros. On a GPU the content is not checked, for that would synchronise: no content makes
+            the kernels read or write outside their tensors.
+        max_seqlen: no segment is longer. On a GPU the output of one that is longer is NaN.
+        scale, dropout_p, seed, window, return_lse: as in `attention`. Dropout's plane is s·H + h.
+
+    Returns:
+        out [T, H, D], contiguous; with return_lse (out, lse float32 [H, T], defined for the rows of segments).
+
+    Raises:
+        ValueError, TypeError: as in `attention`.
+    """
+    if qkv.dim() != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"qkv must have shape [T, 3, H, D]; got {tuple(qkv.shape)}")
+    _check_tensors(qkv=qkv)
+    scale = _check_options(scale, qkv.shape[-1], dropout_p, window)
+    _check_cu_seqlens("cu_seqlens", cu_seqlens, qkv.shape[0], "max_seqlen", max_seqlen, qkv.device)
+    (qkv,) = _under_autocast(qkv)
+    if choose_backend(qkv) == "reference":
+        out, lse = attention_fallback.packed(
+            *qkv.unbind(1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale, dropout_p, seed, window, return_lse
+        )
+    else:
+        drawn = resolve_seed(seed, qkv.device) if dropout_p > 0.0 else None
+        limit = NO_WINDOW if window is None else window
+        out, stats = _attention_qkv(qkv, cu_seqlens.contiguous(), drawn, max_seqlen, scale, dropout_p, limit)
+        lse = _lse(stats, scale) if return_lse else None
+    return (out, lse.detach()) if return_lse and lse is not None else out
+
+
+def attention_varlen_separate(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    max_seqlen_q: int,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    window: int | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention_varlen` for q, k and v in tensors of their own: rotated, grouped, or of different lengths.
+
+    Args:
+        q: [T_q, H, D]. k, v: [T_k, H_k, D], H a multiple of H_k.
+        cu_seqlens_q, max_seqlen_q: the queries' segments, as in `attention_varlen`.
+        cu_seqlens_k, max_seqlen_k: the keys' segments, as many; the queries' when None. A query whose segment has no
+            key gives zeros.
+        scale, dropout_p, seed, window, return_lse: as in `attention_varlen`; a window needs cu_seqlens_k None.
+
+    Returns:
+        out [T_q, H, D], contiguous; with return_lse (out, lse float32 [H, T_q]).
+
+    Raises:
+        ValueError, TypeError: as in `attention`.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 3:
+            raise ValueError(f"{name} must have shape [T, H, D]; got {tuple(x.shape)}")
+    _check_tensors(q=q, k=k, v=v)
+    _check_heads(q, k, v)
+    scale = _check_options(scale, q.shape[-1], dropout_p, window)
+    if (cu_seqlens_k is None) != (max_seqlen_k is None):
+        raise ValueError("cu_seqlens_k and max_seqlen_k must be given together")
+    if window is not None and cu_seqlens_k is not None:
+        raise ValueError("window needs the queries' own segments: leave cu_seqlens_k and max_seqlen_k out")
+    _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[0], "max_seqlen_q", max_seqlen_q, q.device)
+    if cu_seqlens_k is None or max_seqlen_k is None:
+        cu_seqlens_k, max_seqlen_k = cu_seqlens_q, max_seqlen_q
+        if k.shape[0] != q.shape[0]:
+            raise ValueError(f"k must have q's rows, {q.shape[0]}, where cu_seqlens_k is not given; got {k.shape[0]}")
+    if cu_seqlens_k.shape != cu_seqlens_q.shape:
+        raise ValueError(
+            f"cu_seqlens_k must have as many segments as cu_seqlens_q; got shapes {tuple(cu_seqlens_k.shape)} and "
+            f"{tuple(cu_seqlens_q.shape)}"
+        )
+    _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0], "max_seqlen_k", max_seqlen_k, q.device)
+    q, k, v = _under_autocast(q, k, v)
+    if choose_backend(q) == "reference":
+        out, lse = attention_fallback.packed(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, dropout_p, seed, window, return_lse
+        )
+    else:
+        drawn = resolve_seed(seed, q.device) if dropout_p > 0.0 else None
+        limit = NO_WINDOW if window is None else window
+        of_q, of_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+        out, stats = _attention(q, k, v, of_q, of_k, None, drawn, max_seqlen_q, max_seqlen_k, scale, dropout_p, limit)
+        lse = _lse(stats, scale) if return_lse else None
+    return (out, lse.detach()) if return_lse and lse is not None else out
+
+
+__all__ = ["MAX_HEAD_DIM", "attention", "attention_varlen", "attention_varlen_separate"]

@@ -31,6 +31,7 @@ def attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     dropout_mask: Tensor | None = None,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(QKᵀ · scale)V and its log-sum-exp, per head (Vaswani et al. 2017, eq. 1; no causal mask).
 
@@ -39,6 +40,7 @@ def attention(
         key_padding_mask: bool [B, N_k], True where a key is real. A query whose keys are all padding gives zeros.
         scale: 1/√D when None.
         dropout_mask: bool [B, H, N_q, N_k].
+        window: query i attends to key j only where |i − j| ≤ window; None: no limit.
 
     Returns:
         (out [B, H, N_q, D], lse [B, H, N_q]: natural log of the softmax denominator, −inf where no key is real).
@@ -48,13 +50,16 @@ def attention(
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     scores = (q * scale) @ k.transpose(-1, -2)  # (B, H, N_q, N_k)
-    if key_padding_mask is None and k.shape[2] > 0:
+    if key_padding_mask is None and window is None and k.shape[2] > 0:
         lse = torch.logsumexp(scores, dim=-1)
         probabilities = torch.softmax(scores, dim=-1)
     else:
         real = torch.ones_like(scores, dtype=torch.bool)
         if key_padding_mask is not None:
             real = real & key_padding_mask[:, None, None, :]
+        if window is not None:
+            i, j = (torch.arange(n, device=q.device) for n in scores.shape[-2:])
+            real = real & ((i[:, None] - j).abs() <= window)
         lse = torch.logsumexp(scores.masked_fill(~real, -math.inf), dim=-1)
         # A finite fill, then zeros: a row without a real key has neither NaN nor gradient.
         finite = scores.masked_fill(~real, torch.finfo(scores.dtype).min)
@@ -72,23 +77,22 @@ def attention_varlen(
     scale: float | None = None,
     dropout_p: float = 0.0,
     dropout_masks: list[Tensor] | None = None,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attention` over packed segments: segment s is rows cu_seqlens[s] … cu_seqlens[s+1] − 1.
 
     Args:
-        q: [T_q, H, D]. k, v: [T_k, H_k, D]. cu_seqlens_q, cu_seqlens_k: int32 [S + 1], from 0, rising, to T.
+        q: [T_q, H, D]. k, v: [T_k, H_k, D]. cu_seqlens_q, cu_seqlens_k: int32 [S + 1], from 0, never falling.
         dropout_masks: for each segment a bool [H, n_q, n_k].
 
     Returns:
-        (out [T_q, H, D], lse [H, T_q]).
+        (out [T_q, H, D], lse [H, T_q]); rows behind the last segment are zeros, their lse −inf.
     """
     bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # (H, T, D)
     outs, lses = [], []
     for s in range(len(bounds_q) - 1):
         of_q, of_k = slice(bounds_q[s], bounds_q[s + 1]), slice(bounds_k[s], bounds_k[s + 1])
-        if of_q.start == of_q.stop:
-            continue
         out, lse = attention(
             q[None, :, of_q],
             k[None, :, of_k],
@@ -96,11 +100,13 @@ def attention_varlen(
             scale=scale,
             dropout_p=dropout_p,
             dropout_mask=None if dropout_masks is None else dropout_masks[s][None],
+            window=window,
         )
         outs.append(out[0])
         lses.append(lse[0])
-    if not outs:
-        return (q * 0).transpose(0, 1), q.sum(-1) * 0
+    rest = q[:, bounds_q[-1] :] * 0.0
+    outs.append(rest)
+    lses.append(torch.full_like(rest[..., 0], -math.inf))
     return torch.cat(outs, dim=1).transpose(0, 1), torch.cat(lses, dim=1)
 
 
@@ -123,11 +129,25 @@ def dropout_add_layernorm(
     return layernorm(residual + dropout(x, p, dropout_mask), weight, bias, eps=eps)
 
 
-def cross_entropy_rows(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
-    """Per-row −Σ_w y_w log p(w) + z_loss · lse², y = (1 − label_smoothing)·onehot + label_smoothing/V. [M]."""
-    losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+def cross_entropy_rows(
+    logits: Tensor, labels: Tensor, *, ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> Tensor:
+    """Per-row −Σ_w y_w log p(w) + z_loss · lse², y = (1 − label_smoothing)·onehot + label_smoothing/V.
+
+    Args:
+        logits: [M, V]. labels: int64 [M].
+
+    Returns:
+        [M], 0 where the label is ``ignore_index``; float32 where logits are narrower: in bf16 a loss of 10 would have
+        steps of 0.06.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = F.cross_entropy(
+        logits, labels, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
+    )
     if z_loss:
-        losses = losses + z_loss * torch.logsumexp(logits, dim=-1).square()
+        penalty = z_loss * torch.logsumexp(logits, dim=-1).square()
+        losses = losses + penalty.masked_fill(labels == ignore_index, 0.0)
     return losses
 
 
@@ -149,14 +169,20 @@ def masked_lm_loss(
         reduction: "mean" over the labelled rows (0 when there are none), "sum", or "none" ([T], 0 where ignored).
 
     Returns:
-        (loss, number of labelled rows whose arg max is the label: int64 scalar).
+        (loss, number of labelled rows whose arg max, the first of equals, is the label: int64 scalar).
     """
-    rows = torch.nonzero(labels != ignore_index).squeeze(-1)
+    labelled = labels != ignore_index
+    if torch.compiler.is_compiling():
+        rows = torch.arange(labels.shape[0], device=labels.device)  # every row: a compiled graph has constant shapes
+    else:
+        rows = torch.nonzero(labelled).squeeze(-1)
     targets = labels[rows]
     logits = F.linear(hidden[rows], weight, bias)  # (M, V): only labelled rows meet the vocabulary
-    losses = cross_entropy_rows(logits, targets, label_smoothing=label_smoothing, z_loss=z_loss)
-    correct = (logits.detach().argmax(-1) == targets).sum()
+    losses = cross_entropy_rows(
+        logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss
+    )
+    correct = ((logits.detach().argmax(-1) == targets) & (targets != ignore_index)).sum()
     if reduction == "none":
-        return torch.zeros_like(hidden[:, 0]).index_put((rows,), losses), correct
+        return losses.new_zeros(labels.shape).index_put((rows,), losses), correct
     total = losses.sum()
-    return total / max(rows.numel(), 1) if reduction == "mean" else total, correct
+    return total / labelled.sum().clamp(min=1) if reduction == "mean" else total, correct
