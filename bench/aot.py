@@ -59,8 +59,14 @@ class Resources:
         return min(by_registers, warps // self.num_warps, by_shared, 32)
 
     def count(self, prefix: str) -> int:
-        """Instructions whose opcode starts with ``prefix``, e.g. "HGMMA" or "LDG.E.128"."""
+        """Instructions whose opcode starts with ``prefix``, e.g. "HGMMA" or "LDG"."""
         return sum(n for opcode, n in self.instructions.items() if opcode.startswith(prefix))
+
+    def count_wide(self, prefix: str) -> int:
+        """Those of 128 bits: "LDG" for loads to registers (LDG) and to shared memory (LDGSTS), "STG" for stores."""
+        return sum(
+            n for opcode, n in self.instructions.items() if opcode.startswith(prefix) and "128" in opcode.split(".")
+        )
 
 
 class _AbsentGPU:
@@ -88,7 +94,9 @@ def _read_cubin(cubin: bytes) -> tuple[int, int, collections.Counter[str]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run([_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True)
+        usage = subprocess.run(
+            [_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
         sass = subprocess.run([_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True)
     registers = max(int(n) for n in re.findall(r"REG:(\d+)", usage.stdout))
     stack = max(int(n) for n in re.findall(r"STACK:(\d+)", usage.stdout))
@@ -135,7 +143,7 @@ def compiled_kernels(arch: int = 90) -> Iterator[list[Resources]]:
     with (
         mock.patch.object(triton.runtime.driver, "_active", _AbsentGPU(arch)),
         mock.patch.object(triton.runtime.JITFunction, "run", compile_only),
-        mock.patch.object(backend, "interpreting", lambda: True),  # CPU tensors may take the Triton path
+        mock.patch.object(backend, "interpreting", return_value=True),  # CPU tensors may take the Triton path
         use_backend("triton"),
     ):
         yield found
@@ -177,8 +185,8 @@ def cases(dtype: torch.dtype = torch.bfloat16) -> dict[str, Callable[[], None]]:
                 )
     for hidden_size in (256, 768, 1024, 4096):
         for p in (0.0, 0.1):
-            found[f"dropout_add_layernorm H={hidden_size} dropout={p}"] = (
-                lambda h=hidden_size, p=p: _dropout_add_layernorm(h, p, dtype)
+            found[f"dropout_add_layernorm H={hidden_size} dropout={p}"] = lambda h=hidden_size, p=p: (
+                _dropout_add_layernorm(h, p, dtype)
             )
         found[f"layernorm H={hidden_size}"] = lambda h=hidden_size: _layernorm(h, dtype)
     for vocab_size in (8192, 30522):
@@ -188,7 +196,9 @@ def cases(dtype: torch.dtype = torch.bfloat16) -> dict[str, Callable[[], None]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Resources of every kernel, compiled for a GPU that need not be here.")
-    parser.add_argument("--arch", type=int, default=90, choices=sorted(LIMITS), help="compute capability, e.g. 90 for Hopper")
+    parser.add_argument(
+        "--arch", type=int, default=90, choices=sorted(LIMITS), help="compute capability, e.g. 90 for Hopper"
+    )
     parser.add_argument("--only", default="", help="only the cases whose name contains this")
     parser.add_argument("--out", type=Path, help="also write the table as JSON")
     args = parser.parse_args()
@@ -200,9 +210,11 @@ def main() -> None:
         with compiled_kernels(args.arch) as found:
             call()
         for r in found:
-            rows.append({"case": name, **dataclasses.asdict(r), "blocks_per_multiprocessor": r.blocks_per_multiprocessor})
+            rows.append(
+                {"case": name, **dataclasses.asdict(r), "blocks_per_multiprocessor": r.blocks_per_multiprocessor}
+            )
             matrix = next((f"{r.count(op)} {op}" for op in ("UTCHMMA", "HGMMA", "HMMA") if r.count(op)), "-")
-            wide = r.count("LDG.E.128") + r.count("LDG.E.EF.128"), r.count("STG.E.128")
+            wide = r.count_wide("LDG"), r.count_wide("STG")
             print(
                 f"{name:44} {r.name:34} {r.num_warps:5} {r.registers:4} {r.spill_bytes:5} {r.shared_bytes:6} "
                 f"{r.blocks_per_multiprocessor:6}  {matrix:9} {wide[0]:4} {wide[1]:5}"

@@ -1,0 +1,154 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command, on a machine that may have no network:
+#
+#     bash bench/campaign.sh OUT_DIR [--minutes 9] [--quick] [--tests PATH]
+#
+# From a source checkout, with a Python (PYTHON=..., default python3) that has torch, triton and transformers, it
+#   tests    runs the test-suite (on the GPU, where there is one)
+#   kernels  times every operator against PyTorch and the peers that are installed
+#   parity   trains `base` for 100 steps beside Transformers, same weights, same batches
+#   ragged   times a whole training step against Transformers on ragged lengths
+#   equal    the same on equal lengths, and under torch.compile when there is time to compile
+# and leaves eight files in OUT_DIR:
+#   campaign.json         what ran, for how long, with which exit status
+#   tests.log, tests.xml  the test-suite
+#   bench.log             what the benchmarks printed
+#   kernels.json, parity.json, ragged.json, equal.json    their figures, with the environment they were measured in
+# A stage that fails or runs out of time does not stop the next one; the exit status is then 1.
+#
+# --quick runs every stage as a smoke test, on a CPU too; --tests PATH runs only these tests.
+set -uo pipefail
+
+fail() { echo "campaign: error: $*" >&2; exit 2; }
+
+minutes=9 quick=0 tests=tests out=
+while [ $# -gt 0 ]; do
+  case $1 in
+    --minutes) [ $# -gt 1 ] || fail "--minutes needs a number"; minutes=$2; shift ;;
+    --tests) [ $# -gt 1 ] || fail "--tests needs a path"; tests=$2; shift ;;
+    --quick) quick=1 ;;
+    -*) fail "unknown option $1; see the head of $0" ;;
+    *) [ -z "$out" ] || fail "one OUT_DIR, please; got $out and $1"; out=$1 ;;
+  esac
+  shift
+done
+[ -n "$out" ] || fail "usage: bash bench/campaign.sh OUT_DIR [--minutes 9] [--quick] [--tests PATH]"
+[[ $minutes =~ ^[0-9]+$ ]] && [ "$minutes" -ge 1 ] || fail "--minutes must be a whole number from 1; got $minutes"
+mkdir -p "$out" || fail "cannot make $out"
+out=$(cd "$out" && pwd)
+root=$(cd "$(dirname "$0")/.." && pwd)
+[ -f "$root/setup.py" ] && [ -d "$root/tests" ] || fail "$root is not a source checkout: run the campaign.sh inside one"
+cd "$root" || exit 2
+python=${PYTHON:-python3}
+command -v "$python" >/dev/null || fail "no $python here: set PYTHON"
+
+begin=$SECONDS
+deadline=$((begin + 60 * minutes))
+work=$(mktemp -d) || fail "cannot make a temporary folder"
+trap 'rm -rf "$work"' EXIT
+
+# The repository root stays off sys.path (kernels/ there is not Hugging Face's package of that name), a GPU is never
+# replaced by the interpreter, and Python prints as it goes, so that a stage cut short leaves its output.
+export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export HYPOTHESIS_STORAGE_DIRECTORY="$work/hypothesis"
+export FUSEBERT_CAMPAIGN=1 # its own test does not start another one
+unset TRITON_INTERPRET FUSEBERT_BACKEND
+FUSEBERT_COMMIT=${FUSEBERT_COMMIT:-$(git describe --always --dirty --abbrev=12 2>/dev/null || true)}
+export FUSEBERT_COMMIT
+
+# Installed from a copy, so that the checkout gets no build/ and no egg-info. Not a venv: where python is itself one,
+# --system-site-packages would show the base interpreter's packages, not its own.
+mkdir "$work/source" "$work/site"
+cp -r setup.py pyproject.toml README.md kernels model train bench "$work/source/"
+if ! "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --no-compile --no-cache-dir \
+  --disable-pip-version-check --root-user-action ignore --target "$work/site" "$work/source" >"$work/pip.log" 2>&1; then
+  echo "pip could not install the sources; they go on the path as they are. It said:"
+  tail -n 3 "$work/pip.log"
+  rm -rf "${work:?}/site" && mkdir -p "$work/site/fusebert"
+  cp -r kernels model train bench "$work/site/fusebert/"
+fi
+export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}" PATH="$work/site/bin:$PATH"
+
+where=$("$python" -c 'import fusebert.bench as b; print(b.__file__)') || fail "fusebert cannot be imported with $python"
+case $where in "$work"/*) ;; *) echo "note: measuring the fusebert at $where, not this checkout" ;; esac
+"$python" -m fusebert.bench.environment || fail "the environment cannot be read: is torch installed for $python?"
+nvidia-smi 2>/dev/null || echo "no nvidia-smi: no GPU of NVIDIA's here"
+
+whole=$((60 * minutes))
+names=() statuses=() durations=()
+# stage NAME PERCENT LOG COMMAND...: run within this share of the whole and what is left of it.
+stage() {
+  local name=$1 limit=$((whole * $2 / 100)) log=$3 left=$((deadline - SECONDS)) start=$SECONDS status
+  shift 3
+  [ "$limit" -lt "$left" ] || limit=$left
+  if [ "$limit" -lt 10 ]; then
+    echo "== $name: no time left"
+    status=124
+  else
+    echo "== $name: at most $limit s"
+    echo "== $name" >>"$out/$log"
+    timeout -s INT -k 15 "$limit" "$@" >>"$out/$log" 2>&1
+    status=$?
+  fi
+  names+=("$name") statuses+=("$status") durations+=($((SECONDS - start)))
+  echo "== $name: exit status $status after $((SECONDS - start)) s"
+}
+has() { "$python" -c "import $1" 2>/dev/null; }
+share() { "$python" -c "print(round(max(0.1, $1), 2))"; }
+rm -f "$out"/{campaign,kernels,parity,ragged,equal}.json "$out"/{tests,bench}.log "$out/tests.xml"
+
+pytest_options=(-q --junitxml "$out/tests.xml" -p no:cacheprovider --durations 10)
+# Compiling kernels is what takes the time, on the CPU; each process holds a context on the GPU.
+cores=$(nproc)
+if has xdist; then pytest_options+=(-n $((cores > 8 ? 8 : cores)) --dist loadfile); fi
+if has pytest_timeout; then pytest_options+=(--timeout 150); fi
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} stage tests 34 tests.log "$python" -m pytest "${pytest_options[@]}" "$tests"
+
+# A benchmark's own --minutes ends it before its share is up; what a stage leaves goes to the last one.
+bench=("$python" -m fusebert.bench.cli)
+if [ "$quick" = 1 ]; then
+  small=(--model tiny --tokens 256 --seqlen 64 --vocab-size 1024)
+  stage kernels 26 bench.log "${bench[@]}" kernels --quick --out "$out/kernels.json"
+  stage parity 18 bench.log "${bench[@]}" parity --steps 6 "${small[@]}" --out "$out/parity.json"
+  stage ragged 14 bench.log "${bench[@]}" step --quick --ragged "${small[@]}" --out "$out/ragged.json"
+  stage equal 100 bench.log "${bench[@]}" step --quick --equal "${small[@]}" --out "$out/equal.json"
+else
+  stage kernels 26 bench.log "${bench[@]}" kernels --minutes "$(share "$minutes * 0.2")" --out "$out/kernels.json"
+  stage parity 18 bench.log "${bench[@]}" parity --steps 100 --out "$out/parity.json"
+  stage ragged 14 bench.log \
+    "${bench[@]}" step --ragged --seqlen 512 --minutes "$(share "$minutes * 0.09")" --out "$out/ragged.json"
+  left=$((deadline - SECONDS - 15))
+  compile=--compile
+  [ "$left" -ge 100 ] || compile=--no-compile
+  stage equal 100 bench.log \
+    "${bench[@]}" step --equal $compile --minutes "$(share "$left / 60 * 0.75")" --out "$out/equal.json"
+fi
+
+"$python" - "$out/campaign.json" "$((SECONDS - begin))" "${names[*]}" "${statuses[*]}" "${durations[*]}" <<'END'
+import json, os, sys
+path, total, names, statuses, durations = sys.argv[1:]
+stages = [
+    {"stage": name, "exit_status": int(status), "seconds": int(seconds)}
+    for name, status, seconds in zip(names.split(), statuses.split(), durations.split())
+]
+with open(path + ".tmp", "w") as file:
+    json.dump({"commit": os.environ["FUSEBERT_COMMIT"] or None, "seconds": int(total), "stages": stages}, file, indent=1)
+os.replace(path + ".tmp", path)
+END
+
+# What a reader who sees only the end of the output needs.
+for log in tests bench; do
+  echo "---- the end of $log.log"
+  tail -n $([ $log = tests ] && echo 30 || echo 90) "$out/$log.log" 2>/dev/null
+done
+echo "---- campaign: $((SECONDS - begin)) s; files in $out"
+failed=0
+for i in "${!names[@]}"; do
+  case ${statuses[$i]} in
+    0) result=passed ;;
+    124 | 137) result="OUT OF TIME"; failed=1 ;;
+    *) result="FAILED (${statuses[$i]})"; failed=1 ;;
+  esac
+  echo "${names[$i]}: $result, ${durations[$i]} s"
+done
+exit $failed

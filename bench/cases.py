@@ -1,0 +1,136 @@
+"""What a benchmark of an operator consists of: a case, its inputs, and the contestants that compute it.
+
+A `Case` is an operator at one shape and dtype. It makes canonical inputs and says, for them, what is right (`oracle`)
+and what plain PyTorch makes of it at the same dtype (`yardstick`). A `Contestant` binds an implementation to such
+inputs in the layout it likes best, untimed: a `Run`. Which of a run's passes are timed is the case's ``passes``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+OURS, PEER, BOUND = "ours", "peer", "bound"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One implementation bound to one set of inputs.
+
+    Attributes:
+        forward: the call.
+        leaves: what gradients are taken of.
+        grad_output: the gradient of the result; None for a scalar loss.
+        named: the result and the gradients of ``leaves`` under the case's names, in its canonical layout.
+    """
+
+    forward: Callable[[], Tensor]
+    leaves: tuple[Tensor, ...]
+    grad_output: Tensor | None
+    named: Callable[[Tensor, tuple[Tensor, ...]], Tensors]
+
+    def backward(self, out: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of ``leaves``: new tensors, nothing is accumulated."""
+        return torch.autograd.grad(out, self.leaves, self.grad_output)
+
+    def forward_backward(self) -> tuple[Tensor, ...]:
+        """A training step's share of the operator."""
+        return self.backward(self.forward())
+
+
+@dataclasses.dataclass(frozen=True)
+class Contestant:
+    """An implementation in the race.
+
+    Attributes:
+        bind: canonical inputs and a dropout probability → a `Run`.
+        role: "ours", "peer", or "bound": the part of the work nobody can leave out, timed but not checked.
+        replays_dropout: it draws `fusebert.kernels.dropout_mask`'s mask for the inputs' seed, so it is checked with
+            dropout on; others are checked with dropout off and timed with it on.
+        context: entered around its calls, e.g. a forced backend.
+    """
+
+    name: str
+    bind: Callable[[Tensors, float], Run]
+    role: str = PEER
+    replays_dropout: bool = False
+    context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+
+
+@dataclasses.dataclass(frozen=True)
+class Missing:
+    """A peer that is not in the race, and why: how to install it, or what it cannot do."""
+
+    name: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """The least a pass must do: FLOPs of its matrix products; bytes, each input read and each output written once."""
+
+    flops: float
+    bytes: float
+
+    def floor_ms(self, ceilings: Mapping[str, Any]) -> float:
+        """The time below which the machine's measured rates let nobody go."""
+        by_flops = self.flops / ceilings["matmul_flops_per_s"]
+        return 1e3 * max(by_flops, self.bytes / ceilings["copy_bytes_per_s"])
+
+    def limit(self, ceilings: Mapping[str, Any]) -> str:
+        """Which of the two is the floor: "memory" or "matmul"."""
+        by_flops = self.flops / ceilings["matmul_flops_per_s"]
+        return "matmul" if by_flops > self.bytes / ceilings["copy_bytes_per_s"] else "memory"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An operator at one shape.
+
+    Attributes:
+        op: "attention", "layernorm" or "mlm_loss".
+        name: the shape in words, unique within the operator.
+        shape: the shape in numbers, for the result file.
+        inputs: seed → canonical inputs, random, on the device.
+        oracle: (inputs, dropout probability) → result and gradients in float64, by name; dropout by the mask that
+            ``replays_dropout`` contestants draw.
+        yardstick: the same by plain PyTorch at the case's dtype.
+        passes: pass → its cost. "forward" saves what the backward needs, "inference" has gradients switched off;
+            "backward", "forward+backward".
+        contestants: ours first.
+        value: order of running when time is short; low first.
+    """
+
+    op: str
+    name: str
+    dtype: torch.dtype
+    device: torch.device
+    shape: Mapping[str, Any]
+    inputs: Callable[[int], Tensors]
+    oracle: Callable[[Tensors, float], Tensors]
+    yardstick: Callable[[Tensors, float], Tensors]
+    passes: Mapping[str, Cost]
+    contestants: tuple[Contestant, ...]
+    missing: tuple[Missing, ...] = ()
+    dropout_p: float = 0.0
+    value: int = 0
+
+
+def installed(package: str) -> bool:
+    """Whether ``package`` can be imported, without importing it."""
+    return importlib.util.find_spec(package) is not None
+
+
+def leaf(x: Tensor) -> Tensor:
+    """``x`` as a leaf that wants a gradient, same memory, same strides."""
+    return x.detach().requires_grad_()
+
+
+__all__ = ["BOUND", "OURS", "PEER", "Case", "Contestant", "Cost", "Missing", "Run", "Tensors", "installed", "leaf"]

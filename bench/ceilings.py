@@ -1,0 +1,74 @@
+"""What the machine can do at most, measured in the run it is compared with: copy rate and matrix-product rate.
+
+copy     b ← a, a of a gigabyte: bytes read + bytes written over time
+matmul   C ← A B, 8192³ on random data (zeros run faster): 2 M N K FLOPs over time
+linears  BERT-base's own products, forward and both gradients: at K = 768 they reach less than the large one
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .timing import Timing, Work, interleave
+
+# (in features, out features) of BERT-base's linears.
+BERT_BASE_LINEARS = {"qkv": (768, 2304), "attention output": (768, 768), "ffn in": (768, 3072), "ffn out": (3072, 768)}
+
+
+def _median(work: Work, device: torch.device, seconds: float) -> Timing:
+    return interleave({"": work}, device, seconds=seconds, min_rounds=5)[""]
+
+
+def copy_rate(device: torch.device, *, seconds: float = 0.5) -> float:
+    """Bytes a second, read plus written, of a large copy on the device."""
+    size = (1 << 30) if device.type == "cuda" else (64 << 20)
+    a = torch.randint(-128, 127, (size,), dtype=torch.int8, device=device)
+    b = torch.empty_like(a)
+    timing = _median(Work(lambda _: b.copy_(a)), device, seconds)
+    return 2 * size / (1e-3 * timing.median)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, *, seconds: float = 0.5) -> float:
+    """FLOPs a second of a large square matrix product on random data."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    timing = _median(Work(lambda _: a @ b), device, seconds)
+    return 2 * n**3 / (1e-3 * timing.median)
+
+
+def linear_rates(
+    device: torch.device, dtype: torch.dtype, *, tokens: int, seconds: float = 0.2
+) -> dict[str, dict[str, float]]:
+    """FLOPs a second of BERT-base's linears over ``tokens`` rows: forward, gradient of the input, of the weight."""
+    rates: dict[str, dict[str, float]] = {}
+    for name, (n_in, n_out) in BERT_BASE_LINEARS.items():
+        x, dy = (torch.randn(tokens, n, device=device, dtype=dtype) for n in (n_in, n_out))
+        w = torch.randn(n_out, n_in, device=device, dtype=dtype)
+        works = {
+            "forward": Work(lambda _, x=x, w=w: x @ w.t()),
+            "input gradient": Work(lambda _, dy=dy, w=w: dy @ w),
+            "weight gradient": Work(lambda _, dy=dy, x=x: dy.t() @ x),
+        }
+        timings = interleave(works, device, seconds=seconds, min_rounds=3)
+        flops = 2 * tokens * n_in * n_out
+        rates[name] = {which: flops / (1e-3 * timing.median) for which, timing in timings.items()}
+    return rates
+
+
+def ceilings(device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> dict[str, Any]:
+    """All of the above as JSON types; ``quick`` leaves out the linears and measures for less long."""
+    seconds = 0.1 if quick else 0.5
+    found: dict[str, Any] = {
+        "copy_bytes_per_s": copy_rate(device, seconds=seconds),
+        "matmul_flops_per_s": matmul_rate(device, dtype, seconds=seconds),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    if not quick and device.type == "cuda":
+        tokens = 65536
+        found["bert_base_linears"] = {"tokens": tokens, "flops_per_s": linear_rates(device, dtype, tokens=tokens)}
+    return found
+
+
+__all__ = ["ceilings", "copy_rate", "linear_rates", "matmul_rate"]

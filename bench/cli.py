@@ -1,0 +1,208 @@
+"""``fusebert bench``: the operators and the training step against reference, peers and the machine's own limits."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..train.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+# Typer keeps the line breaks of a command's second paragraph: those below are wrapped for a terminal of 80 columns.
+app = typer.Typer(
+    name="bench",
+    help="Time the operators and the training step against PyTorch, peers and the measured limits of the machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Device = Annotated[
+    str | None, typer.Option(help="cuda, cuda:1, cpu. Default: the GPU if there is one.", show_default=False)
+]
+Out = Annotated[Path | None, typer.Option(help="Write environment, settings and every figure here, as JSON.")]
+Minutes = Annotated[
+    float | None, typer.Option(help="Take about so long: what is most worth knowing comes first.", min=0.05)
+]
+Quick = Annotated[bool, typer.Option("--quick", help="A smoke test: few cases, little measuring.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="bf16, fp16 or fp32. Default: bf16 on a GPU, fp32 on a CPU.", show_default=False)
+]
+Model = Annotated[
+    str | None,
+    typer.Option(help="tiny, mini, small, base or large. Default: base on a GPU, tiny on a CPU.", show_default=False),
+]
+Tokens = Annotated[int | None, typer.Option(help="Token slots in a batch. Default: by the device.", show_default=False)]
+Seqlen = Annotated[int, typer.Option(help="The longest sequence.")]
+Vocab = Annotated[int, typer.Option(help="Words in the vocabulary.")]
+
+TRAINING_DTYPES = ("bf16", "fp32")
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: no such device; give cuda, cuda:N or cpu") from error
+    if device.type not in ("cuda", "cpu"):
+        raise UserError(f"--device {name}: only CUDA GPUs and the CPU are timed")
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UserError(
+            f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA GPU(s) here; give --device cpu"
+        )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def _dtype(name: str | None, device: torch.device, allowed: tuple[str, ...]) -> torch.dtype:
+    import torch
+
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    name = name or ("bf16" if device.type == "cuda" else "fp32")
+    if name not in allowed:
+        raise UserError(f"--dtype {name}: choose one of {', '.join(allowed)}")
+    return dtypes[name]
+
+
+def _by_device(device: torch.device, model: str | None, tokens: int | None, *, on_gpu: int) -> tuple[str, int]:
+    """(preset, tokens), the device's own where they were not given."""
+    on_cuda = device.type == "cuda"
+    return model or ("base" if on_cuda else "tiny"), (on_gpu if on_cuda else 1024) if tokens is None else tokens
+
+
+def _fail_unless(right: bool, problems: list[str]) -> None:
+    for problem in problems:
+        typer.echo(f"WRONG: {problem}", err=True)
+    if not right:
+        raise typer.Exit(1)
+
+
+@app.command()
+def kernels(
+    op: Annotated[
+        str | None, typer.Option(help="attention, layernorm or mlm_loss. Default: all.", show_default=False)
+    ] = None,
+    dtype: Dtype = None,
+    quick: Quick = False,
+    minutes: Minutes = None,
+    out: Out = None,
+    device: Device = None,
+) -> None:
+    """Each operator, forward and backward, against PyTorch and every peer that is installed.
+
+    A table for each shape. "error" is the largest relative distance of a
+    result or gradient from the float64 oracle, "× torch" the largest ratio to
+    plain PyTorch's own: up to 2 is right, up to 8 is coarse, beyond is wrong
+    and not timed. "time / ours" above 1: ours is faster; with its 95 %
+    interval. "roofline": the least time that the bytes and FLOPs of the
+    operation allow at this machine's measured rates, over the time taken. A
+    peer that is not installed is named with the command that installs it.
+    Ends with status 1 if one of our own operators is not right.
+    """
+    from . import kernels as suite
+
+    where = _device(device)
+    if op is not None and op not in suite.OPERATORS:
+        raise UserError(f"--op {op}: choose one of {', '.join(suite.OPERATORS)}")
+    chosen = _dtype(dtype, where, ("bf16", "fp16", "fp32"))
+    result = suite.run(where, chosen, op=op, quick=quick, minutes=minutes, out=out, say=typer.echo)
+    problems = suite.ours_that_are_not_right(result)
+    _fail_unless(not problems, problems)
+
+
+@app.command()
+def step(
+    model: Model = None,
+    seqlen: Seqlen = 128,
+    tokens: Tokens = None,
+    ragged: Annotated[
+        bool, typer.Option("--ragged/--equal", help="Lengths vary up to --seqlen, or all are --seqlen.")
+    ] = False,
+    compiled: Annotated[
+        bool,
+        typer.Option("--compile/--no-compile", help="Also race the models under torch.compile (minutes to compile)."),
+    ] = False,
+    dropout: Annotated[float, typer.Option(help="Dropout probability of hidden states and attention.")] = 0.1,
+    vocab_size: Vocab = 30522,
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16 (autocast over fp32 weights) or fp32.", show_default=False)
+    ] = None,
+    quick: Quick = False,
+    minutes: Minutes = None,
+    out: Out = None,
+    device: Device = None,
+) -> None:
+    """One training step (forward, backward, clip, AdamW) against Transformers' BertForPreTraining on the same examples.
+
+    The examples are random, with BERT's masking; ragged lengths are log-
+    normal around 0.45 of --seqlen. Ours runs them packed; Transformers gets
+    them padded to the longest, as its users do. Tokens/s counts real tokens
+    only. A contestant whose gradients are not right (see "fusebert bench
+    kernels --help") is not timed.
+    """
+    from . import step as suite
+
+    where = _device(device)
+    chosen = _dtype(dtype, where, TRAINING_DTYPES)
+    model, tokens = _by_device(where, model, tokens, on_gpu=65536)
+    settings = suite.Settings(model, tokens, seqlen, ragged, dropout, compiled, vocab_size)
+    result = suite.run(settings, where, chosen, quick=quick, minutes=minutes, out=out, say=typer.echo)
+    problems = suite.ours_that_are_not_right(result)
+    _fail_unless(not problems, problems)
+
+
+@app.command()
+def parity(
+    model: Model = None,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 100,
+    seqlen: Seqlen = 128,
+    tokens: Tokens = None,
+    vocab_size: Vocab = 30522,
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16 (autocast over fp32 weights) or fp32.", show_default=False)
+    ] = None,
+    out: Out = None,
+    device: Device = None,
+) -> None:
+    """Train ours and Transformers' from the same weights on the same batches; compare loss curves and tokens/s.
+
+    No dropout, ragged lengths. In fp32 the losses must agree to 1e-3 at every
+    step. In bf16 ours must stay as near to Transformers' fp32 run as twice
+    the distance of Transformers' own bf16 run. Ends with status 1 otherwise.
+    """
+    from ..model import BertConfig
+    from . import train_parity
+
+    where = _device(device)
+    chosen = _dtype(dtype, where, TRAINING_DTYPES)
+    model, tokens = _by_device(where, model, tokens, on_gpu=8192)
+    config = BertConfig.preset(model, vocab_size, max_position_embeddings=max(512, seqlen))
+    result = train_parity.run(config, where, chosen, steps=steps, tokens=tokens, seqlen=seqlen, out=out, say=typer.echo)
+    right: bool = result["verdict"]["right"]
+    _fail_unless(right, [] if right else ["our training run departs from Transformers'"])
+
+
+def main(args: list[str] | None = None) -> Any:
+    """The commands above without the rest of fusebert's: ``python -m fusebert.bench.cli kernels``."""
+    try:
+        return app(args)
+    except (UserError, ValueError) as error:
+        typer.echo(f"fusebert: error: {error}", err=True)
+        sys.exit(2)
+
+
+__all__ = ["app", "main"]
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""Timing contestants against each other: interleaved bursts, medians, and ratios with their uncertainty.
+
+A burst is one contestant's calls, back to back, between two time stamps (CUDA events on a GPU, ``perf_counter`` on a
+CPU). Bursts of all contestants alternate, in a new order each round, so that whatever the machine does (clocks,
+temperature, neighbours) happens to all of them; a ratio is taken within a round and its median over the rounds is
+reported with a bootstrap interval (Efron 1979).
+
+On a GPU three things would falsify a burst, and are kept out of it:
+- the launch: a read of a large buffer is queued first, so that the host is ahead when the first time stamp passes;
+- the L2: that buffer evicts it, and calls walk through several sets of inputs that together exceed it. (Evicting by
+  writing would leave dirty lines that the timed kernel must write back.)
+- the edges: the last writes stay in the L2 beyond the second time stamp; the burst is long enough to dwarf them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+WARMUP_CALLS = 3
+MIN_ROUNDS, MAX_ROUNDS = 7, 60
+BURST_MS = {"cuda": 3.0, "cpu": 2.0}
+MAX_CALLS_PER_BURST = 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What is timed.
+
+    Attributes:
+        run: the timed call; it gets what ``prepare`` returned.
+        prepare: called untimed with the number of the call, which picks the set of inputs (and, for a backward alone,
+            builds the graph).
+        context: entered around each burst, for settings such as a forced backend.
+        max_calls: no more calls than this in a burst, where each holds memory.
+    """
+
+    run: Callable[[Any], Any]
+    prepare: Callable[[int], Any] = lambda index: index
+    context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    max_calls: int = MAX_CALLS_PER_BURST
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Milliseconds a call, one figure a round, in the order of the rounds.
+
+    Attributes:
+        samples: from the clock that counts (GPU: device time between events).
+        host: what the host needed to issue a call; where it is about as long as ``samples``, the host is the limit.
+        calls: calls in a burst.
+    """
+
+    samples: tuple[float, ...]
+    host: tuple[float, ...]
+    calls: int
+
+    @property
+    def median(self) -> float:
+        """Milliseconds."""
+        return float(np.median(self.samples))
+
+    @property
+    def spread(self) -> float:
+        """(90th − 10th percentile) / median."""
+        low, high = np.quantile(self.samples, (0.1, 0.9))
+        return float((high - low) / self.median)
+
+    @property
+    def host_bound(self) -> bool:
+        """Whether issuing the calls took as long as running them (never on a CPU, where the two are one)."""
+        return self.host != self.samples and float(np.median(self.host)) >= 0.95 * self.median
+
+    def as_json(self) -> dict[str, Any]:
+        """Summary and samples, for a result file."""
+        low, high = np.quantile(self.samples, (0.1, 0.9))
+        return {
+            "median_ms": self.median,
+            "p10_ms": float(low),
+            "p90_ms": float(high),
+            "spread": self.spread,
+            "rounds": len(self.samples),
+            "calls_per_round": self.calls,
+            "host_median_ms": float(np.median(self.host)),
+            "host_bound": self.host_bound,
+            "samples_ms": [round(x, 6) for x in self.samples],
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio:
+    """How many times longer one contestant takes than another, with a 95 % interval."""
+
+    median: float
+    low: float
+    high: float
+
+
+def ratio(numerator: Sequence[float], denominator: Sequence[float], *, resamples: int = 2000) -> Ratio:
+    """Median over the rounds of numerator / denominator, and its 95 % bootstrap interval.
+
+    Args:
+        numerator, denominator: samples of the same rounds, in the same order.
+
+    Raises:
+        ValueError: they are empty or differ in length.
+    """
+    if len(numerator) != len(denominator) or not numerator:
+        raise ValueError(f"both need the same rounds, at least one; got {len(numerator)} and {len(denominator)}")
+    ratios = np.asarray(numerator, dtype=np.float64) / np.asarray(denominator, dtype=np.float64)
+    rng = np.random.default_rng(0)  # the same samples give the same interval
+    medians = np.median(ratios[rng.integers(0, len(ratios), (resamples, len(ratios)))], axis=1)
+    low, high = np.quantile(medians, (0.025, 0.975))
+    return Ratio(float(np.median(ratios)), float(low), float(high))
+
+
+def l2_bytes(device: torch.device) -> int:
+    """Size of a GPU's last-level cache; a Hopper's or more where PyTorch does not say."""
+    return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 << 20))
+
+
+class _Stopwatch:
+    """Times bursts on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            size = max(4 * l2_bytes(device), 256 << 20)
+            self._evict = torch.ones(size // 4, dtype=torch.int32, device=device)
+
+    def burst(self, work: Work, first_call: int, calls: int) -> tuple[float, float]:
+        """(milliseconds a call, milliseconds of the host's time a call) of ``calls`` calls."""
+        states = [work.prepare(first_call + i) for i in range(calls)]
+        with work.context():
+            if self.device.type != "cuda":
+                begin = time.perf_counter()
+                for state in states:
+                    work.run(state)
+                elapsed = 1e3 * (time.perf_counter() - begin) / calls
+                return elapsed, elapsed
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize(self.device)
+            self._evict.amax()
+            start.record()
+            begin = time.perf_counter()
+            for state in states:
+                work.run(state)
+            host = 1e3 * (time.perf_counter() - begin) / calls
+            end.record()
+            torch.cuda.synchronize(self.device)
+            return start.elapsed_time(end) / calls, host
+
+
+def interleave(
+    works: Mapping[str, Work],
+    device: torch.device,
+    *,
+    seconds: float,
+    calls: int | None = None,
+    min_rounds: int = MIN_ROUNDS,
+    max_rounds: int = MAX_ROUNDS,
+) -> dict[str, Timing]:
+    """Time every contestant in alternation, for about ``seconds`` in all after warming up.
+
+    Args:
+        calls: calls in every burst; None: as many as last a few milliseconds, for each contestant its own number.
+        min_rounds: run even when they take longer than ``seconds``.
+
+    Returns:
+        A `Timing` for each name, all with the same rounds.
+    """
+    stopwatch = _Stopwatch(device)
+    burst_calls: dict[str, int] = {}
+    for name, work in works.items():
+        for i in range(WARMUP_CALLS):
+            stopwatch.burst(work, i, 1)
+        estimate, _ = stopwatch.burst(work, WARMUP_CALLS, 1)
+        wanted = math.ceil(BURST_MS.get(device.type, 2.0) / max(estimate, 1e-6))
+        burst_calls[name] = calls if calls is not None else max(1, min(wanted, work.max_calls))
+
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
+    order = random.Random(0)
+    names = list(works)
+    deadline = time.monotonic() + seconds
+    for done in range(max_rounds):
+        if done >= min_rounds and time.monotonic() >= deadline:
+            break
+        order.shuffle(names)
+        for name in names:
+            n = burst_calls[name]
+            samples[name].append(stopwatch.burst(works[name], done * n, n))
+    return {
+        name: Timing(tuple(s for s, _ in pairs), tuple(h for _, h in pairs), burst_calls[name])
+        for name, pairs in samples.items()
+    }
+
+
+__all__ = ["Ratio", "Timing", "Work", "interleave", "l2_bytes", "ratio"]
