@@ -1,6 +1,6 @@
 """Fused operators for bidirectional encoders. Each name below stands alone: no model is needed to use it."""
 
-from .attention import attention, attention_varlen
+from .attention import attention, attention_varlen, attention_varlen_separate
 from .backend import use_backend
 from .dropout import dropout_mask
 from .layernorm import FusedDropoutAddLayerNorm, FusedLayerNorm, dropout_add_layernorm, layernorm
@@ -11,6 +11,7 @@ __all__ = [
     "FusedLayerNorm",
     "attention",
     "attention_varlen",
+    "attention_varlen_separate",
     "dropout_add_layernorm",
     "dropout_mask",
     "layernorm",

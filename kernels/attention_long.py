@@ -348,7 +348,11 @@ def _dk_dv_step(
     delta_ptr += q_origin * stats_strides[1] + head * stats_strides[2]
     delta = tl.load(delta_ptr + rows, mask=rows < n_q, other=0.0)
     # Transposed, [keys, queries]: Pᵀ and dSᵀ are then the left factors of their products, straight from registers.
-    scores_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    if EXACT:
+        # The forward's own product, for its very bits: another order of summation would show in scores − m.
+        scores_t = tl.trans(tl.dot(q, tl.trans(k), input_precision=PRECISION))
+    else:
+        scores_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     p_t = probabilities(scores_t, m[None, :], log2_l[None, :], qk_scale, EXACT)
     if WINDOW:
         keys = start_n + tl.arange(0, BLOCK_N)

@@ -52,7 +52,7 @@ def resolve_seed(seed: int | torch.Tensor | None, device: torch.device) -> torch
 
     Raises:
         TypeError: a tensor seed is not int64, or not an int, tensor or None.
-        ValueError: a tensor seed has more than one element or lies on another device.
+        ValueError: a tensor seed has more than one element or lies on another device, or an int exceeds 64 bits.
     """
     if seed is None:
         return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
@@ -64,6 +64,8 @@ def resolve_seed(seed: int | torch.Tensor | None, device: torch.device) -> torch
         return seed
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise TypeError(f"seed must be an int, an int64 tensor or None; got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must fit in 64 bits, signed; got {seed}")
     return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
@@ -77,7 +79,7 @@ def _multiply_32(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (high >> 16) & _MASK32, ((high << 16) | (low & 0xFFFF)) & _MASK32
 
 
-def _philox(seed: int, c0: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor) -> torch.Tensor:
+def _philox(seed: int | torch.Tensor, c0: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor) -> torch.Tensor:
     """Philox4x32-10 words as int64, a last axis of 4; counter (c0, c1, c2, 0), broadcast."""
     c0, c1, c2 = torch.broadcast_tensors(c0, c1, c2)
     c3 = torch.zeros_like(c0)
@@ -99,7 +101,8 @@ def dropout_mask(
     tests: it takes some hundreds of bytes an element while it works.
     """
     threshold = keep_threshold(p)
-    seed = int(seed.item()) if isinstance(seed, torch.Tensor) else seed
+    if isinstance(seed, torch.Tensor):
+        seed = seed.reshape(())  # stays a tensor: reading it would wait for the device, and break a compiled graph
     groups = math.ceil(columns / 4)
     index = torch.arange(max(groups, rows, planes), dtype=torch.int64, device=device)
     words = _philox(seed, index[None, None, :groups], index[None, :rows, None], index[:planes, None, None])
