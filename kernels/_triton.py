@@ -19,7 +19,9 @@ except ImportError:
             return self
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            raise ModuleNotFoundError("this call needs triton: pip install triton (Linux only), or use backend 'reference'")
+            raise ModuleNotFoundError(
+                "this call needs triton: pip install triton (Linux only), or use backend 'reference'"
+            )
 
         def jit(self, fn: Any = None, **_: Any) -> Any:
             return self if fn is not None else self.jit

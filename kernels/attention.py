@@ -125,10 +125,11 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
 
 def _stats_strides(stats: Tensor) -> tuple[int, int, int]:
     """(m to l, origin, head) strides of [2, H, T] or [2, B, H, N]."""
-    return (stats.stride(0), 1, stats.stride(1)) if stats.dim() == 3 else stats.stride()[:3]
+    return (stats.stride(0), 1 if stats.dim() == 3 else stats.stride(1), stats.stride(-2))
 
 
-def _launch_forward(a: _Problem, out: Tensor, stats: Tensor) -> None:
+def _forward(a: _Problem, out: Tensor, stats: Tensor) -> None:
+    """Writes out and stats."""
     if a.empty:
         return
     tensors = (a.q, a.k, a.v, out, stats)
@@ -145,10 +146,8 @@ def _launch_forward(a: _Problem, out: Tensor, stats: Tensor) -> None:
         )
 
 
-def _launch_backward(
-    a: _Problem, out: Tensor | None, stats: Tensor, dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
-) -> None:
-    """``out`` is read by the long route alone."""
+def _backward(a: _Problem, out: Tensor | None, stats: Tensor, dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """Writes dq, dk and dv. ``out`` is read by the long route alone."""
     if a.empty:
         return
     of_q, of_k = {"q_strides": _strides(a.q)}, {"k_strides": _strides(a.k), "v_strides": _strides(a.v)}
@@ -223,11 +222,9 @@ def _attention(
     """(out, stats) of separate q, k, v, packed or padded."""
     q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
     out, stats = _like_query(q), _new_stats(q)
-    _launch_forward(
-        _Problem(q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, seed, max_q, max_k, scale, dropout_p, window),
-        out,
-        stats,
-    )
+    problem = _Problem(q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, seed, max_q, max_k, scale, dropout_p, window)
+    with torch.cuda.device_of(q):
+        _forward(problem, out, stats)
     return out, stats
 
 
@@ -257,7 +254,8 @@ def _attention_backward(
     q, k, v, dout = _dense_rows(q), _dense_rows(k), _dense_rows(v), _dense_rows(dout)
     dq, dk, dv = _like_query(q), _like_query(k), _like_query(v)
     problem = _Problem(q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, seed, max_q, max_k, scale, dropout_p, window)
-    _launch_backward(problem, out, stats, dout, dq, dk, dv)
+    with torch.cuda.device_of(q):
+        _backward(problem, out, stats, dout, dq, dk, dv)
     return dq, dk, dv
 
 
@@ -293,7 +291,9 @@ def _attention_qkv(
     q, k, v = _dense_rows(qkv).unbind(1)
     out, stats = _like_query(q), _new_stats(q)
     cu = cu_seqlens
-    _launch_forward(_Problem(q, k, v, cu, cu, None, seed, max_seqlen, max_seqlen, scale, dropout_p, window), out, stats)
+    problem = _Problem(q, k, v, cu, cu, None, seed, max_seqlen, max_seqlen, scale, dropout_p, window)
+    with torch.cuda.device_of(q):
+        _forward(problem, out, stats)
     return out, stats
 
 
@@ -319,7 +319,8 @@ def _attention_qkv_backward(
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     cu = cu_seqlens
     problem = _Problem(q, k, v, cu, cu, None, seed, max_seqlen, max_seqlen, scale, dropout_p, window)
-    _launch_backward(problem, out, stats, _dense_rows(dout), *dqkv.unbind(1))
+    with torch.cuda.device_of(q):
+        _backward(problem, out, stats, _dense_rows(dout), *dqkv.unbind(1))
     return dqkv
 
 
@@ -575,8 +576,10 @@ def attention_varlen(
     _check_cu_seqlens("cu_seqlens", cu_seqlens, qkv.shape[0], "max_seqlen", max_seqlen, qkv.device)
     (qkv,) = _under_autocast(qkv)
     if choose_backend(qkv) == "reference":
+        q, k, v = qkv.unbind(1)
+        cu, longest = cu_seqlens, max_seqlen
         out, lse = attention_fallback.packed(
-            *qkv.unbind(1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale, dropout_p, seed, window, return_lse
+            q, k, v, cu, cu, longest, longest, scale, dropout_p, seed, window, return_lse
         )
     else:
         drawn = resolve_seed(seed, qkv.device) if dropout_p > 0.0 else None

@@ -58,7 +58,9 @@ def choose_backend(x: torch.Tensor) -> str:
     if _override == "auto":
         return "triton" if x.is_cuda and HAVE_TRITON and x.dtype in KERNEL_DTYPES else "reference"
     if not HAVE_TRITON:
-        raise RuntimeError("backend 'triton' was asked for, but triton is not installed (pip install triton, Linux only)")
+        raise RuntimeError(
+            "backend 'triton' was asked for, but triton is not installed (pip install triton, Linux only)"
+        )
     if x.dtype not in KERNEL_DTYPES:
         raise TypeError(f"the Triton kernels take bfloat16, float16 and float32; got {x.dtype}")
     if not x.is_cuda and not interpreting():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 # (num_hidden_layers, hidden_size, num_attention_heads, intermediate_size): Turc et al. 2019 for the small ones,
@@ -74,13 +75,16 @@ class BertConfig:
         if self.hidden_act != "gelu":
             raise ValueError(f"hidden_act must be 'gelu'; got {self.hidden_act!r}")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must be in [0, 1); got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not isinstance(value, float | int) or not 0.0 <= value < 1.0:
+                raise ValueError(f"{name} must be a number in [0, 1); got {value!r}")
         for name in ("initializer_range", "layer_norm_eps"):
-            if not getattr(self, name) > 0.0:
-                raise ValueError(f"{name} must be positive; got {getattr(self, name)!r}")
-        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
-            raise ValueError(f"pad_token_id must be in [0, {self.vocab_size}), the vocabulary; got {self.pad_token_id!r}")
+            value = getattr(self, name)
+            if not isinstance(value, float | int) or not 0.0 < value < math.inf:
+                raise ValueError(f"{name} must be a positive number; got {value!r}")
+        pad = self.pad_token_id
+        if pad is not None and (not isinstance(pad, int) or not 0 <= pad < self.vocab_size):
+            raise ValueError(f"pad_token_id must be None or in [0, {self.vocab_size}), the vocabulary; got {pad!r}")
 
     @classmethod
     def preset(cls, name: str, vocab_size: int, **changes: Any) -> BertConfig:

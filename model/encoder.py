@@ -90,12 +90,22 @@ class BertEncoder(nn.Module):
         super().__init__()
         self.embeddings = BertEmbeddings(config)
         self.layers = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
+        self.max_position_embeddings = config.max_position_embeddings
         self.has_dropout = max(config.hidden_dropout_prob, config.attention_probs_dropout_prob) > 0.0
 
     def forward(
         self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int
     ) -> Tensor:
-        """input_ids, token_type_ids, position_ids: int64 [T]; cu_seqlens: int32 [S + 1] → hidden states [T, H]."""
+        """input_ids, token_type_ids, position_ids: int64 [T]; cu_seqlens: int32 [S + 1] → hidden states [T, H].
+
+        Raises:
+            ValueError: ``max_seqlen`` is more than there are position embeddings.
+        """
+        if max_seqlen > self.max_position_embeddings:
+            raise ValueError(
+                f"max_seqlen is {max_seqlen}, but the model has positions for {self.max_position_embeddings}: pack "
+                "shorter segments, or build the model with a larger max_position_embeddings"
+            )
         x = self.embeddings(input_ids, token_type_ids, position_ids)  # (T, H)
         seeds = self._seeds(x)
         for i, layer in enumerate(self.layers):

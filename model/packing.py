@@ -3,11 +3,15 @@
 A batch of a run always has T token slots, S segment slots and M masked-position slots. Segments that do not exist
 are empty (their bounds repeat); token slots left over at the end form a segment of their own that is attended to by
 nobody else, carries no label and counts as no token; spare masked positions point at token 0 with label −100.
+
+`pack_padded` and `to_padded` convert from and to the padded [B, N] tensors that Transformers takes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +35,10 @@ class PackedBatch:
         num_tokens: real tokens (without the slack).
         num_masked: labels in masked_labels that are not −100.
         num_pairs: labels in nsp_labels that are not −100.
+
+    Raises:
+        TypeError: a tensor is not of the dtype said above.
+        ValueError: the shapes do not fit together. (The values, which may lie on a GPU, are not looked at.)
     """
 
     input_ids: Tensor
@@ -45,9 +53,32 @@ class PackedBatch:
     num_masked: int
     num_pairs: int
 
-    def _map(self, fn) -> PackedBatch:  # type: ignore[no-untyped-def]
-        changed = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return PackedBatch(**{name: fn(x) if isinstance(x, Tensor) else x for name, x in changed.items()})
+    def __post_init__(self) -> None:
+        for name, like in (
+            ("input_ids", "input_ids"),
+            ("token_type_ids", "input_ids"),
+            ("position_ids", "input_ids"),
+            ("cu_seqlens", "cu_seqlens"),
+            ("masked_positions", "masked_positions"),
+            ("masked_labels", "masked_positions"),
+            ("nsp_labels", "nsp_labels"),
+        ):
+            tensor, shape = getattr(self, name), getattr(self, like).shape
+            dtype = torch.int32 if name == "cu_seqlens" else torch.int64
+            if tensor.dtype != dtype:
+                raise TypeError(f"{name} must be {dtype}; got {tensor.dtype}")
+            if tensor.ndim != 1 or tensor.shape != shape:
+                raise ValueError(f"{name} must have one axis, as long as {like}'s; got shape {tuple(tensor.shape)}")
+        if self.cu_seqlens.shape[0] != self.nsp_labels.shape[0] + 1:
+            raise ValueError(
+                f"cu_seqlens must have one entry more than nsp_labels; got {self.cu_seqlens.shape[0]} and "
+                f"{self.nsp_labels.shape[0]}"
+            )
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> PackedBatch:
+        values = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+        changes: dict[str, Any] = {name: fn(value) for name, value in values if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **changes)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The batch with its tensors on ``device`` (``non_blocking`` as in ``Tensor.to``)."""
@@ -56,3 +87,108 @@ class PackedBatch:
     def pin_memory(self) -> PackedBatch:
         """The batch in page-locked memory; the name is the one ``DataLoader(pin_memory=True)`` looks for."""
         return self._map(Tensor.pin_memory)
+
+
+def pack_padded(
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    labels: Tensor | None = None,
+    next_sentence_label: Tensor | None = None,
+) -> PackedBatch:
+    """The batch that holds the same examples as padded tensors, in the form Transformers' BERT takes them.
+
+    Without slack or spare slots, so its shapes change with the data; reads the mask's values (a wait on a GPU).
+
+    Args:
+        input_ids: int64 [B, N].
+        attention_mask: [B, N], ones on tokens, then zeros on padding; None: no padding.
+        token_type_ids: int64 [B, N]; None: zeros.
+        labels: int64 [B, N], the original token at each position to predict, −100 elsewhere; None: nothing to predict.
+        next_sentence_label: int64 [B], 0 = B follows A, 1 = it does not, −100 = no pair; None: no pairs.
+
+    Raises:
+        ValueError: a shape does not fit ``input_ids``, padding comes before a token, or padding has a label.
+    """
+    if input_ids.ndim != 2 or input_ids.numel() == 0:
+        raise ValueError(f"input_ids must be [B, N] and not empty; got shape {tuple(input_ids.shape)}")
+    for name, tensor, shape in (
+        ("attention_mask", attention_mask, input_ids.shape),
+        ("token_type_ids", token_type_ids, input_ids.shape),
+        ("labels", labels, input_ids.shape),
+        ("next_sentence_label", next_sentence_label, input_ids.shape[:1]),
+    ):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} must have shape {tuple(shape)} to fit input_ids; got {tuple(tensor.shape)}")
+
+    rows, columns = input_ids.shape
+    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    lengths = real.sum(1)  # (B,)
+    position_ids = torch.arange(columns, device=input_ids.device).expand(rows, columns)
+    if not bool(((position_ids < lengths[:, None]) == real).all()) or not bool(lengths.all()):
+        raise ValueError("attention_mask must be one or more ones, then zeros, in every row: pad on the right")
+    if token_type_ids is None:
+        token_type_ids = torch.zeros_like(input_ids)
+    if labels is None:
+        labels = torch.full_like(input_ids, IGNORE)
+    if bool((labels[~real] != IGNORE).any()):
+        raise ValueError(f"labels must be {IGNORE} wherever attention_mask is 0")
+    if next_sentence_label is None:
+        next_sentence_label = torch.full_like(lengths, IGNORE)
+
+    packed_labels = labels[real]  # (T,)
+    masked_positions = torch.nonzero(packed_labels != IGNORE).squeeze(1)
+    return PackedBatch(
+        input_ids=input_ids[real],
+        token_type_ids=token_type_ids[real],
+        position_ids=position_ids[real],
+        cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
+        masked_positions=masked_positions,
+        masked_labels=packed_labels[masked_positions],
+        nsp_labels=next_sentence_label,
+        max_seqlen=int(lengths.max()),
+        num_tokens=int(lengths.sum()),
+        num_masked=masked_positions.shape[0],
+        num_pairs=int((next_sentence_label != IGNORE).sum()),
+    )
+
+
+def to_padded(batch: PackedBatch, pad_token_id: int = 0) -> dict[str, Tensor]:
+    """The batch's real segments as the keyword arguments of Transformers' ``BertForPreTraining.forward``.
+
+    Slack, empty segments and spare slots are left out; B is the number of real segments, N the longest's length.
+    Reads the batch's values (a wait on a GPU).
+
+    Returns:
+        On the batch's device: ``input_ids``, ``token_type_ids``, ``attention_mask`` and ``labels``, int64 [B, N], with
+        ``pad_token_id``, 0, 0 and −100 on padding; ``next_sentence_label``, int64 [B].
+
+    Raises:
+        ValueError: the batch has no real token.
+    """
+    starts, ends = batch.cu_seqlens[:-1].long(), batch.cu_seqlens[1:].long()
+    segments = torch.nonzero((starts < ends) & (ends <= batch.num_tokens)).squeeze(1)  # (B,)
+    if segments.shape[0] == 0:
+        raise ValueError("the batch has no real token: there is nothing to pad")
+    starts, lengths = starts[segments], (ends - starts)[segments]
+    columns = torch.arange(int(lengths.max()), device=starts.device)
+    real = columns < lengths[:, None]  # (B, N)
+    index = (starts[:, None] + columns)[real]
+
+    token_labels = torch.full_like(batch.input_ids, IGNORE)
+    labelled = batch.masked_labels != IGNORE
+    token_labels[batch.masked_positions[labelled]] = batch.masked_labels[labelled]
+
+    def padded(packed: Tensor, fill: int) -> Tensor:
+        return torch.full(real.shape, fill, dtype=torch.int64, device=starts.device).masked_scatter(real, packed[index])
+
+    return {
+        "input_ids": padded(batch.input_ids, pad_token_id),
+        "attention_mask": real.long(),
+        "token_type_ids": padded(batch.token_type_ids, 0),
+        "labels": padded(token_labels, IGNORE),
+        "next_sentence_label": batch.nsp_labels[segments],
+    }
+
+
+__all__ = ["IGNORE", "PackedBatch", "pack_padded", "to_padded"]
