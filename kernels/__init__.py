@@ -4,7 +4,7 @@ from .attention import attention, attention_varlen, attention_varlen_separate
 from .backend import use_backend
 from .dropout import dropout_mask
 from .layernorm import FusedDropoutAddLayerNorm, FusedLayerNorm, dropout_add_layernorm, layernorm
-from .mlm_loss import masked_lm_loss
+from .mlm_loss import cross_entropy, masked_lm_loss
 
 __all__ = [
     "FusedDropoutAddLayerNorm",
@@ -12,6 +12,7 @@ __all__ = [
     "attention",
     "attention_varlen",
     "attention_varlen_separate",
+    "cross_entropy",
     "dropout_add_layernorm",
     "dropout_mask",
     "layernorm",
