@@ -27,7 +27,15 @@ from unittest import mock
 
 import torch
 
-from ..kernels import attention_varlen, backend, dropout_add_layernorm, layernorm, masked_lm_loss, use_backend
+from ..kernels import (
+    attention_config,
+    attention_varlen,
+    backend,
+    dropout_add_layernorm,
+    layernorm,
+    masked_lm_loss,
+    use_backend,
+)
 from ..kernels._triton import interpreting, triton
 
 # Per multiprocessor: registers, warps, shared memory a block may have (CUDA C programming guide, compute capabilities).
@@ -144,6 +152,7 @@ def compiled_kernels(arch: int = 90) -> Iterator[list[Resources]]:
         mock.patch.object(triton.runtime.driver, "_active", _AbsentGPU(arch)),
         mock.patch.object(triton.runtime.JITFunction, "run", compile_only),
         mock.patch.object(backend, "interpreting", return_value=True),  # CPU tensors may take the Triton path
+        mock.patch.object(attention_config, "architecture", return_value=arch),
         use_backend("triton"),
     ):
         yield found
@@ -171,7 +180,9 @@ def _masked_lm_loss(vocab_size: int, dtype: torch.dtype) -> None:
     hidden = torch.randn(32, 64, dtype=dtype, requires_grad=True)
     weight = torch.randn(vocab_size, 64, dtype=dtype, requires_grad=True)
     bias = torch.zeros(vocab_size, dtype=dtype, requires_grad=True)
-    masked_lm_loss(hidden, weight, bias, torch.arange(32)).backward()
+    loss = masked_lm_loss(hidden, weight, bias, torch.arange(32))
+    assert isinstance(loss, torch.Tensor)
+    loss.backward()
 
 
 def cases(dtype: torch.dtype = torch.bfloat16) -> dict[str, Callable[[], None]]:

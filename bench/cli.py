@@ -193,6 +193,31 @@ def parity(
     _fail_unless(right, [] if right else ["our training run departs from Transformers'"])
 
 
+@app.command()
+def tune(
+    arch: Annotated[
+        int | None, typer.Option(help="Compute capability, 90 for 9.0. Default: this GPU's, or 90.", show_default=False)
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="bf16 (which stands for fp16 too) or fp32.")] = "bf16",
+) -> None:
+    """Derive attention's launch table anew: by the clock on that GPU, elsewhere by the compiler alone.
+
+    Prints the entry for TABLES in kernels/attention_config.py. Takes minutes.
+    """
+    import torch
+
+    from ..kernels import attention_config
+    from . import tune as suite
+    from .aot import LIMITS
+
+    arch = attention_config.architecture() if arch is None else arch
+    if arch not in LIMITS:
+        raise UserError(f"--arch {arch}: choose one of {', '.join(map(str, LIMITS))}")
+    chosen = _dtype(dtype, torch.device("cpu"), TRAINING_DTYPES)
+    table = suite.derive(arch, chosen, lambda line: typer.echo(line, err=True))
+    typer.echo(suite.as_code(arch, chosen, table))
+
+
 def main(args: list[str] | None = None) -> Any:
     """The commands above without the rest of fusebert's: ``python -m fusebert.bench.cli kernels``."""
     try:

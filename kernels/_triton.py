@@ -1,4 +1,4 @@
-"""``triton`` and ``tl``, or stand-ins where Triton does not exist (macOS, Windows): there only the reference path runs."""
+"""``triton`` and ``tl``, or stand-ins where Triton does not exist (macOS, Windows): there only the reference runs."""
 
 from __future__ import annotations
 

@@ -17,13 +17,13 @@ segment and head:
 
     route                 programs over                  FLOPs      bytes through HBM              the floor
     short forward         (segment, head)                 4 N²D      4 NDe + 8 N                    the same
-    short backward        (segment, key head)            10 N²D      7 NDe + 8 N                    the same
+    short backward        (segment, head)                10 N²D      7 NDe + 8 N                    the same
     long forward          (query tile, segment, head)     4 N²D      4 NDe + 8 N                    the same
     long backward, dQ     (query tile, segment, head)     6 N²D      6 NDe + 12 N }                 10 N²D FLOPs,
     long backward, dK dV  (key tile, segment, key head)   8 N²D      6 NDe + 12 N }                  7 NDe + 8 N
 
-(the long route reads K and V, or Q and dO, once a tile more, from L2). Short is for segments whose keys fit in one
-tile, which BERT's often do; the long backward trades two more matrix products for the same absence of atomics. Either
+(the long route reads K and V, or Q and dO, once a tile more, from L2). Short is for segments that fit in one tile,
+which BERT's often do; the long backward trades two more matrix products for the same absence of atomics. Either
 way every gradient has one owner, so the same inputs give the same bits.
 """
 
@@ -82,7 +82,8 @@ class _Problem(NamedTuple):
         return attention_config.short_forward(self.q.shape[-1], self.max_q, self.max_k, self.q.dtype)
 
     def short_backward(self) -> attention_config.Config | None:
-        return attention_config.short_backward(self.q.shape[-1], self.max_k, self.q.dtype)
+        groups = self.q.shape[1] // self.k.shape[1]
+        return attention_config.short_backward(self.q.shape[-1], self.max_q, self.max_k, groups, self.q.dtype)
 
     def arguments(self, config: attention_config.Config) -> dict[str, Any]:
         """What every kernel takes."""
@@ -155,9 +156,8 @@ def _backward(a: _Problem, out: Tensor | None, stats: Tensor, dout: Tensor, dq: 
     to_q, to_k = {"dq_strides": _strides(dq)}, {"dk_strides": _strides(dk), "dv_strides": _strides(dv)}
     heads, key_heads = a.programs * a.q.shape[1], a.programs * a.k.shape[1]
     if config := a.short_backward():
-        short_backward[(key_heads,)](
-            a.q, a.k, a.v, dout, dq, dk, dv, stats,
-            ONE_TILE=a.max_q <= config.block_m, **strides, **to_q, **to_k, **a.arguments(config),
+        short_backward[(heads,)](
+            a.q, a.k, a.v, dout, dq, dk, dv, stats, **strides, **to_q, **to_k, **a.arguments(config)
         )  # fmt: skip
         return
     assert out is not None
@@ -332,7 +332,7 @@ def _(qkv: Tensor, *_: Any) -> Tensor:
 def _save_qkv(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     qkv, cu_seqlens, seed, max_seqlen, *_ = inputs
     out, stats = output
-    needs_out = attention_config.short_backward(qkv.shape[-1], max_seqlen, qkv.dtype) is None
+    needs_out = attention_config.short_backward(qkv.shape[-1], max_seqlen, max_seqlen, 1, qkv.dtype) is None
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(qkv, cu_seqlens, seed, out if needs_out else None, stats)
     ctx.constants = inputs[3:]

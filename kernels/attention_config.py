@@ -1,18 +1,22 @@
-"""Tile sizes, warps and pipeline stages of attention's kernels, by shape and architecture."""
+"""Tile sizes, warps and pipeline stages of attention's kernels, by shape and architecture.
+
+The tables hold, for each kernel, the largest tiles that compile without spilling a register and fit the shared memory,
+with dropout and without: what a compiler can say. They are not yet tuned by the clock. Their keys are BLOCK_D, the
+head size rounded up to a power of two.
+"""
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 
 from ._triton import triton
 
-SHORT_MAX = 128  # keys; a larger whole tile of scores does not fit the registers
-
 
 class Config(NamedTuple):
-    """How one kernel is launched; BLOCK_M rows of queries against BLOCK_N keys."""
+    """How one kernel is launched: BLOCK_M rows of queries against BLOCK_N keys."""
 
     block_m: int
     block_n: int
@@ -20,33 +24,94 @@ class Config(NamedTuple):
     num_stages: int
 
 
-def _block(n: int) -> int:
+class Table(NamedTuple):
+    """The configurations of one architecture and element size, by BLOCK_D.
+
+    short_forward, short_backward: the longest segment that fits one tile, 0 for none.
+    """
+
+    short_forward: dict[int, int]
+    short_backward: dict[int, int]
+    long_forward: dict[int, Config]
+    long_backward_dq: dict[int, Config]
+    long_backward_dk_dv: dict[int, Config]
+
+
+# (architecture, bytes of an element); an architecture not listed takes the newest one listed below it.
+TABLES = {
+    (90, 2): Table(
+        short_forward={16: 128, 32: 128, 64: 128, 128: 128, 256: 128},
+        short_backward={16: 128, 32: 128, 64: 128, 128: 64, 256: 32},
+        long_forward={
+            16: Config(128, 128, 8, 2),
+            32: Config(128, 128, 8, 2),
+            64: Config(128, 128, 8, 2),
+            128: Config(128, 64, 8, 3),
+            256: Config(64, 32, 4, 2),
+        },
+        long_backward_dq={
+            16: Config(128, 64, 8, 2),
+            32: Config(128, 64, 8, 2),
+            64: Config(128, 64, 8, 2),
+            128: Config(128, 64, 8, 2),
+            256: Config(32, 32, 4, 2),
+        },
+        long_backward_dk_dv={
+            16: Config(64, 128, 8, 2),
+            32: Config(64, 128, 8, 2),
+            64: Config(32, 128, 8, 2),
+            128: Config(32, 128, 8, 2),
+            256: Config(32, 32, 4, 1),
+        },
+    ),
+}
+
+
+def block(n: int) -> int:
+    """The tile that holds n rows or columns: a power of two, at least 16 for the matrix instructions."""
     return max(16, triton.next_power_of_2(n))
 
 
+@functools.cache
+def architecture() -> int:
+    """Compute capability of the current GPU, 90 for 9.0; where there is none, Hopper's."""
+    if not torch.cuda.is_available():
+        return 90
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
+def table(dtype: torch.dtype) -> Table:
+    """The table for ``dtype`` on this machine's GPU."""
+    listed = sorted(arch for arch, size in TABLES if size == dtype.itemsize)
+    known = max((arch for arch in listed if arch <= architecture()), default=listed[0])
+    return TABLES[known, dtype.itemsize]
+
+
+def _short(longest: int, max_q: int, max_k: int) -> Config | None:
+    if max(max_q, max_k) > longest:
+        return None
+    block_m, block_n = block(max_q), block(max_k)
+    return Config(block_m, block_n, 8 if max(block_m, block_n) > 64 else 4, 1)
+
+
 def short_forward(head_dim: int, max_q: int, max_k: int, dtype: torch.dtype) -> Config | None:
-    """None where a segment does not fit in one tile."""
-    if max(max_q, max_k) > SHORT_MAX:
-        return None
-    block_m, block_n = _block(max_q), _block(max_k)
-    return Config(block_m, block_n, 8 if block_m * block_n >= 128 * 128 else 4, 1)
+    """None where the longest segment does not fit one tile."""
+    return _short(table(dtype).short_forward[block(head_dim)], max_q, max_k)
 
 
-def short_backward(head_dim: int, max_k: int, dtype: torch.dtype) -> Config | None:
-    """None where a segment's keys do not fit in one tile."""
-    if max_k > SHORT_MAX:
-        return None
-    block_n = _block(max_k)
-    return Config(min(block_n, 64), block_n, 8 if block_n >= 128 else 4, 1)
+def short_backward(head_dim: int, max_q: int, max_k: int, groups: int, dtype: torch.dtype) -> Config | None:
+    """None where the longest segment does not fit one tile, or heads share their keys."""
+    return None if groups > 1 else _short(table(dtype).short_backward[block(head_dim)], max_q, max_k)
 
 
 def long_forward(head_dim: int, dtype: torch.dtype) -> Config:
-    return Config(128, 64, 4, 3)
+    return table(dtype).long_forward[block(head_dim)]
 
 
 def long_backward_dq(head_dim: int, dtype: torch.dtype) -> Config:
-    return Config(128, 64, 8, 2)
+    return table(dtype).long_backward_dq[block(head_dim)]
 
 
 def long_backward_dk_dv(head_dim: int, dtype: torch.dtype) -> Config:
-    return Config(64, 128, 8, 2)
+    return table(dtype).long_backward_dk_dv[block(head_dim)]

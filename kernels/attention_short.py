@@ -1,8 +1,8 @@
-"""Attention when a segment's keys fit in one tile: the whole softmax row at once, and one backward kernel.
+"""Attention when a segment fits in one tile: the whole softmax at once, and one backward kernel.
 
-`attention` has the equations. One program holds all keys of its (segment, head), so the forward rescales nothing, and
-the backward has whole rows of dP: δ comes from registers (O is neither saved nor read), dQ is finished on the spot, dK
-and dV stay in registers until the last query, and no two programs write the same gradient.
+`attention` has the equations. One program holds all queries and keys of its (segment, head), so the forward rescales
+nothing, and the backward has all of P and dP: δ comes from registers (O is neither saved nor read), five products
+finish dQ, dK and dV, and no two programs write the same gradient. There is no loop.
 """
 
 from __future__ import annotations
@@ -97,66 +97,9 @@ def short_forward(
 
 
 @triton.jit
-def _backward_step(
-    dk,
-    dv,
-    k,
-    v,
-    real,
-    q_ptr,
-    dout_ptr,
-    dq_ptr,
-    stats_ptr,
-    seed_ptr,
-    q_strides,
-    dout_strides,
-    dq_strides,
-    stats_strides,
-    q_origin,
-    head,
-    plane,
-    start_m,
-    n_q,
-    window,
-    qk_scale,
-    scale_dq,
-    p_threshold,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    WINDOW: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    EXACT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """(dk + dSᵀ Q, dv + (P∘Z)ᵀ dO) over queries start_m … start_m + BLOCK_M − 1, whose dQ it writes."""
-    rows = start_m + tl.arange(0, BLOCK_M)
-    q = load_tile(q_ptr, q_strides, q_origin, head, start_m, n_q, BLOCK_M, D, BLOCK_D, True)
-    dout = load_tile(dout_ptr, dout_strides, q_origin, head, start_m, n_q, BLOCK_M, D, BLOCK_D, True)
-    m, log2_l = load_statistics(stats_ptr, stats_strides, q_origin, head, rows, n_q)
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    p = probabilities(scores, m[:, None], log2_l[:, None], qk_scale, EXACT)
-    p = tl.where(visible(real, rows, 0, window, BLOCK_N, WINDOW), p, 0.0)
-    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-    p_kept = p
-    if DROPOUT:
-        keep = dropout_keep(tl.load(seed_ptr), p_threshold, rows, 0, plane, BLOCK_M, BLOCK_N)
-        p_kept = tl.where(keep, p, 0.0)
-        dp = tl.where(keep, dp, 0.0)
-    dv = tl.dot(tl.trans(p_kept.to(dout.dtype)), dout, dv, input_precision=PRECISION)
-    delta = tl.sum(p * dp, axis=1)
-    ds = (p * (dp - delta[:, None])).to(q.dtype)
-    dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
-    dq = tl.dot(ds, k, input_precision=PRECISION) * scale_dq
-    store_tile(dq_ptr, dq, dq_strides, q_origin, head, start_m, n_q, BLOCK_M, D, BLOCK_D)
-    return dk, dv
-
-
-@triton.jit
 def short_backward(
     q_ptr,  # [origin, n_q, H, D]
-    k_ptr,  # [origin, n_k, H_k, D]
+    k_ptr,  # [origin, n_k, H, D]
     v_ptr,  # as k
     dout_ptr,  # as q
     dq_ptr,  # as q
@@ -183,12 +126,11 @@ def short_backward(
     scale,
     p_threshold,
     keep_scale,
-    GROUPS: tl.constexpr,
+    GROUPS: tl.constexpr,  # 1: the sum over a group's heads would hold dK and dV through a loop, and spill
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    ONE_TILE: tl.constexpr,
     VARLEN: tl.constexpr,
     MASKED: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -196,39 +138,42 @@ def short_backward(
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    num_key_heads = num_heads // GROUPS
-    segment, key_head = tl.program_id(0) // num_key_heads, tl.program_id(0) % num_key_heads
+    segment, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
+    rows = tl.arange(0, BLOCK_M)
     if VARLEN and segment == num_segments:
-        for group in range(GROUPS):
-            head = key_head * GROUPS + group
-            zero_rest(dq_ptr, dq_strides, head, cu_seqlens_q_ptr, num_segments, num_q, BLOCK_M, D, BLOCK_D)
-        zero_rest(dk_ptr, dk_strides, key_head, cu_seqlens_k_ptr, num_segments, num_k, BLOCK_N, D, BLOCK_D)
-        zero_rest(dv_ptr, dv_strides, key_head, cu_seqlens_k_ptr, num_segments, num_k, BLOCK_N, D, BLOCK_D)
+        zero_rest(dq_ptr, dq_strides, head, cu_seqlens_q_ptr, num_segments, num_q, BLOCK_M, D, BLOCK_D)
+        zero_rest(dk_ptr, dk_strides, head, cu_seqlens_k_ptr, num_segments, num_k, BLOCK_N, D, BLOCK_D)
+        zero_rest(dv_ptr, dv_strides, head, cu_seqlens_k_ptr, num_segments, num_k, BLOCK_N, D, BLOCK_D)
         return
     q_origin, n_q = segment_bounds(cu_seqlens_q_ptr, segment, num_q, VARLEN)
     k_origin, n_k = segment_bounds(cu_seqlens_k_ptr, segment, num_k, VARLEN)
     if (n_q <= 0) & (n_k <= 0):
         return
-    k = load_tile(k_ptr, k_strides, k_origin, key_head, 0, n_k, BLOCK_N, D, BLOCK_D, True)
-    v = load_tile(v_ptr, v_strides, k_origin, key_head, 0, n_k, BLOCK_N, D, BLOCK_D, True)
+    q = load_tile(q_ptr, q_strides, q_origin, head, 0, n_q, BLOCK_M, D, BLOCK_D, True)
+    k = load_tile(k_ptr, k_strides, k_origin, head, 0, n_k, BLOCK_N, D, BLOCK_D, True)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    m, log2_l = load_statistics(stats_ptr, stats_strides, q_origin, head, rows, n_q)
+    p = probabilities(scores, m[:, None], log2_l[:, None], scale * LOG2E, EXACT)
     real = real_keys(key_mask_ptr, segment, 0, n_k, BLOCK_N, MASKED)
-    dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    qk_scale = scale * LOG2E
+    p = tl.where(visible(real, rows, 0, window, BLOCK_N, WINDOW), p, 0.0)
 
-    for group in range(GROUPS):
-        head = key_head * GROUPS + group
-        plane = segment * num_heads + head
-        # Where all queries fit in one tile no loop carries dK and dV: with one, they and the products spill.
-        for start_m in range(0, BLOCK_M if ONE_TILE else n_q, BLOCK_M):
-            dk, dv = _backward_step(
-                dk, dv, k, v, real, q_ptr, dout_ptr, dq_ptr, stats_ptr, seed_ptr, q_strides, dout_strides, dq_strides,
-                stats_strides, q_origin, head, plane, start_m, n_q, window, qk_scale, scale * keep_scale, p_threshold,
-                D, BLOCK_D, BLOCK_M, BLOCK_N, WINDOW, DROPOUT, EXACT, PRECISION,
-            )  # fmt: skip
+    dout = load_tile(dout_ptr, dout_strides, q_origin, head, 0, n_q, BLOCK_M, D, BLOCK_D, True)
+    v = load_tile(v_ptr, v_strides, k_origin, head, 0, n_k, BLOCK_N, D, BLOCK_D, True)
+    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+    p_kept = p
+    if DROPOUT:
+        keep = dropout_keep(tl.load(seed_ptr), p_threshold, rows, 0, tl.program_id(0), BLOCK_M, BLOCK_N)
+        p_kept = tl.where(keep, p, 0.0)
+        dp = tl.where(keep, dp, 0.0)
+    dv = tl.dot(tl.trans(p_kept.to(dout.dtype)), dout, input_precision=PRECISION)
+    store_tile(dv_ptr, dv * keep_scale, dv_strides, k_origin, head, 0, n_k, BLOCK_N, D, BLOCK_D)
 
-    store_tile(dk_ptr, dk * (scale * keep_scale), dk_strides, k_origin, key_head, 0, n_k, BLOCK_N, D, BLOCK_D)
-    store_tile(dv_ptr, dv * keep_scale, dv_strides, k_origin, key_head, 0, n_k, BLOCK_N, D, BLOCK_D)
+    delta = tl.sum(p * dp, axis=1)
+    ds = (p * (dp - delta[:, None])).to(q.dtype)
+    dq = tl.dot(ds, k, input_precision=PRECISION)
+    store_tile(dq_ptr, dq * (scale * keep_scale), dq_strides, q_origin, head, 0, n_q, BLOCK_M, D, BLOCK_D)
+    dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
+    store_tile(dk_ptr, dk * (scale * keep_scale), dk_strides, k_origin, head, 0, n_k, BLOCK_N, D, BLOCK_D)
 
 
 __all__ = ["short_backward", "short_forward"]

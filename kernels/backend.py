@@ -65,7 +65,7 @@ def choose_backend(x: torch.Tensor) -> str:
         raise TypeError(f"the Triton kernels take bfloat16, float16 and float32; got {x.dtype}")
     if not x.is_cuda and not interpreting():
         raise RuntimeError(
-            f"backend 'triton' was asked for, but the tensors are on {x.device.type}: move them to a CUDA device, or set "
-            "TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter"
+            f"backend 'triton' was asked for, but the tensors are on {x.device.type}: move them to a CUDA device, or "
+            "set TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter"
         )
     return "triton"

@@ -1,0 +1,178 @@
+"""Where attention's launch tables come from: ``fusebert bench tune`` derives `attention_config.TABLES` anew.
+
+For each head size it goes through candidate tiles of each kernel, drops those that spill registers or do not fit the
+shared memory (with or without dropout), and keeps the fastest on the GPU; where there is none, the first of the order
+below, the largest. A segment length takes the short route where its kernel compiles and, on a GPU, beats the long one.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+
+from ..kernels import attention_config
+from ..kernels._triton import triton
+from ..kernels.attention_config import Config, Table
+from .aot import LIMITS, Resources, compiled_kernels
+
+# The package exports a function of the module's name.
+kernel_module: Any = importlib.import_module("fusebert.kernels.attention")
+
+HEAD_DIMS = (16, 32, 64, 128, 256)
+SHORT_LENGTHS = (16, 32, 64, 128)
+LONG_LENGTH = 1024
+TOKENS, HEADS = 32768, 12  # of a timed call
+DROPOUT_P = 0.1
+
+# (BLOCK_M, BLOCK_N, warps, stages), the largest first. float32 products run on the plain cores, unrolled: small tiles.
+CANDIDATES: dict[int, dict[str, list[Config]]] = {
+    2: {
+        "long_forward": [
+            Config(128, 128, 8, 2),
+            Config(128, 64, 8, 3),
+            Config(128, 64, 4, 3),
+            Config(128, 64, 8, 2),
+            Config(64, 64, 4, 2),
+            Config(64, 32, 4, 2),
+            Config(32, 32, 4, 2),
+            Config(32, 32, 4, 1),
+        ],
+        "long_backward_dq": [
+            Config(128, 64, 8, 2),
+            Config(64, 64, 4, 2),
+            Config(64, 32, 4, 2),
+            Config(64, 32, 8, 2),
+            Config(32, 32, 4, 2),
+            Config(32, 32, 4, 1),
+            Config(32, 16, 4, 1),
+        ],
+        "long_backward_dk_dv": [
+            Config(64, 128, 8, 2),
+            Config(32, 128, 8, 2),
+            Config(64, 64, 4, 2),
+            Config(64, 64, 8, 2),
+            Config(32, 64, 4, 2),
+            Config(32, 64, 8, 2),
+            Config(16, 64, 4, 2),
+            Config(32, 32, 4, 1),
+            Config(16, 32, 4, 1),
+        ],
+    },
+    4: {
+        "long_forward": [Config(32, 32, 4, 2), Config(32, 16, 4, 2), Config(16, 16, 4, 2), Config(16, 16, 4, 1)],
+        "long_backward_dq": [Config(32, 32, 4, 2), Config(32, 16, 4, 2), Config(16, 16, 4, 2), Config(16, 16, 4, 1)],
+        "long_backward_dk_dv": [Config(32, 32, 4, 2), Config(16, 32, 4, 2), Config(16, 16, 4, 2), Config(16, 16, 4, 1)],
+    },
+}
+
+
+def derive(arch: int, dtype: torch.dtype, report: Callable[[str], None]) -> Table:
+    """The table for ``sm_<arch>`` and ``dtype``, by the clock where this machine has that GPU, else by the compiler.
+
+    Args:
+        report: gets a line a decision.
+
+    Raises:
+        RuntimeError: no candidate of a kernel compiles without spilling.
+    """
+    timed = torch.cuda.is_available() and attention_config.architecture() == arch
+    found = Table({}, {}, {}, {}, {})
+    for head_dim in HEAD_DIMS:
+        for kernel, candidates in CANDIDATES[dtype.itemsize].items():
+            sound = (c for c in candidates if _sound(kernel, c, head_dim, LONG_LENGTH, arch, dtype))
+            if timed:
+                best = min(sound, key=lambda c: _milliseconds(kernel, c, head_dim, LONG_LENGTH, dtype), default=None)
+            else:
+                best = next(sound, None)
+            if best is None:
+                raise RuntimeError(f"no candidate of {kernel} compiles for sm_{arch}, D = {head_dim}, without spilling")
+            getattr(found, kernel)[head_dim] = best
+            report(f"{kernel} D={head_dim}: {tuple(best)}")
+        for kernel in ("short_forward", "short_backward"):
+            longest = 0
+            for length in SHORT_LENGTHS:
+                if not _sound(kernel, None, head_dim, length, arch, dtype):
+                    break
+                if timed and not _short_is_faster(kernel, head_dim, length, dtype, found):
+                    break
+                longest = length
+            getattr(found, kernel)[head_dim] = longest
+            report(f"{kernel} D={head_dim}: up to {longest}")
+    return found
+
+
+def _only(kernel: str, config: Config | None, head_dim: int) -> Table:
+    """A table under which ``kernel`` runs as ``config``, or, for the short ones, at any length."""
+    longest = {"short_forward": 0, "short_backward": 0} | ({kernel: max(SHORT_LENGTHS)} if config is None else {})
+    small = Config(16, 16, 4, 1)
+    chosen = {name: {head_dim: config if name == kernel and config else small} for name in CANDIDATES[2]}
+    return Table(*({head_dim: n} for n in longest.values()), *chosen.values())  # type: ignore[arg-type]
+
+
+def _problem(head_dim: int, seqlen: int, tokens: int, heads: int, p: float, dtype: torch.dtype, device: str) -> Any:
+    q, k, v = (torch.randn(tokens, heads, head_dim, dtype=dtype, device=device) for _ in range(3))
+    cu_seqlens = torch.arange(0, tokens + 1, seqlen, dtype=torch.int32, device=device)
+    seed = torch.zeros(1, dtype=torch.int64, device=device) if p else None
+    scale = head_dim**-0.5
+    return kernel_module._Problem(q, k, v, cu_seqlens, cu_seqlens, None, seed, seqlen, seqlen, scale, p, -1)
+
+
+def _calls(kernel: str, problem: Any) -> Callable[[], None]:
+    """What runs ``kernel`` (and, for the long backward, the other half of it) on ``problem``."""
+    out, stats = torch.zeros_like(problem.q), kernel_module._new_stats(problem.q).zero_()
+    if kernel.endswith("forward"):
+        return lambda: kernel_module._forward(problem, out, stats)
+    dq, dk, dv = (torch.empty_like(out) for _ in range(3))
+    return lambda: kernel_module._backward(problem, out, stats, out, dq, dk, dv)
+
+
+def _resources(
+    kernel: str, config: Config | None, head_dim: int, seqlen: int, arch: int, dtype: torch.dtype
+) -> Iterator[Resources]:
+    for p in (DROPOUT_P, 0.0):
+        with (
+            compiled_kernels(arch) as found,
+            mock.patch.object(attention_config, "table", return_value=_only(kernel, config, head_dim)),
+        ):
+            _calls(kernel, _problem(head_dim, seqlen, 2 * seqlen, 2, p, dtype, "cpu"))()
+        yield next(r for r in found if r.name == kernel)
+
+
+def _sound(kernel: str, config: Config | None, head_dim: int, seqlen: int, arch: int, dtype: torch.dtype) -> bool:
+    """It compiles, spills nothing and fits."""
+    limit = LIMITS[arch][2]
+    return all(
+        r.spill_bytes == 0 and r.shared_bytes <= limit
+        for r in _resources(kernel, config, head_dim, seqlen, arch, dtype)
+    )
+
+
+def _milliseconds(kernel: str, config: Config | None, head_dim: int, seqlen: int, dtype: torch.dtype) -> float:
+    with mock.patch.object(attention_config, "table", return_value=_only(kernel, config, head_dim)):
+        call = _calls(kernel, _problem(head_dim, seqlen, TOKENS, HEADS, DROPOUT_P, dtype, "cuda"))
+        return float(triton.testing.do_bench(call, return_mode="median"))
+
+
+def _short_is_faster(kernel: str, head_dim: int, seqlen: int, dtype: torch.dtype, table: Table) -> bool:
+    long_only = table._replace(short_forward={head_dim: 0}, short_backward={head_dim: 0})
+    call = _calls(kernel, _problem(head_dim, seqlen, TOKENS, HEADS, DROPOUT_P, dtype, "cuda"))
+    with mock.patch.object(attention_config, "table", return_value=long_only):
+        long = float(triton.testing.do_bench(call, return_mode="median"))
+    return _milliseconds(kernel, None, head_dim, seqlen, dtype) < long
+
+
+def as_code(arch: int, dtype: torch.dtype, table: Table) -> str:
+    """The entry for ``attention_config.TABLES``, as Python."""
+    lines = [f"    ({arch}, {dtype.itemsize}): Table("]
+    for name, values in table._asdict().items():
+        if name.startswith("short"):
+            lines.append(f"        {name}={values},")
+        else:
+            lines.append(f"        {name}={{")
+            lines += [f"            {d}: Config({', '.join(map(str, c))})," for d, c in values.items()]
+            lines.append("        },")
+    return "\n".join([*lines, "    ),"])
