@@ -25,7 +25,7 @@ data/pydocs/manifest.json: | $(VENV)/.train
 	$(BIN)/fusebert prepare --corpus pydocs --out data/pydocs --vocab-size 8192 --max-bytes 48MB
 
 pretrain: $(VENV)/.train data/pydocs/manifest.json  ## install, prepare the installed packages' docstrings, pretrain a small BERT
-	$(BIN)/fusebert pretrain --data data/pydocs --out runs/pydocs --minutes 5
+	$(BIN)/fusebert pretrain --data data/pydocs --out runs/pydocs --minutes 5 --resume
 
 test: $(VENV)/.dev  ## install and run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile

@@ -23,16 +23,18 @@ def assert_as_good_as_torch(
     name: str = "out",
     factor: float = 2.0,
     cancelled: float = 0.0,
+    roundings: int = 1,
 ) -> None:
     """``actual`` is as close to ``oracle`` as ``factor`` times PyTorch's own result at the same dtype.
 
-    Where PyTorch happens to be nearer than its dtype can express, one rounding of every element sets the bound.
+    Where PyTorch happens to be nearer than its dtype can express, ``roundings`` of every element set the bound: one, or
+    as many as the computation makes in a row, for shapes so small that PyTorch's own error is chance.
     ``cancelled``: where the oracle is exactly zero, the norm of the terms that cancel, whose rounding remains.
     """
     assert actual.shape == oracle.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}"
     assert actual.dtype == torch_result.dtype, f"{name}: dtype {actual.dtype}, expected {torch_result.dtype}"
     assert torch.isfinite(actual).all(), f"{name}: not finite"
-    unit_roundoff = torch.finfo(actual.dtype).eps / 2
+    unit_roundoff = roundings * torch.finfo(actual.dtype).eps / 2
     if oracle.double().norm() == 0:
         norm, allowed = actual.double().norm().item(), factor * unit_roundoff * cancelled
         assert norm <= allowed, f"{name}: expected zeros; norm {norm:.3g}, allowed {allowed:.3g}"

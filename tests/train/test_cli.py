@@ -1,0 +1,118 @@
+"""The command line: quick to help, one line for every mistake."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small_corpus import make_corpus
+
+from fusebert.model.config import BertConfig
+from fusebert.model.hf import save_hf
+from fusebert.model.pretraining import BertForPreTraining
+from fusebert.train import cli
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a corpus, one half written, and a model of another vocabulary."""
+    place = tmp_path_factory.mktemp("cli")
+    make_corpus(place)
+    (place / "half").mkdir()
+    (place / "half" / "train-00000.tokens.npy").write_bytes(b"\x93NUMPY")
+    save_hf(BertForPreTraining(BertConfig.preset("tiny", 300)), place / "model", None)
+    (place / "file").write_text("")
+    return place
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["fusebert", *map(str, words)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    return int(stopped.value.code or 0)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["pretrain", "--help"], ["prepare", "--help"], ["bench", "--help"]])
+def test_help_does_not_load_torch(words: list[str]) -> None:
+    script = (
+        f"import sys; sys.argv = ['fusebert', *{words!r}]\n"
+        "from fusebert.train.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as stopped: assert not stopped.code\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "Usage" in result.stdout
+
+
+def test_module_and_version() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "fusebert.train", "--version"], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.startswith("fusebert 0.")
+
+
+def test_every_option_of_the_settings_is_an_option(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import dataclasses
+
+    from fusebert.train.settings import PretrainSettings
+
+    monkeypatch.setenv("COLUMNS", "200")
+    assert call(monkeypatch, "pretrain", "--help") == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(PretrainSettings):
+        assert f"--{field.name.replace('_', '-')}" in text
+
+
+MISTAKES = {
+    "no such folder": (["--data", "{place}/nowhere"], "nowhere does not exist"),
+    "half written": (["--data", "{place}/half"], "is not a finished corpus"),
+    "a file": (["--data", "{place}/file"], "is a file, not a folder"),
+    "unknown model": (["--model", "huge"], "choose one of auto, tiny, mini, small, base, large"),
+    "unknown option": (["--colour", "red"], "--colour"),
+    "not a number": (["--lr", "fast"], "'--lr': Input should be a valid number"),
+    "both lengths": (["--minutes", "1"], "both were given"),
+    "no step": (["--steps", "0"], "--steps must be positive"),
+    "batch shorter than a segment": (["--tokens-per-batch", "64"], "must be at least --seqlen 128"),
+    "odd batch": (["--tokens-per-batch", "1001"], "multiple of 8"),
+    "uneven accumulation": (["--tokens-per-batch", "256", "--batch-tokens", "700"], "768 is the nearest"),
+    "too long": (["--seqlen", "1024"], "more than the model's 512 positions"),
+    "rate below zero": (["--lr", "-1"], "--lr must be positive"),
+    "dropout of 1": (["--dropout", "1.0"], "--dropout must be in [0, 1)"),
+    "masks nothing": (["--mlm-probability", "0"], "--mlm-probability must be between 0 and 1"),
+    "precision": (["--precision", "fp12"], "choose one of auto, bf16, fp32"),
+    "another vocabulary": (["--init-from", "{place}/model"], "a vocabulary of 300 tokens"),
+    "no model": (["--init-from", "{place}/nowhere"], "nowhere is not a folder"),
+    "model twice": (["--init-from", "{place}/model", "--model", "tiny"], "contradict each other"),
+    "out is a file": (["--out", "{place}/file"], "file"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line(
+    name: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words, expected = MISTAKES[name]
+    # What comes later on the command line replaces what came before.
+    given = ["--data", "{place}/corpus", "--out", str(tmp_path / "run"), "--device", "cpu", "--steps", "1", *words]
+    assert call(monkeypatch, "pretrain", *(word.format(place=place) for word in given)) in (1, 2)
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith("fusebert: error: ")
+    assert expected in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_no_gpu(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--data", place / "corpus", "--out", place / "run", "--device", "cuda", "--steps", "1"]
+    assert call(monkeypatch, "pretrain", *words) == 2
+    assert "PyTorch finds no CUDA GPU here" in capsys.readouterr().err
+
+
+def test_no_length(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "pretrain", "--data", place / "corpus", "--out", place / "run") == 2
+    assert "--steps 100000 or --minutes 5" in capsys.readouterr().err

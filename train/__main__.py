@@ -1,0 +1,5 @@
+"""``python -m fusebert.train`` is ``fusebert``."""
+
+from .cli import main
+
+main()

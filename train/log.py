@@ -1,0 +1,81 @@
+"""The run's log: one JSON object a line in log.jsonl; the same numbers as TensorBoard scalars where it is installed.
+
+Every record has "kind" ("run", "train", "eval") and "step".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class ScalarWriter(Protocol):
+    """What is used of TensorBoard's SummaryWriter."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class RunLog:
+    """Appends records to ``directory``/log.jsonl, each on disk as soon as it is written.
+
+    Args:
+        resume_step: keep the records of a run up to this step and go on after them; None starts anew.
+        tensorboard: False never writes TensorBoard files, True insists, None writes them when it is installed.
+
+    Raises:
+        ModuleNotFoundError: ``tensorboard`` is True and it is not installed.
+    """
+
+    def __init__(self, directory: Path, *, resume_step: int | None, tensorboard: bool | None) -> None:
+        self.path = directory / "log.jsonl"
+        kept = [r for r in read_log(self.path) if r["step"] <= resume_step] if resume_step is not None else []
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        os.replace(partial, self.path)
+        self._file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        self._tensorboard = _tensorboard_writer(directory / "tensorboard", resume_step, tensorboard)
+
+    def write(self, kind: str, step: int, **fields: Any) -> None:
+        """Appends a record; numbers among ``fields`` become TensorBoard scalars kind/name."""
+        self._file.write(json.dumps({"kind": kind, "step": step, **fields}) + "\n")
+        if self._tensorboard is not None:
+            for name, value in fields.items():
+                if isinstance(value, int | float):
+                    self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of a log.jsonl; a last line cut short by a crash is left out, and no file is no record."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def _tensorboard_writer(directory: Path, resume_step: int | None, wanted: bool | None) -> ScalarWriter | None:
+    if wanted is False:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        if wanted:
+            raise ModuleNotFoundError("--tensorboard needs TensorBoard: pip install tensorboard") from error
+        return None
+    purge_step = resume_step + 1 if resume_step is not None else None
+    return SummaryWriter(str(directory), purge_step=purge_step)
+
+
+__all__ = ["RunLog", "read_log"]
