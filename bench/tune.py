@@ -7,9 +7,8 @@ below, the largest. A segment length takes the short route where its kernel comp
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterator
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Sequence
 from unittest import mock
 
 import torch
@@ -17,10 +16,8 @@ import torch
 from ..kernels import attention_config
 from ..kernels._triton import triton
 from ..kernels.attention_config import Config, Table
+from ..kernels.attention_launch import Problem, backward, forward, new_stats
 from .aot import LIMITS, Resources, compiled_kernels
-
-# The package exports a function of the module's name.
-kernel_module: Any = importlib.import_module("fusebert.kernels.attention")
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 SHORT_LENGTHS = (16, 32, 64, 128)
@@ -38,8 +35,10 @@ CANDIDATES: dict[int, dict[str, list[Config]]] = {
             Config(128, 64, 8, 2),
             Config(64, 64, 4, 2),
             Config(64, 32, 4, 2),
+            Config(64, 32, 8, 1),
             Config(32, 32, 4, 2),
             Config(32, 32, 4, 1),
+            Config(32, 16, 4, 1),
         ],
         "long_backward_dq": [
             Config(128, 64, 8, 2),
@@ -57,9 +56,11 @@ CANDIDATES: dict[int, dict[str, list[Config]]] = {
             Config(64, 64, 8, 2),
             Config(32, 64, 4, 2),
             Config(32, 64, 8, 2),
+            Config(16, 64, 8, 2),
             Config(16, 64, 4, 2),
             Config(32, 32, 4, 1),
             Config(16, 32, 4, 1),
+            Config(16, 16, 4, 1),
         ],
     },
     4: {
@@ -70,32 +71,25 @@ CANDIDATES: dict[int, dict[str, list[Config]]] = {
 }
 
 
-def derive(arch: int, dtype: torch.dtype, report: Callable[[str], None]) -> Table:
+def derive(arch: int, dtype: torch.dtype, report: Callable[[str], None], head_dims: Sequence[int] = HEAD_DIMS) -> Table:
     """The table for ``sm_<arch>`` and ``dtype``, by the clock where this machine has that GPU, else by the compiler.
+
+    Where every candidate of a kernel spills, the one that spills least is taken.
 
     Args:
         report: gets a line a decision.
-
-    Raises:
-        RuntimeError: no candidate of a kernel compiles without spilling.
     """
     timed = torch.cuda.is_available() and attention_config.architecture() == arch
     found = Table({}, {}, {}, {}, {})
-    for head_dim in HEAD_DIMS:
+    for head_dim in head_dims:
         for kernel, candidates in CANDIDATES[dtype.itemsize].items():
-            sound = (c for c in candidates if _sound(kernel, c, head_dim, LONG_LENGTH, arch, dtype))
-            if timed:
-                best = min(sound, key=lambda c: _milliseconds(kernel, c, head_dim, LONG_LENGTH, dtype), default=None)
-            else:
-                best = next(sound, None)
-            if best is None:
-                raise RuntimeError(f"no candidate of {kernel} compiles for sm_{arch}, D = {head_dim}, without spilling")
+            best, spills = _best(kernel, candidates, head_dim, arch, dtype, timed)
             getattr(found, kernel)[head_dim] = best
-            report(f"{kernel} D={head_dim}: {tuple(best)}")
+            report(f"{kernel} D={head_dim}: {tuple(best)}" + (f", spills {spills} bytes" if spills else ""))
         for kernel in ("short_forward", "short_backward"):
             longest = 0
             for length in SHORT_LENGTHS:
-                if not _sound(kernel, None, head_dim, length, arch, dtype):
+                if _spills(kernel, None, head_dim, length, arch, dtype):
                     break
                 if timed and not _short_is_faster(kernel, head_dim, length, dtype, found):
                     break
@@ -103,6 +97,22 @@ def derive(arch: int, dtype: torch.dtype, report: Callable[[str], None]) -> Tabl
             getattr(found, kernel)[head_dim] = longest
             report(f"{kernel} D={head_dim}: up to {longest}")
     return found
+
+
+def _best(
+    kernel: str, candidates: list[Config], head_dim: int, arch: int, dtype: torch.dtype, timed: bool
+) -> tuple[Config, float]:
+    """(configuration, bytes that it spills)."""
+    spills: dict[Config, float] = {}
+    for config in candidates:
+        spills[config] = _spills(kernel, config, head_dim, LONG_LENGTH, arch, dtype)
+        if spills[config] == 0 and not timed:
+            return config, 0
+    least = min(spills.values())
+    left = [config for config in candidates if spills[config] == least]
+    if timed:
+        left.sort(key=lambda config: _milliseconds(kernel, config, head_dim, LONG_LENGTH, dtype))
+    return left[0], least
 
 
 def _only(kernel: str, config: Config | None, head_dim: int) -> Table:
@@ -113,21 +123,21 @@ def _only(kernel: str, config: Config | None, head_dim: int) -> Table:
     return Table(*({head_dim: n} for n in longest.values()), *chosen.values())  # type: ignore[arg-type]
 
 
-def _problem(head_dim: int, seqlen: int, tokens: int, heads: int, p: float, dtype: torch.dtype, device: str) -> Any:
+def _problem(head_dim: int, seqlen: int, tokens: int, heads: int, p: float, dtype: torch.dtype, device: str) -> Problem:
     q, k, v = (torch.randn(tokens, heads, head_dim, dtype=dtype, device=device) for _ in range(3))
     cu_seqlens = torch.arange(0, tokens + 1, seqlen, dtype=torch.int32, device=device)
     seed = torch.zeros(1, dtype=torch.int64, device=device) if p else None
     scale = head_dim**-0.5
-    return kernel_module._Problem(q, k, v, cu_seqlens, cu_seqlens, None, seed, seqlen, seqlen, scale, p, -1)
+    return Problem(q, k, v, cu_seqlens, cu_seqlens, None, seed, seqlen, seqlen, scale, p, -1)
 
 
-def _calls(kernel: str, problem: Any) -> Callable[[], None]:
+def _calls(kernel: str, problem: Problem) -> Callable[[], None]:
     """What runs ``kernel`` (and, for the long backward, the other half of it) on ``problem``."""
-    out, stats = torch.zeros_like(problem.q), kernel_module._new_stats(problem.q).zero_()
+    out, stats = torch.zeros_like(problem.q), new_stats(problem.q).zero_()
     if kernel.endswith("forward"):
-        return lambda: kernel_module._forward(problem, out, stats)
+        return lambda: forward(problem, out, stats)
     dq, dk, dv = (torch.empty_like(out) for _ in range(3))
-    return lambda: kernel_module._backward(problem, out, stats, out, dq, dk, dv)
+    return lambda: backward(problem, out, stats, out, dq, dk, dv)
 
 
 def _resources(
@@ -142,13 +152,14 @@ def _resources(
         yield next(r for r in found if r.name == kernel)
 
 
-def _sound(kernel: str, config: Config | None, head_dim: int, seqlen: int, arch: int, dtype: torch.dtype) -> bool:
-    """It compiles, spills nothing and fits."""
-    limit = LIMITS[arch][2]
-    return all(
-        r.spill_bytes == 0 and r.shared_bytes <= limit
-        for r in _resources(kernel, config, head_dim, seqlen, arch, dtype)
-    )
+def _spills(kernel: str, config: Config | None, head_dim: int, seqlen: int, arch: int, dtype: torch.dtype) -> float:
+    """Bytes of registers it spills, the worse of with and without dropout; infinite where it does not fit."""
+    worst = 0.0
+    for r in _resources(kernel, config, head_dim, seqlen, arch, dtype):
+        worst = max(worst, r.spill_bytes if r.shared_bytes <= LIMITS[arch][2] else math.inf)
+        if worst:
+            break
+    return worst
 
 
 def _milliseconds(kernel: str, config: Config | None, head_dim: int, seqlen: int, dtype: torch.dtype) -> float:

@@ -30,322 +30,157 @@ way every gradient has one owner, so the same inputs give the same bits.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from . import attention_config, attention_fallback
-from ._triton import triton
-from .attention_long import long_backward_dk_dv, long_backward_dq, long_forward
-from .attention_short import short_backward, short_forward
+from . import attention_fallback
+from .attention_launch import NO_WINDOW, Problem, backward, forward, like_query, new_stats
 from .backend import choose_backend
 from .dropout import keep_threshold, resolve_seed
 
 MAX_HEAD_DIM = 256
-NO_WINDOW = -1  # what the operators take for window=None
 
 
-# ------------------------------------------------------------------------------------------------------------- launcher
+# ----------------------------------------------------------------------------------------------------------- operators
 #
-# Packed tensors are [T, H, D] and come with cu_seqlens, padded ones [B, H, N, D] without. The statistics of a query, m
-# and log₂ l, have the same axes, rows last: [2, H, T] and [2, B, H, N]. The kernels see both as (origin, row, head).
-
-
-class _Problem(NamedTuple):
-    """One call, as both directions need it. ``max_q``, ``max_k``: no segment is longer."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    cu_seqlens_q: Tensor | None
-    cu_seqlens_k: Tensor | None
-    key_mask: Tensor | None
-    seed: Tensor | None
-    max_q: int
-    max_k: int
-    scale: float
-    dropout_p: float
-    window: int
-
-    @property
-    def programs(self) -> int:
-        """Segments that get programs: packed, one more, for the rows behind the last."""
-        return self.q.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.numel()
-
-    @property
-    def empty(self) -> bool:
-        """Nothing to compute or to write."""
-        return self.q.numel() + self.k.numel() == 0
-
-    def short_forward(self) -> attention_config.Config | None:
-        return attention_config.short_forward(self.q.shape[-1], self.max_q, self.max_k, self.q.dtype)
-
-    def short_backward(self) -> attention_config.Config | None:
-        groups = self.q.shape[1] // self.k.shape[1]
-        return attention_config.short_backward(self.q.shape[-1], self.max_q, self.max_k, groups, self.q.dtype)
-
-    def arguments(self, config: attention_config.Config) -> dict[str, Any]:
-        """What every kernel takes."""
-        rows = 0 if self.cu_seqlens_q is not None else 2
-        head_dim = self.q.shape[-1]
-        precision = "tf32" if self.q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
-        return {
-            "cu_seqlens_q_ptr": self.cu_seqlens_q,
-            "cu_seqlens_k_ptr": self.cu_seqlens_k,
-            "key_mask_ptr": self.key_mask,
-            "seed_ptr": self.seed,
-            "num_segments": self.q.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.numel() - 1,
-            "num_heads": self.q.shape[1],
-            "num_q": self.q.shape[rows],
-            "num_k": self.k.shape[rows],
-            "window": self.window,
-            "scale": self.scale,
-            "p_threshold": keep_threshold(self.dropout_p),
-            "keep_scale": 1.0 / (1.0 - self.dropout_p),
-            "GROUPS": self.q.shape[1] // self.k.shape[1],
-            "D": head_dim,
-            "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "VARLEN": self.cu_seqlens_q is not None,
-            "MASKED": self.key_mask is not None,
-            "WINDOW": self.window != NO_WINDOW,
-            "DROPOUT": self.dropout_p > 0.0,
-            "EXACT": self.q.dtype == torch.float32,
-            "PRECISION": precision,
-            "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
-        }
-
-
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    """(origin, row, head) strides of [T, H, D] or [B, H, N, D]."""
-    return (x.stride(0), x.stride(0), x.stride(1)) if x.dim() == 3 else (x.stride(0), x.stride(2), x.stride(1))
-
-
-def _stats_strides(stats: Tensor) -> tuple[int, int, int]:
-    """(m to l, origin, head) strides of [2, H, T] or [2, B, H, N]."""
-    return (stats.stride(0), 1 if stats.dim() == 3 else stats.stride(1), stats.stride(-2))
-
-
-def _forward(a: _Problem, out: Tensor, stats: Tensor) -> None:
-    """Writes out and stats."""
-    if a.empty:
-        return
-    tensors = (a.q, a.k, a.v, out, stats)
-    strides = {"q_strides": _strides(a.q), "k_strides": _strides(a.k), "v_strides": _strides(a.v)}
-    strides |= {"out_strides": _strides(out), "stats_strides": _stats_strides(stats)}
-    heads = a.programs * a.q.shape[1]
-    if config := a.short_forward():
-        short_forward[(heads,)](*tensors, **strides, max_q=a.max_q, max_k=a.max_k, **a.arguments(config))
-    else:
-        config = attention_config.long_forward(a.q.shape[-1], a.q.dtype)
-        num_tiles = triton.cdiv(max(a.max_q, 1), config.block_m)
-        long_forward[(num_tiles * heads,)](
-            *tensors, **strides, num_tiles=num_tiles, max_q=a.max_q, max_k=a.max_k, **a.arguments(config)
-        )
-
-
-def _backward(a: _Problem, out: Tensor | None, stats: Tensor, dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-    """Writes dq, dk and dv. ``out`` is read by the long route alone."""
-    if a.empty:
-        return
-    of_q, of_k = {"q_strides": _strides(a.q)}, {"k_strides": _strides(a.k), "v_strides": _strides(a.v)}
-    strides = {**of_q, **of_k, "dout_strides": _strides(dout), "stats_strides": _stats_strides(stats)}
-    to_q, to_k = {"dq_strides": _strides(dq)}, {"dk_strides": _strides(dk), "dv_strides": _strides(dv)}
-    heads, key_heads = a.programs * a.q.shape[1], a.programs * a.k.shape[1]
-    if config := a.short_backward():
-        short_backward[(heads,)](
-            a.q, a.k, a.v, dout, dq, dk, dv, stats, **strides, **to_q, **to_k, **a.arguments(config)
-        )  # fmt: skip
-        return
-    assert out is not None
-    delta = torch.empty_like(stats[0])
-    config = attention_config.long_backward_dq(a.q.shape[-1], a.q.dtype)
-    num_tiles = triton.cdiv(max(a.max_q, 1), config.block_m)
-    long_backward_dq[(num_tiles * heads,)](
-        a.q, a.k, a.v, out, dout, dq, stats, delta,
-        out_strides=_strides(out), num_tiles=num_tiles, **strides, **to_q, **a.arguments(config),
-    )  # fmt: skip
-    config = attention_config.long_backward_dk_dv(a.q.shape[-1], a.q.dtype)
-    num_tiles = triton.cdiv(max(a.max_k, 1), config.block_n)
-    long_backward_dk_dv[(num_tiles * key_heads,)](
-        a.q, a.k, a.v, dout, dk, dv, stats, delta, num_tiles=num_tiles, **strides, **to_k, **a.arguments(config)
-    )
-
-
-# ------------------------------------------------------------------------------------------------------------ operators
-#
+# out is saved although the short route does not read it: whatever consumes it, a projection, keeps the same tensor.
 # Two, because gradients want the layout their tensor has: dqkv is written as [T, 3, H, D], where autograd, given three
-# views, would gather three gradients in a pass of its own.
+# views, would gather three gradients in a pass of its own. Registered as layernorm's are, for the same reason.
+
+_library = torch.library.Library("fusebert", "FRAGMENT")
+_OPTIONS = "Tensor? seed, SymInt max_q, SymInt max_k, float scale, float dropout_p, SymInt window"
+_PROBLEM = f"Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? key_mask, {_OPTIONS}"
+_PACKED = "Tensor qkv, Tensor cu_seqlens, Tensor? seed, SymInt max_seqlen, float scale, float dropout_p, SymInt window"
+_TO_BACKWARD = "Tensor out, Tensor stats, Tensor dout"
 
 
 def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _like_query(q: Tensor) -> Tensor:
-    """Uninitialised, as q; memory is [.., rows, heads, D] whatever q's, which is what the next projection reads."""
-    if q.dim() == 3:
-        return torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    b, h, n, d = q.shape
-    return torch.empty((b, n, h, d), dtype=q.dtype, device=q.device).transpose(1, 2)
+def _problem(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Problem:
+    return Problem(_dense_rows(q), _dense_rows(k), _dense_rows(v), *rest)
 
 
-def _new_stats(q: Tensor) -> Tensor:
-    shape = (2, q.shape[1], q.shape[0]) if q.dim() == 3 else (2, *q.shape[:-1])
-    return torch.empty(shape, dtype=torch.float32, device=q.device)
+def _packed_problem(qkv: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seqlen: int, *rest: Any) -> Problem:
+    q, k, v = _dense_rows(qkv).unbind(1)
+    return Problem(q, k, v, cu_seqlens, cu_seqlens, None, seed, max_seqlen, max_seqlen, *rest)
+
+
+def _run_forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    out, stats = like_query(problem.q), new_stats(problem.q)
+    with torch.cuda.device_of(problem.q):
+        forward(problem, out, stats)
+    return out, stats
+
+
+def _attention(*problem: Any) -> tuple[Tensor, Tensor]:
+    return _run_forward(_problem(*problem))
+
+
+def _attention_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *inputs, out, stats, dout = args
+    problem = _problem(*inputs)
+    dq, dk, dv = like_query(problem.q), like_query(problem.k), like_query(problem.v)
+    with torch.cuda.device_of(problem.q):
+        backward(problem, out, stats, _dense_rows(dout), dq, dk, dv)
+    return dq, dk, dv
+
+
+def _attention_qkv(*problem: Any) -> tuple[Tensor, Tensor]:
+    return _run_forward(_packed_problem(*problem))
+
+
+def _attention_qkv_backward(*args: Any) -> Tensor:
+    *inputs, out, stats, dout = args
+    problem = _packed_problem(*inputs)
+    dqkv = torch.empty(inputs[0].shape, dtype=dout.dtype, device=dout.device)
+    with torch.cuda.device_of(dqkv):
+        backward(problem, out, stats, _dense_rows(dout), *dqkv.unbind(1))
+    return dqkv
+
+
+def _fake_attention(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return like_query(q), new_stats(q)
+
+
+def _fake_attention_backward(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return like_query(q), like_query(k), like_query(v)
+
+
+def _fake_attention_qkv(qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return like_query(qkv[:, 0]), new_stats(qkv[:, 0])
+
+
+def _fake_attention_qkv_backward(qkv: Tensor, *_: Any) -> Tensor:
+    return torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+
+
+for _schema, _run, _fake in (
+    (f"attention({_PROBLEM}) -> (Tensor out, Tensor stats)", _attention, _fake_attention),
+    (
+        f"attention_backward({_PROBLEM}, {_TO_BACKWARD}) -> (Tensor dq, Tensor dk, Tensor dv)",
+        _attention_backward,
+        _fake_attention_backward,
+    ),
+    (f"attention_qkv({_PACKED}) -> (Tensor out, Tensor stats)", _attention_qkv, _fake_attention_qkv),
+    (
+        f"attention_qkv_backward({_PACKED}, {_TO_BACKWARD}) -> Tensor dqkv",
+        _attention_qkv_backward,
+        _fake_attention_qkv_backward,
+    ),
+):
+    _name = _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for _device in ("CPU", "CUDA"):
+        _library.impl(_name, _run, _device)
+    torch.library.register_fake(f"fusebert::{_name}", _fake, lib=_library)
+
+
+class _Attention(torch.autograd.Function):
+    """(out, stats) of separate q, k, v, packed or padded. Takes the fields of `Problem`."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        out, stats = torch.ops.fusebert.attention(*inputs)
+        ctx.save_for_backward(*inputs[:7], out, stats)
+        ctx.options = inputs[7:]
+        ctx.mark_non_differentiable(stats)
+        return out, stats
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dout: Tensor, _dstats: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, out, stats = ctx.saved_tensors
+        gradients = torch.ops.fusebert.attention_backward(*tensors, *ctx.options, out, stats, dout)
+        return *gradients, *(None,) * (len(Problem._fields) - 3)
+
+
+class _AttentionQKV(torch.autograd.Function):
+    """(out, stats) of packed self-attention on [T, 3, H, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, cu_seqlens: Tensor, seed: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
+        out, stats = torch.ops.fusebert.attention_qkv(qkv, cu_seqlens, seed, *options)
+        ctx.save_for_backward(qkv, cu_seqlens, seed, out, stats)
+        ctx.options = options
+        ctx.mark_non_differentiable(stats)
+        return out, stats
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dout: Tensor, _dstats: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, cu_seqlens, seed, out, stats = ctx.saved_tensors
+        dqkv = torch.ops.fusebert.attention_qkv_backward(qkv, cu_seqlens, seed, *ctx.options, out, stats, dout)
+        return dqkv, *(None,) * (2 + len(ctx.options))
 
 
 def _lse(stats: Tensor, scale: float) -> Tensor:
     """L = scale · m + ln l; not differentiable."""
     m, log2_l = stats.detach().unbind(0)
     return scale * m + math.log(2.0) * log2_l
-
-
-@torch.library.custom_op("fusebert::attention", mutates_args=())
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    key_mask: Tensor | None,
-    seed: Tensor | None,
-    max_q: int,
-    max_k: int,
-    scale: float,
-    dropout_p: float,
-    window: int,
-) -> tuple[Tensor, Tensor]:
-    """(out, stats) of separate q, k, v, packed or padded."""
-    q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
-    out, stats = _like_query(q), _new_stats(q)
-    problem = _Problem(q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, seed, max_q, max_k, scale, dropout_p, window)
-    with torch.cuda.device_of(q):
-        _forward(problem, out, stats)
-    return out, stats
-
-
-@_attention.register_fake
-def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _like_query(q), _new_stats(q)
-
-
-@torch.library.custom_op("fusebert::attention_backward", mutates_args=())
-def _attention_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    key_mask: Tensor | None,
-    seed: Tensor | None,
-    max_q: int,
-    max_k: int,
-    scale: float,
-    dropout_p: float,
-    window: int,
-    out: Tensor | None,
-    stats: Tensor,
-    dout: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, dout = _dense_rows(q), _dense_rows(k), _dense_rows(v), _dense_rows(dout)
-    dq, dk, dv = _like_query(q), _like_query(k), _like_query(v)
-    problem = _Problem(q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, seed, max_q, max_k, scale, dropout_p, window)
-    with torch.cuda.device_of(q):
-        _backward(problem, out, stats, dout, dq, dk, dv)
-    return dq, dk, dv
-
-
-@_attention_backward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _like_query(q), _like_query(k), _like_query(v)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    problem = _Problem(*inputs)
-    out, stats = output
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*problem[:7], out if problem.short_backward() is None else None, stats)
-    ctx.constants = problem[7:]
-
-
-def _attention_gradients(ctx: Any, dout: Tensor | None, _dstats: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, out, stats = ctx.saved_tensors
-    if dout is None:
-        return (None,) * len(_Problem._fields)
-    gradients = _attention_backward(*tensors, *ctx.constants, out, stats, dout)
-    return *gradients, *(None,) * (len(_Problem._fields) - 3)
-
-
-_attention.register_autograd(_attention_gradients, setup_context=_save)
-
-
-@torch.library.custom_op("fusebert::attention_qkv", mutates_args=())
-def _attention_qkv(
-    qkv: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seqlen: int, scale: float, dropout_p: float, window: int
-) -> tuple[Tensor, Tensor]:
-    """(out, stats) of packed self-attention on [T, 3, H, D]."""
-    q, k, v = _dense_rows(qkv).unbind(1)
-    out, stats = _like_query(q), _new_stats(q)
-    cu = cu_seqlens
-    problem = _Problem(q, k, v, cu, cu, None, seed, max_seqlen, max_seqlen, scale, dropout_p, window)
-    with torch.cuda.device_of(q):
-        _forward(problem, out, stats)
-    return out, stats
-
-
-@_attention_qkv.register_fake
-def _(qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _like_query(qkv[:, 0]), _new_stats(qkv[:, 0])
-
-
-@torch.library.custom_op("fusebert::attention_qkv_backward", mutates_args=())
-def _attention_qkv_backward(
-    qkv: Tensor,
-    cu_seqlens: Tensor,
-    seed: Tensor | None,
-    max_seqlen: int,
-    scale: float,
-    dropout_p: float,
-    window: int,
-    out: Tensor | None,
-    stats: Tensor,
-    dout: Tensor,
-) -> Tensor:
-    q, k, v = _dense_rows(qkv).unbind(1)
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    cu = cu_seqlens
-    problem = _Problem(q, k, v, cu, cu, None, seed, max_seqlen, max_seqlen, scale, dropout_p, window)
-    with torch.cuda.device_of(q):
-        _backward(problem, out, stats, _dense_rows(dout), *dqkv.unbind(1))
-    return dqkv
-
-
-@_attention_qkv_backward.register_fake
-def _(qkv: Tensor, *_: Any) -> Tensor:
-    return torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-
-
-def _save_qkv(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, cu_seqlens, seed, max_seqlen, *_ = inputs
-    out, stats = output
-    needs_out = attention_config.short_backward(qkv.shape[-1], max_seqlen, max_seqlen, 1, qkv.dtype) is None
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(qkv, cu_seqlens, seed, out if needs_out else None, stats)
-    ctx.constants = inputs[3:]
-
-
-def _attention_qkv_gradients(ctx: Any, dout: Tensor | None, _dstats: Tensor | None) -> tuple[Tensor | None, ...]:
-    qkv, cu_seqlens, seed, out, stats = ctx.saved_tensors
-    if dout is None:
-        return (None,) * 7
-    return _attention_qkv_backward(qkv, cu_seqlens, seed, *ctx.constants, out, stats, dout), *(None,) * 6
-
-
-_attention_qkv.register_autograd(_attention_qkv_gradients, setup_context=_save_qkv)
 
 
 # --------------------------------------------------------------------------------------------------------------- checks
@@ -508,7 +343,7 @@ def attention(
         mask = None if key_padding_mask is None else key_padding_mask.contiguous().view(torch.uint8)
         drawn = resolve_seed(seed, q.device) if dropout_p > 0.0 else None
         limit = NO_WINDOW if window is None else window
-        out, stats = _attention(q, k, v, None, None, mask, drawn, q.shape[2], k.shape[2], scale, dropout_p, limit)
+        out, stats = _Attention.apply(q, k, v, None, None, mask, drawn, q.shape[2], k.shape[2], scale, dropout_p, limit)
         lse = _lse(stats, scale) if return_lse else None
     return (out, lse.detach()) if return_lse and lse is not None else out
 
@@ -584,7 +419,7 @@ def attention_varlen(
     else:
         drawn = resolve_seed(seed, qkv.device) if dropout_p > 0.0 else None
         limit = NO_WINDOW if window is None else window
-        out, stats = _attention_qkv(qkv, cu_seqlens.contiguous(), drawn, max_seqlen, scale, dropout_p, limit)
+        out, stats = _AttentionQKV.apply(qkv, cu_seqlens.contiguous(), drawn, max_seqlen, scale, dropout_p, limit)
         lse = _lse(stats, scale) if return_lse else None
     return (out, lse.detach()) if return_lse and lse is not None else out
 
@@ -685,7 +520,9 @@ def attention_varlen_separate(
         drawn = resolve_seed(seed, q.device) if dropout_p > 0.0 else None
         limit = NO_WINDOW if window is None else window
         of_q, of_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-        out, stats = _attention(q, k, v, of_q, of_k, None, drawn, max_seqlen_q, max_seqlen_k, scale, dropout_p, limit)
+        out, stats = _Attention.apply(
+            q, k, v, of_q, of_k, None, drawn, max_seqlen_q, max_seqlen_k, scale, dropout_p, limit
+        )
         lse = _lse(stats, scale) if return_lse else None
     return (out, lse.detach()) if return_lse and lse is not None else out
 

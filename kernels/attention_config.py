@@ -64,6 +64,31 @@ TABLES = {
             256: Config(32, 32, 4, 1),
         },
     ),
+    (90, 4): Table(
+        short_forward={16: 32, 32: 32, 64: 32, 128: 16, 256: 16},
+        short_backward={16: 32, 32: 32, 64: 32, 128: 16, 256: 16},
+        long_forward={
+            16: Config(16, 16, 4, 1),
+            32: Config(16, 16, 4, 1),
+            64: Config(16, 16, 4, 1),
+            128: Config(16, 16, 4, 1),
+            256: Config(16, 16, 4, 1),
+        },
+        long_backward_dq={
+            16: Config(16, 16, 4, 1),
+            32: Config(16, 16, 4, 1),
+            64: Config(16, 16, 4, 1),
+            128: Config(16, 16, 4, 1),
+            256: Config(16, 16, 4, 1),
+        },
+        long_backward_dk_dv={
+            16: Config(16, 16, 4, 1),
+            32: Config(16, 16, 4, 1),
+            64: Config(16, 16, 4, 1),
+            128: Config(16, 16, 4, 1),
+            256: Config(16, 16, 4, 1),
+        },
+    ),
 }
 
 

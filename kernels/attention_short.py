@@ -1,7 +1,7 @@
 """Attention when a segment fits in one tile: the whole softmax at once, and one backward kernel.
 
 `attention` has the equations. One program holds all queries and keys of its (segment, head), so the forward rescales
-nothing, and the backward has all of P and dP: δ comes from registers (O is neither saved nor read), five products
+nothing, and the backward has all of P and dP: δ comes from registers (O is not read), five products
 finish dQ, dK and dV, and no two programs write the same gradient. There is no loop.
 """
 

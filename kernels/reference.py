@@ -186,3 +186,43 @@ def masked_lm_loss(
         return losses.new_zeros(labels.shape).index_put((rows,), losses), correct
     total = losses.sum()
     return total / labelled.sum().clamp(min=1) if reduction == "mean" else total, correct
+
+
+def embed_layernorm(
+    input_ids: Tensor,
+    token_type_ids: Tensor,
+    position_ids: Tensor,
+    word_weight: Tensor,
+    token_type_weight: Tensor,
+    position_weight: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    *,
+    eps: float,
+    p: float = 0.0,
+    padding_idx: int | None = None,
+    out_dtype: torch.dtype | None = None,
+    dropout_mask: Tensor | None = None,
+) -> Tensor:
+    """Dropout(LayerNorm(word + token type + position)), BERT's input (Devlin et al. 2018, figure 2).
+
+    Args:
+        input_ids, token_type_ids, position_ids: integers [..]. Weights: [V, H], [token types, H], [positions, H].
+        padding_idx: the row of word_weight that gets no gradient. out_dtype: the tables' when None.
+        dropout_mask: bool [.., H].
+    """
+    x = F.embedding(input_ids, word_weight, padding_idx) + F.embedding(token_type_ids, token_type_weight)  # (.., H)
+    x = x + F.embedding(position_ids, position_weight)
+    dtype = x.dtype
+    for parameter in (norm_weight, norm_bias):
+        dtype = dtype if parameter is None else torch.promote_types(dtype, parameter.dtype)
+    norm_weight, norm_bias = (
+        None if parameter is None else parameter.to(dtype) for parameter in (norm_weight, norm_bias)
+    )
+    y = layernorm(x.to(dtype), norm_weight, norm_bias, eps=eps)
+    return dropout(y.to(word_weight.dtype if out_dtype is None else out_dtype), p, dropout_mask)
+
+
+def bias_gelu(x: Tensor, bias: Tensor | None, *, approximate: str = "none") -> Tensor:
+    """GELU(x + bias), by erf or by tanh (Hendrycks and Gimpel 2016). x: [.., I]; bias: [I] or None."""
+    return F.gelu(x if bias is None else x + bias, approximate=approximate)

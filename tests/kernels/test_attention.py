@@ -76,7 +76,7 @@ def randn(*shape, dtype=torch.float32, scale=1.0):
     return (torch.randn(*shape, device=DEVICE) * scale).to(dtype)
 
 
-def compare(function, definition, inputs, pytorch=None):
+def compare(function, definition, inputs, pytorch=None, roundings=1):
     """function(*inputs) against definition in float64, out and all gradients.
 
     pytorch makes the error that ours is measured by; definition itself where PyTorch has no operator for the case.
@@ -98,7 +98,7 @@ def compare(function, definition, inputs, pytorch=None):
     # A row with one key has dS = 0, where PyTorch's P∘dP − Pδ cancels to the last bit: the terms are as large as dO.
     names = ["out", *(f"grad of input {i}" for i in range(len(inputs)))]
     for name, a, o, t in zip(names, ours, oracle, torchs, strict=True):
-        assert_as_good_as_torch(a, o, t, name, cancelled=grad_out.double().norm().item())
+        assert_as_good_as_torch(a, o, t, name, cancelled=grad_out.double().norm().item(), roundings=roundings)
 
 
 # -------------------------------------------------------------------------------------------------------------- packed
@@ -318,15 +318,20 @@ def test_packed_whatever_the_shape(lengths, head_dim, heads, p, window, long):
     with pytest.MonkeyPatch.context() as monkeypatch:
         if long:
             use_long_route(monkeypatch)
-        compare(lambda x: attention_varlen(x, cu, longest, dropout_p=p, seed=SEED, window=window), definition, [qkv])
+        compare(
+            lambda x: attention_varlen(x, cu, longest, dropout_p=p, seed=SEED, window=window),
+            definition,
+            [qkv],
+            roundings=4,  # P, δ, dS and the product: a segment may be two rows
+        )
 
 
 # ---------------------------------------------------------------------------------------------- torch.library, compile
 
 
 def operator_inputs():
-    q, k, v = (randn(1, 2, 20, 16).requires_grad_() for _ in range(3))
-    qkv = randn(20, 3, 2, 16).requires_grad_()
+    q, k, v = (randn(1, 2, 20, 16) for _ in range(3))
+    qkv = randn(20, 3, 2, 16)
     cu = lengths_to_cu([12, 8])
     seed = torch.tensor([SEED], device=DEVICE)
     padded = (q, k, v, None, None, None, seed, 20, 20, 0.25, 0.1, -1)
@@ -335,8 +340,13 @@ def operator_inputs():
 
 def test_opcheck(route):
     padded, packed = operator_inputs()
-    torch.library.opcheck(torch.ops.fusebert.attention, padded)
-    torch.library.opcheck(torch.ops.fusebert.attention_qkv, packed)
+    ops = torch.ops.fusebert
+    out, stats = ops.attention(*padded)
+    torch.library.opcheck(ops.attention, padded)
+    torch.library.opcheck(ops.attention_backward, (*padded, out, stats, torch.ones_like(out)))
+    out, stats = ops.attention_qkv(*packed)
+    torch.library.opcheck(ops.attention_qkv, packed)
+    torch.library.opcheck(ops.attention_qkv_backward, (*packed, out, stats, torch.ones_like(out)))
 
 
 def test_compiles_without_a_graph_break(route):
@@ -346,7 +356,6 @@ def test_compiles_without_a_graph_break(route):
     def step(x):
         return attention_varlen(x, cu, 12, dropout_p=0.1, seed=SEED).square().sum()
 
-    torch._dynamo.reset()  # its cache knows nothing of the fixture that changes the route
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     ours, eager = (torch.autograd.grad(f(qkv), qkv)[0] for f in (compiled, step))
     assert torch.equal(ours, eager)
@@ -356,8 +365,8 @@ def test_the_second_derivative_is_an_error_not_a_number():
     qkv = randn(8, 3, 1, 16).requires_grad_()
     out = attention_varlen(qkv, lengths_to_cu([8]), 8)
     (first,) = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        torch.autograd.grad(first.sum(), qkv)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
 
 
 def test_seed_none_is_drawn_from_torchs_generator():
