@@ -13,12 +13,13 @@ Shapes: T tokens, S segments, H hidden_size, I intermediate_size, h heads of D =
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import FusedLayerNorm, attention_varlen, dropout_add_layernorm
+from ..kernels import FusedLayerNorm, attention_varlen, attention_varlen_separate, dropout_add_layernorm
 from ..kernels.backend import choose_backend
 from .config import BertConfig
 
@@ -29,6 +30,19 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype the matrix products run in: autocast's where it is on, else ``x``'s own."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+class ReadRows(NamedTuple):
+    """The rows of the token axis that are wanted after the last layer.
+
+    Attributes:
+        index: int64 [R], in rising order.
+        cu_seqlens: int32 [S + 1]: segment s has rows cu_seqlens[s] … cu_seqlens[s + 1] − 1 of ``index``. Rows behind
+            the last bound are spare: what comes out for them means nothing.
+    """
+
+    index: Tensor
+    cu_seqlens: Tensor
 
 
 class BertEmbeddings(nn.Module):
@@ -67,12 +81,31 @@ class BertLayer(nn.Module):
         self.hidden_dropout_p = config.hidden_dropout_prob
 
     def forward(
-        self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, seeds: Sequence[Tensor | None] = (None,) * SEEDS_PER_LAYER
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        seeds: Sequence[Tensor | None] = (None,) * SEEDS_PER_LAYER,
+        rows: ReadRows | None = None,
     ) -> Tensor:
-        """x: [T, H]; cu_seqlens: int32 [S + 1]; seeds: three int64 tensors of one element, or None → [T, H]."""
+        """x: [T, H]; cu_seqlens: int32 [S + 1]; seeds: three int64 tensors of one element, or None → [T, H].
+
+        With ``rows``, R of them, the same for these alone, [R, H]: every row is a key and a value, but only these are
+        queries and go through the rest of the layer.
+        """
         attention_p, hidden_p = (self.attention_dropout_p, self.hidden_dropout_p) if self.training else (0.0, 0.0)
-        qkv = self.qkv(x).view(x.shape[0], 3, self.num_heads, -1)  # (T, 3, h, D)
-        attended = attention_varlen(qkv, cu_seqlens, max_seqlen, dropout_p=attention_p, seed=seeds[0])  # (T, h, D)
+        if rows is None:
+            qkv = self.qkv(x).view(x.shape[0], 3, self.num_heads, -1)  # (T, 3, h, D)
+            attended = attention_varlen(qkv, cu_seqlens, max_seqlen, dropout_p=attention_p, seed=seeds[0])  # (T, h, D)
+        else:
+            weight, bias, hidden_size = self.qkv.weight, self.qkv.bias, x.shape[1]
+            kv = F.linear(x, weight[hidden_size:], bias[hidden_size:]).view(x.shape[0], 2, self.num_heads, -1)
+            x = x.index_select(0, rows.index)  # (R, H): from here on T is R
+            q = F.linear(x, weight[:hidden_size], bias[:hidden_size]).view(x.shape[0], self.num_heads, -1)
+            k, v = kv.unbind(1)  # each (T, h, D), as q (R, h, D)
+            attended = attention_varlen_separate(
+                q, k, v, rows.cu_seqlens, max_seqlen, cu_seqlens, max_seqlen, dropout_p=attention_p, seed=seeds[0]
+            )
         attended = self.attention_output(attended.reshape_as(x))  # (T, H)
         x = self._add_norm(self.attention_norm, attended, x, hidden_p, seeds[1])
         inner = F.gelu(self.intermediate(x))  # (T, I)
@@ -94,9 +127,17 @@ class BertEncoder(nn.Module):
         self.has_dropout = max(config.hidden_dropout_prob, config.attention_probs_dropout_prob) > 0.0
 
     def forward(
-        self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        rows: ReadRows | None = None,
     ) -> Tensor:
         """input_ids, token_type_ids, position_ids: int64 [T]; cu_seqlens: int32 [S + 1] → hidden states [T, H].
+
+        With ``rows``, the hidden states of these alone, [R, H]: the last layer computes no others.
 
         Raises:
             ValueError: ``max_seqlen`` is more than there are position embeddings.
@@ -109,7 +150,9 @@ class BertEncoder(nn.Module):
         x = self.embeddings(input_ids, token_type_ids, position_ids)  # (T, H)
         seeds = self._seeds(x)
         for i, layer in enumerate(self.layers):
-            x = layer(x, cu_seqlens, max_seqlen, seeds[SEEDS_PER_LAYER * i : SEEDS_PER_LAYER * (i + 1)])
+            of_layer = seeds[SEEDS_PER_LAYER * i : SEEDS_PER_LAYER * (i + 1)]
+            last = i == len(self.layers) - 1
+            x = layer(x, cu_seqlens, max_seqlen, of_layer, rows if last else None)
         return x
 
     def _seeds(self, x: Tensor) -> Sequence[Tensor | None]:
@@ -120,4 +163,4 @@ class BertEncoder(nn.Module):
         return torch.randint(0, 2**62, (n,), dtype=torch.int64, device=x.device).split(1)
 
 
-__all__ = ["BertEmbeddings", "BertEncoder", "BertLayer"]
+__all__ = ["BertEmbeddings", "BertEncoder", "BertLayer", "ReadRows"]

@@ -5,7 +5,8 @@
     NSP   first token of each segment → tanh(W x + b) → 2 logits; −Σ log p(label), 0 = B follows A
 
 The losses are sums, not means: the mean over the labelled positions of several micro-batches and ranks is then exact,
-with the batches' own counts (`PackedBatch.num_masked`, `.num_pairs`) as the denominator.
+with the batches' own counts (`PackedBatch.num_masked`, `.num_pairs`) as the denominator. After the last layer nothing
+but masked positions and first tokens is read, so it computes no other rows: the same losses for less.
 Shapes: T tokens, S segments, M masked positions, H hidden_size, V vocab_size.
 """
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from ..kernels import FusedLayerNorm, masked_lm_loss
 from .config import BertConfig
-from .encoder import BertEncoder
+from .encoder import BertEncoder, ReadRows
 from .packing import IGNORE, PackedBatch
 
 
@@ -77,9 +78,10 @@ class BertForPreTraining(nn.Module):
 
     def forward(self, batch: PackedBatch) -> PreTrainingOutput:
         """Both losses and both counts of right answers over ``batch``, as sums."""
-        hidden = self.encode(batch)  # (T, H)
+        hidden = self._read_hidden(batch)  # (M + S, H): nothing else is read after the last layer
+        masked, first = hidden.split([batch.masked_positions.shape[0], batch.nsp_labels.shape[0]])
         mlm_loss, mlm_correct = masked_lm_loss(
-            self.transform(hidden.index_select(0, batch.masked_positions)),  # (M, H): only these rows meet the decoder
+            self.transform(masked),
             self.decoder_weight.to(hidden.dtype),
             self.mlm_bias,
             batch.masked_labels,
@@ -87,7 +89,7 @@ class BertForPreTraining(nn.Module):
             reduction="sum",
             return_accuracy=True,
         )
-        nsp_logits = self.nsp_logits(self.pool(hidden, batch.cu_seqlens))  # (S, 2)
+        nsp_logits = self.nsp_logits(torch.tanh(self.pooler(first)))  # (S, 2)
         nsp_logits = nsp_logits.to(torch.promote_types(nsp_logits.dtype, torch.float32))
         nsp_loss = F.cross_entropy(nsp_logits, batch.nsp_labels, ignore_index=IGNORE, reduction="sum")
         nsp_correct = (nsp_logits.argmax(-1) == batch.nsp_labels).sum()
@@ -98,6 +100,22 @@ class BertForPreTraining(nn.Module):
         return self.encoder(
             batch.input_ids, batch.token_type_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen
         )
+
+    def _read_hidden(self, batch: PackedBatch) -> Tensor:
+        """[M + S, H]: the hidden states of the masked positions, then of each segment's first token.
+
+        Those of spare positions and of empty segments mean nothing; they have no label.
+        """
+        cu_seqlens, nowhere = batch.cu_seqlens, batch.input_ids.shape[0]
+        masked = torch.where(batch.masked_labels != IGNORE, batch.masked_positions, nowhere)
+        first = torch.where(cu_seqlens[1:] > cu_seqlens[:-1], cu_seqlens[:-1], nowhere)
+        positions, order = torch.sort(torch.cat([masked, first.long()]), stable=True)
+        bounds = torch.searchsorted(positions, cu_seqlens.long()).to(torch.int32)
+        rows = ReadRows(positions.clamp(max=nowhere - 1), bounds)
+        hidden = self.encoder(
+            batch.input_ids, batch.token_type_ids, batch.position_ids, cu_seqlens, batch.max_seqlen, rows
+        )
+        return hidden.index_select(0, torch.argsort(order))
 
     @property
     def decoder_weight(self) -> Tensor:

@@ -3,8 +3,10 @@
 Only the matrix products that the mathematics asks for, on real tokens (not the slack of a packed batch, not spare
 masked rows), a multiply-add counting 2; the backward costs twice the forward, one product for each operand's gradient:
 
-    linears     6 · tokens · L · (4H² + 2HI)              Q, K, V, output; both feed-forward layers
-    attention   12 · Σ_s n_s² · L · H                     QKᵀ and PV on segments of n_s tokens
+    linears     6 · tokens · (L − 1) · (4H² + 2HI)        Q, K, V, output; both feed-forward layers
+    attention   12 · Σ_s n_s² · (L − 1) · H               QKᵀ and PV on segments of n_s tokens
+    last layer  6 · tokens · 2H² + 6 · read · (2H² + 2HI)     K, V for all; the rest for the rows that are read after it
+                + 12 · Σ_s read_s n_s · H                 (masked positions and first tokens)
     MLM head    6 · masked · (H² + HV)                    transform, decoder
     NSP head    6 · pairs · (H² + 2H)                     pooler, classifier
 
@@ -19,32 +21,42 @@ import time
 import torch
 
 from ..model.config import BertConfig
-from ..model.packing import PackedBatch
+from ..model.packing import IGNORE, PackedBatch
 
 
-def train_flops(config: BertConfig, *, tokens: int, squared_lengths: int, masked: int, pairs: int) -> int:
+def train_flops(
+    config: BertConfig, *, tokens: int, squared_lengths: int, read: int, read_by_length: int, masked: int, pairs: int
+) -> int:
     """FLOPs of forward and backward.
 
     Args:
-        tokens: real tokens. squared_lengths: Σ n² over the segments. masked: labelled positions. pairs: labelled pairs.
+        tokens: real tokens. squared_lengths: Σ n² over the segments. read: rows read after the last layer.
+        read_by_length: Σ read_s · n_s. masked: labelled positions. pairs: labelled pairs.
     """
-    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers - 1
     linears = 6 * tokens * layers * (4 * hidden * hidden + 2 * hidden * inner)
     attention = 12 * squared_lengths * layers * hidden
+    last = 6 * tokens * 2 * hidden * hidden + 6 * read * (2 * hidden * hidden + 2 * hidden * inner)
+    last += 12 * read_by_length * hidden
     mlm_head = 6 * masked * (hidden * hidden + hidden * config.vocab_size)
     nsp_head = 6 * pairs * (hidden * hidden + 2 * hidden)
-    return linears + attention + mlm_head + nsp_head
+    return linears + attention + last + mlm_head + nsp_head
 
 
 def batch_flops(config: BertConfig, batch: PackedBatch) -> int:
-    """`train_flops` of a packed batch whose ``cu_seqlens`` is on the CPU."""
-    squared_lengths = int(batch.cu_seqlens.long().diff().square().sum())
-    # The slack is in segments too: max_seqlen tokens in each but the last.
-    full, rest = divmod(batch.input_ids.shape[0] - batch.num_tokens, batch.max_seqlen)
+    """`train_flops` of a packed batch that is on the CPU."""
+    bounds = batch.cu_seqlens.long()
+    # The slack's segments lie behind the real tokens and are not counted.
+    lengths = bounds.diff() * (bounds[:-1] < batch.num_tokens)
+    masked = batch.masked_positions[batch.masked_labels != IGNORE]
+    segments = torch.bucketize(masked, bounds[1:], right=True)
+    read = torch.bincount(segments, minlength=lengths.numel()) + (lengths > 0)
     return train_flops(
         config,
         tokens=batch.num_tokens,
-        squared_lengths=squared_lengths - full * batch.max_seqlen**2 - rest**2,
+        squared_lengths=int(lengths.square().sum()),
+        read=int(read.sum()),
+        read_by_length=int((read * lengths).sum()),
         masked=batch.num_masked,
         pairs=batch.num_pairs,
     )

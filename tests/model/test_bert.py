@@ -4,11 +4,12 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from bert_cases import MICRO, padded_examples, with_slack
 from oracle import DEVICE, assert_as_good_as_torch, relative_error
 
 from fusebert.kernels import use_backend
-from fusebert.model import BertConfig, BertEncoder, BertForPreTraining, pack_padded
+from fusebert.model import IGNORE, BertConfig, BertEncoder, BertForPreTraining, pack_padded
 
 DROPOUT = dataclasses.replace(MICRO, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
 
@@ -104,6 +105,26 @@ def test_no_gradient_crosses_segments(batch):
     touched = torch.autograd.grad(out, embedded)[0].abs().sum(-1) > 0
     assert touched[start:end].all()
     assert touched.sum() == end - start
+
+
+def test_the_last_layer_on_the_rows_that_are_read_is_the_whole_layer(batch):
+    """Losses and every gradient, in float64, against the encoder's full output."""
+    model = bert().double().eval()
+    out = model(batch)
+    read = torch.autograd.grad(out.mlm_loss_sum + out.nsp_loss_sum, list(model.parameters()))
+
+    hidden = model.encode(batch)
+    labelled = batch.masked_labels != IGNORE
+    logits = model.predict_tokens(hidden[batch.masked_positions[labelled]])
+    mlm_loss = F.cross_entropy(logits, batch.masked_labels[labelled], reduction="sum")
+    nsp_logits = model.nsp_logits(model.pool(hidden, batch.cu_seqlens))
+    nsp_loss = F.cross_entropy(nsp_logits, batch.nsp_labels, ignore_index=IGNORE, reduction="sum")
+    full = torch.autograd.grad(mlm_loss + nsp_loss, list(model.parameters()))
+
+    torch.testing.assert_close(out.mlm_loss_sum, mlm_loss)
+    torch.testing.assert_close(out.nsp_loss_sum, nsp_loss)
+    for (name, _), a, b in zip(model.named_parameters(), read, full, strict=True):
+        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_segments_longer_than_the_positions_are_refused(batch):
