@@ -64,9 +64,18 @@ CANDIDATES: dict[int, dict[str, list[Config]]] = {
         ],
     },
     4: {
-        "long_forward": [Config(32, 32, 4, 2), Config(32, 16, 4, 2), Config(16, 16, 4, 2), Config(16, 16, 4, 1)],
-        "long_backward_dq": [Config(32, 32, 4, 2), Config(32, 16, 4, 2), Config(16, 16, 4, 2), Config(16, 16, 4, 1)],
-        "long_backward_dk_dv": [Config(32, 32, 4, 2), Config(16, 32, 4, 2), Config(16, 16, 4, 2), Config(16, 16, 4, 1)],
+        name: [
+            Config(32, 32, 4, 2),
+            Config(32, 32, 8, 1),
+            Config(32, 16, 4, 2),
+            Config(16, 32, 4, 2),
+            Config(32, 16, 8, 1),
+            Config(16, 32, 8, 1),
+            Config(16, 16, 4, 2),
+            Config(16, 16, 4, 1),
+            Config(16, 16, 8, 1),
+        ]
+        for name in ("long_forward", "long_backward_dq", "long_backward_dk_dv")
     },
 }
 

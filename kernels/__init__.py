@@ -2,19 +2,24 @@
 
 from .attention import attention, attention_varlen, attention_varlen_separate
 from .backend import use_backend
+from .bias_gelu import FusedLinearGELU, bias_gelu
 from .dropout import dropout_mask
+from .embed_layernorm import embed_layernorm
 from .layernorm import FusedDropoutAddLayerNorm, FusedLayerNorm, dropout_add_layernorm, layernorm
 from .mlm_loss import cross_entropy, masked_lm_loss
 
 __all__ = [
     "FusedDropoutAddLayerNorm",
     "FusedLayerNorm",
+    "FusedLinearGELU",
     "attention",
     "attention_varlen",
     "attention_varlen_separate",
+    "bias_gelu",
     "cross_entropy",
     "dropout_add_layernorm",
     "dropout_mask",
+    "embed_layernorm",
     "layernorm",
     "masked_lm_loss",
     "use_backend",

@@ -20,16 +20,18 @@ backward: x, the linear's own result, and nothing else; z, Φ and φ are compute
 Bytes through HBM a row of e-byte elements, which are also the fewest possible, and FLOPs:
 
                                         read            written         bytes         FLOPs, "none"   "tanh"
-    forward                             x               y               2 eI          27 I            12 I
-    backward                            dy x            dx              3 eI          36 I            22 I
+    forward                             x               y               2 eI          27 I            14 I
+    backward                            dy x            dx              3 eI          33 I            22 I
     F.linear with bias, F.gelu, both    x, dy x, dx     y, dx           6 eI          the last read is dbias's
 
 Beside them 4 I bytes of bias, and in the backward 8 PI: each of P programs a column adds up its own rows in registers
 and leaves a float32 row of partial sums, which a second small kernel adds in a fixed order: no atomics, so the same
 inputs give the same bits.
 
-Ten operations a byte is where arithmetic begins to show: the libdevice erf makes the forward 35 instructions an
-element, 3.4 TB/s of bf16 on an H200 that copies at 4.3; the tail below makes it 17.
+Near ten operations a byte arithmetic begins to show. An H200 issues about 30 T instructions a second (132
+multiprocessors, 128 lanes, 1.75 GHz) and copies at 4.3 TB/s. With libdevice's erf the forward is 35 instructions an
+element of bf16, at most 3.4 TB/s; with the tail below 20, and the backward's loop 30, each at most 6 TB/s: the memory
+sets the time again. (Counted in sm_90 code; not yet measured on a GPU.)
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ from torch.autograd.function import once_differentiable
 from . import reference
 from ._triton import tl, triton
 from .backend import choose_backend
-from .layernorm import _as_rows, _num_programs, _row_stride, _sum_partials
+from .rows import as_rows, num_programs_for, row_stride, sum_partials
 
 APPROXIMATIONS = ("none", "tanh")
 
@@ -177,9 +179,10 @@ def _backward(
 # ------------------------------------------------------------------------------------------------------------ launcher
 
 
-def _block_i(width: int) -> int:
-    """Columns of a tile: up to 1024, and where that leaves no remainder: BERT's widths are multiples of 512."""
-    return min(triton.next_power_of_2(width), max(256, min(1024, width & -width)))
+def _blocks(width: int) -> tuple[int, int]:
+    """(BLOCK_M, BLOCK_I): 4096 elements; columns a power of two up to 512, which divides BERT's widths, or 256."""
+    block_i = min(triton.next_power_of_2(width), max(256, min(512, width & -width)))
+    return min(64, 4096 // block_i), block_i
 
 
 def _launch_forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
@@ -187,16 +190,15 @@ def _launch_forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     if x.numel() == 0:
         return y
     width = x.shape[-1]
-    rows = _as_rows(x, width)
-    # 16 elements a thread: two 16-byte loads in flight for each, and the many programs of the grid do the rest.
-    block_i = _block_i(width)
-    block_m = 2048 // block_i
+    rows = as_rows(x, width)
+    # 32 elements a thread. Eight rows share one read of the bias: with two, a third of the L2's traffic would be bias.
+    block_m, block_i = _blocks(width)
     with torch.cuda.device_of(x):
         _forward[(triton.cdiv(rows.shape[0], block_m) * triton.cdiv(width, block_i),)](
             rows,
             None if bias is None else bias.contiguous(),
             y,
-            _row_stride(rows),
+            row_stride(rows),
             rows.shape[0],
             I=width,
             TANH=approximate == "tanh",
@@ -215,12 +217,12 @@ def _launch_backward(
     if x.numel() == 0:
         return dx, dbias.zero_()
     width = x.shape[-1]
-    dy_rows, x_rows = _as_rows(dy, width), _as_rows(x, width)
+    dy_rows, x_rows = as_rows(dy, width), as_rows(x, width)
     num_rows = x_rows.shape[0]
-    block_i, num_warps = _block_i(width), 8
-    block_m = 4096 // block_i
+    block_m, block_i = _blocks(width)
+    num_warps = 8
     row_tiles, column_tiles = triton.cdiv(num_rows, block_m), triton.cdiv(width, block_i)
-    num_programs = max(1, _num_programs(x.device, row_tiles * column_tiles, num_warps) // column_tiles)
+    num_programs = max(1, num_programs_for(x.device, row_tiles * column_tiles, num_warps) // column_tiles)
     partial = torch.empty((num_programs, width), dtype=torch.float32, device=x.device) if bias_grad else None
     with torch.cuda.device_of(x):
         _backward[(num_programs * column_tiles,)](
@@ -229,18 +231,18 @@ def _launch_backward(
             None if bias is None else bias.contiguous(),
             dx,
             partial,
-            _row_stride(dy_rows),
-            _row_stride(x_rows),
+            row_stride(dy_rows),
+            row_stride(x_rows),
             num_rows,
             I=width,
             TANH=approximate == "tanh",
             BLOCK_M=block_m,
             BLOCK_I=block_i,
-            STAGES=2,
+            STAGES=3,
             num_warps=num_warps,
         )
         if bias_grad:
-            _sum_partials[(triton.cdiv(width, 16),)](
+            sum_partials[(triton.cdiv(width, 16),)](
                 None, partial, None, dbias, num_programs, H=width, BLOCK_P=256, BLOCK_C=16, num_warps=8
             )
     return dx, dbias
@@ -368,6 +370,8 @@ class FusedLinearGELU(nn.Linear):
         self.approximate = approximate
 
     def forward(self, input: Tensor) -> Tensor:
+        if choose_backend(input) == "reference":  # a CPU's product adds the bias in passing
+            return F.gelu(F.linear(input, self.weight, self.bias), approximate=self.approximate)
         return bias_gelu(F.linear(input, self.weight), self.bias, approximate=self.approximate)
 
     def extra_repr(self) -> str:

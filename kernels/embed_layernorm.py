@@ -52,18 +52,8 @@ from . import reference
 from ._triton import tl, triton
 from .backend import KERNEL_DTYPES, choose_backend
 from .dropout import dropout_mask, keep_threshold, resolve_seed
-from .layernorm import (
-    MAX_HIDDEN_SIZE,
-    _as_rows,
-    _backward_config,
-    _empty_affine_gradients,
-    _forward_config,
-    _keep,
-    _num_programs,
-    _row_stride,
-    _sum_partials,
-    _tile,
-)
+from .layernorm import MAX_HIDDEN_SIZE, Config, _empty_affine_gradients, _forward_config, _keep, _tile
+from .rows import as_rows, num_programs_for, row_stride, sum_partials
 
 # Sorted tokens a program adds up: 65k tokens make 6144 programs, three times what an H200 holds at once, and the rows
 # of partial sums are a sixteenth of what was read.
@@ -359,6 +349,13 @@ def _join_runs(
 # ------------------------------------------------------------------------------------------------------------ launcher
 
 
+def _gradient_config(hidden_size: int) -> Config:
+    # 8 elements a thread, half of `layernorm`'s: with the rows of three tables in flight too, 16 leave registers for
+    # one block a multiprocessor where the grid counts on two.
+    block_h = max(4, triton.next_power_of_2(hidden_size))
+    return Config(min(64, max(1, 2048 // block_h)), block_h, 8 if block_h <= 2048 else 16)
+
+
 def _launch_forward(
     input_ids: Tensor,
     token_type_ids: Tensor,
@@ -441,12 +438,12 @@ def _launch_backward(
     dweight, dbias = _empty_affine_gradients(word_weight, norm_weight, norm_bias, weight_grad, bias_grad)
     if dy.numel() == 0:
         return dtables[0], dtables[1], dtables[2], dweight.zero_(), dbias.zero_()
-    dy_rows = _as_rows(dy, hidden_size)
+    dy_rows = as_rows(dy, hidden_size)
     g = torch.empty((num_rows, hidden_size), dtype=word_weight.dtype, device=device) if any(wanted) else None
     keys = torch.empty((sum(wanted), num_rows), dtype=torch.int32, device=device)
     rows_of_keys = iter(keys)
-    config = _backward_config(hidden_size)
-    num_programs = _num_programs(device, triton.cdiv(num_rows, config.block_m), config.num_warps)
+    config = _gradient_config(hidden_size)
+    num_programs = num_programs_for(device, triton.cdiv(num_rows, config.block_m), config.num_warps)
     partial = (num_programs, hidden_size)
     dweight_partial = torch.empty(partial, dtype=torch.float32, device=device) if weight_grad else None
     dbias_partial = torch.empty(partial, dtype=torch.float32, device=device) if bias_grad else None
@@ -466,7 +463,7 @@ def _launch_backward(
             *(next(rows_of_keys) if grad else None for grad in wanted),
             dweight_partial,
             dbias_partial,
-            _row_stride(dy_rows),
+            row_stride(dy_rows),
             *table_sizes,
             -1 if padding_idx is None else padding_idx,
             num_rows,
@@ -475,12 +472,13 @@ def _launch_backward(
             H=hidden_size,
             BLOCK_M=config.block_m,
             BLOCK_H=config.block_h,
-            STAGES=2,
+            # Two stages of 16384 float32 columns exceed any chip's shared memory, of 8192 that of most.
+            STAGES=2 if config.block_h <= 4096 else 1,
             num_warps=config.num_warps,
         )
         if weight_grad or bias_grad:
             block_c = 16
-            _sum_partials[(triton.cdiv(hidden_size, block_c),)](
+            sum_partials[(triton.cdiv(hidden_size, block_c),)](
                 dweight_partial,
                 dbias_partial,
                 dweight if weight_grad else None,

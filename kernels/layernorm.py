@@ -35,7 +35,6 @@ multiprocessor), which a second small kernel adds in a fixed order: no atomics, 
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -46,6 +45,7 @@ from . import reference
 from ._triton import tl, triton
 from .backend import choose_backend
 from .dropout import dropout_keep, dropout_mask, keep_threshold, resolve_seed
+from .rows import as_rows, num_programs_for, row_stride, sum_partials
 
 # A row must fit in the registers of one program (above 8192 the backward spills a tenth of it); wider: the reference.
 MAX_HIDDEN_SIZE = 16384
@@ -200,36 +200,6 @@ def _backward(
         tl.store(dbias_ptr + partial, tl.sum(dbias, axis=0), mask=columns < H)
 
 
-@triton.jit
-def _sum_columns(partial_ptr, columns, num_programs, H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    acc = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
-    for start in range(0, num_programs, BLOCK_P):
-        programs = start + tl.arange(0, BLOCK_P)
-        mask = (programs[:, None] < num_programs) & (columns[None, :] < H)
-        acc += tl.load(partial_ptr + programs[:, None] * H + columns[None, :], mask=mask, other=0.0)
-    return tl.sum(acc, axis=0)
-
-
-@triton.jit(do_not_specialize=["num_programs"])
-def _sum_partials(
-    dweight_partial_ptr,  # [P, H] float32 or None
-    dbias_partial_ptr,  # as dweight_partial
-    dweight_ptr,  # [H] or None
-    dbias_ptr,  # [H] or None
-    num_programs,
-    H: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    if dweight_ptr is not None:
-        total = _sum_columns(dweight_partial_ptr, columns, num_programs, H, BLOCK_P, BLOCK_C)
-        tl.store(dweight_ptr + columns, total.to(dweight_ptr.dtype.element_ty), mask=columns < H)
-    if dbias_ptr is not None:
-        total = _sum_columns(dbias_partial_ptr, columns, num_programs, H, BLOCK_P, BLOCK_C)
-        tl.store(dbias_ptr + columns, total.to(dbias_ptr.dtype.element_ty), mask=columns < H)
-
-
 # ------------------------------------------------------------------------------------------------------------ launcher
 
 
@@ -252,31 +222,6 @@ def _backward_config(hidden_size: int) -> Config:
     # 16 elements a thread: besides the tile, dweight and dbias have to stay in registers.
     block_h = max(4, triton.next_power_of_2(hidden_size))
     return Config(min(64, max(1, 4096 // block_h)), block_h, 8 if block_h <= 4096 else 16)
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _num_programs(device: torch.device, num_tiles: int, num_warps: int) -> int:
-    """Programs of the backward. More hide latency better, and each leaves a row of partial sums to write and to read.
-
-    A function of the device and the shape alone, so that the order of summation is too.
-    """
-    limit = _multiprocessors(device) * (16 // num_warps) if device.type == "cuda" else 4
-    return min(num_tiles, limit)
-
-
-def _as_rows(x: Tensor, hidden_size: int) -> Tensor:
-    """[.., H] as [M, H] with adjacent columns, copied only where no view is that."""
-    rows = x.reshape(-1, hidden_size)
-    return rows if rows.stride(1) == 1 or hidden_size == 1 else rows.contiguous()
-
-
-def _row_stride(rows: Tensor | None) -> int | None:
-    """None, which compiles to H, where rows are end to end."""
-    return None if rows is None or rows.shape[0] == 1 or rows.stride(0) == rows.shape[1] else rows.stride(0)
 
 
 def _kept_shapes(x: Tensor, residual: Tensor | None, keep: bool) -> tuple[torch.Size, torch.Size]:
@@ -303,8 +248,8 @@ def _launch_forward(
     rstd = torch.empty(mean_shape, dtype=torch.float32, device=x.device)
     if x.numel() == 0:
         return y, s, mean, rstd
-    x_rows = _as_rows(x, hidden_size)
-    residual_rows = None if residual is None else _as_rows(residual, hidden_size)
+    x_rows = as_rows(x, hidden_size)
+    residual_rows = None if residual is None else as_rows(residual, hidden_size)
     num_rows = x_rows.shape[0]
     config = _forward_config(hidden_size)
     with torch.cuda.device_of(x):
@@ -318,8 +263,8 @@ def _launch_forward(
             s if keep and residual is not None else None,
             mean if keep else None,
             rstd if keep else None,
-            _row_stride(x_rows),
-            _row_stride(residual_rows),
+            row_stride(x_rows),
+            row_stride(residual_rows),
             num_rows,
             keep_threshold(p),
             1.0 / (1.0 - p),
@@ -352,11 +297,11 @@ def _launch_backward(
     dweight, dbias = _empty_affine_gradients(s, weight, bias, weight_grad, bias_grad)
     if s.numel() == 0:
         return dx, dresidual, dweight.zero_(), dbias.zero_()
-    dy_rows, s_rows = _as_rows(dy, hidden_size), _as_rows(s, hidden_size)
-    ds_out_rows = None if ds_out is None else _as_rows(ds_out, hidden_size)
+    dy_rows, s_rows = as_rows(dy, hidden_size), as_rows(s, hidden_size)
+    ds_out_rows = None if ds_out is None else as_rows(ds_out, hidden_size)
     num_rows = s_rows.shape[0]
     config = _backward_config(hidden_size)
-    num_programs = _num_programs(s.device, triton.cdiv(num_rows, config.block_m), config.num_warps)
+    num_programs = num_programs_for(s.device, triton.cdiv(num_rows, config.block_m), config.num_warps)
     partial = (num_programs, hidden_size)
     dweight_partial = torch.empty(partial, dtype=torch.float32, device=s.device) if weight_grad else None
     dbias_partial = torch.empty(partial, dtype=torch.float32, device=s.device) if bias_grad else None
@@ -373,9 +318,9 @@ def _launch_backward(
             dresidual if separate else None,
             dweight_partial,
             dbias_partial,
-            _row_stride(dy_rows),
-            _row_stride(ds_out_rows),
-            _row_stride(s_rows),
+            row_stride(dy_rows),
+            row_stride(ds_out_rows),
+            row_stride(s_rows),
             num_rows,
             keep_threshold(p),
             1.0 / (1.0 - p),
@@ -387,7 +332,7 @@ def _launch_backward(
         )
         if weight_grad or bias_grad:
             block_c = 16
-            _sum_partials[(triton.cdiv(hidden_size, block_c),)](
+            sum_partials[(triton.cdiv(hidden_size, block_c),)](
                 dweight_partial,
                 dbias_partial,
                 dweight if weight_grad else None,

@@ -1,8 +1,10 @@
-"""The minimal BERT encoder, its heads, packing and Hugging Face interchange."""
+"""The minimal BERT encoder, its heads, packing, Hugging Face interchange, and `fuse` for other people's models."""
 
 from .config import PRESETS, BertConfig
 from .encoder import BertEncoder
+from .fuse import FuseReport, fuse, unfuse
 from .hf import from_hf, save_hf
+from .hf_attention import register_attention
 from .packing import IGNORE, PackedBatch, pack_padded, to_padded
 from .pretraining import BertForPreTraining, PreTrainingOutput
 
@@ -12,10 +14,14 @@ __all__ = [
     "BertConfig",
     "BertEncoder",
     "BertForPreTraining",
+    "FuseReport",
     "PackedBatch",
     "PreTrainingOutput",
     "from_hf",
+    "fuse",
     "pack_padded",
+    "register_attention",
     "save_hf",
     "to_padded",
+    "unfuse",
 ]

@@ -7,6 +7,11 @@ Sequences lie end to end in one token axis of T rows (see `packing`), so the lin
     x ← LN(x + Dropout(W_2 · GELU(W_1 · x)))              Devlin et al. 2018; exact (erf) GELU, eps 1e-12
 
 No shape and no branch depends on a value that lives on the device, so nothing here waits for it.
+
+A layer keeps for its backward, in elements a token: x and qkv (4H), the attention's output (H), each norm's sum (2H),
+the first norm's result (H), and both sides of the GELU (2I): 8H + 2I, and in float32 2h of attention's statistics and 2
+for each norm. In bf16 with I = 4H that is 32H + 8h + 16 bytes. No mask, no probabilities, nothing twice: the result of
+the second norm is the next layer's x. Less would have to be computed again.
 Shapes: T tokens, S segments, H hidden_size, I intermediate_size, h heads of D = H / h.
 """
 
@@ -19,7 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import FusedLayerNorm, attention_varlen, attention_varlen_separate, dropout_add_layernorm
+from ..kernels import (
+    FusedLayerNorm,
+    FusedLinearGELU,
+    attention_varlen,
+    attention_varlen_separate,
+    dropout_add_layernorm,
+    embed_layernorm,
+)
 from ..kernels.backend import choose_backend
 from .config import BertConfig
 
@@ -36,12 +48,12 @@ class ReadRows(NamedTuple):
     """The rows of the token axis that are wanted after the last layer.
 
     Attributes:
-        index: int64 [R], in rising order.
-        cu_seqlens: int32 [S + 1]: segment s has rows cu_seqlens[s] … cu_seqlens[s + 1] − 1 of ``index``. Rows behind
+        positions: int64 [R], in rising order.
+        cu_seqlens: int32 [S + 1]: segment s has rows cu_seqlens[s] … cu_seqlens[s + 1] − 1 of ``positions``. Rows behind
             the last bound are spare: what comes out for them means nothing.
     """
 
-    index: Tensor
+    positions: Tensor
     cu_seqlens: Tensor
 
 
@@ -58,10 +70,22 @@ class BertEmbeddings(nn.Module):
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor) -> Tensor:
         """int64 [T] three times → [T, H]."""
-        x = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)  # (T, H)
-        x = self.norm(x + self.position_embeddings(position_ids))
-        # Under autocast the residual stream from here on has the linears' dtype: half the bytes in every norm.
-        return F.dropout(x.to(compute_dtype(x)), self.dropout_p, self.training)
+        word = self.word_embeddings
+        return embed_layernorm(
+            input_ids,
+            token_type_ids,
+            position_ids,
+            word.weight,
+            self.token_type_embeddings.weight,
+            self.position_embeddings.weight,
+            self.norm.weight,
+            self.norm.bias,
+            eps=self.norm.eps,
+            p=self.dropout_p if self.training else 0.0,
+            padding_idx=word.padding_idx,
+            # Under autocast the residual stream from here on has the linears' dtype: half the bytes in every norm.
+            out_dtype=compute_dtype(word.weight),
+        )
 
 
 class BertLayer(nn.Module):
@@ -74,7 +98,7 @@ class BertLayer(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)  # rows: queries, keys, values; in each, head after head
         self.attention_output = nn.Linear(hidden_size, hidden_size)
         self.attention_norm = FusedLayerNorm(hidden_size, eps=config.layer_norm_eps)
-        self.intermediate = nn.Linear(hidden_size, config.intermediate_size)
+        self.intermediate = FusedLinearGELU(hidden_size, config.intermediate_size)
         self.output = nn.Linear(config.intermediate_size, hidden_size)
         self.output_norm = FusedLayerNorm(hidden_size, eps=config.layer_norm_eps)
         self.attention_dropout_p = config.attention_probs_dropout_prob
@@ -100,7 +124,7 @@ class BertLayer(nn.Module):
         else:
             weight, bias, hidden_size = self.qkv.weight, self.qkv.bias, x.shape[1]
             kv = F.linear(x, weight[hidden_size:], bias[hidden_size:]).view(x.shape[0], 2, self.num_heads, -1)
-            x = x.index_select(0, rows.index)  # (R, H): from here on T is R
+            x = x.index_select(0, rows.positions)  # (R, H): from here on T is R
             q = F.linear(x, weight[:hidden_size], bias[:hidden_size]).view(x.shape[0], self.num_heads, -1)
             k, v = kv.unbind(1)  # each (T, h, D), as q (R, h, D)
             attended = attention_varlen_separate(
@@ -108,7 +132,7 @@ class BertLayer(nn.Module):
             )
         attended = self.attention_output(attended.reshape_as(x))  # (T, H)
         x = self._add_norm(self.attention_norm, attended, x, hidden_p, seeds[1])
-        inner = F.gelu(self.intermediate(x))  # (T, I)
+        inner = self.intermediate(x)  # (T, I)
         return self._add_norm(self.output_norm, self.output(inner), x, hidden_p, seeds[2])  # (T, H)
 
     @staticmethod

@@ -98,8 +98,9 @@ def fuse(
             rows alone. The output then has a loss (float32) and *no logits*, so it is not done unasked. In eval,
             without labels, and with labels as a positional argument, nothing changes.
         unpad: take the padding out of each batch before the layers, where the encoder is one of `fused_hf.PACKABLE`;
-            behind them the rows of padding are zeros. Costs one wait for the device a batch. With recorded hidden
-            states or attentions, and under ``torch.compile``, the batch stays padded.
+            behind them the rows of padding are zeros (so a label on padding, which should be −100, gives another
+            loss). Costs one wait for the device a batch. With recorded hidden states or attentions, and under
+            ``torch.compile``, the batch stays padded.
 
     Returns:
         What was replaced and what was left, and why.

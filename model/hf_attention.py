@@ -108,7 +108,7 @@ def build_mask(
             real = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
         else:
             real = attention_mask.to(device=device, dtype=torch.bool).expand(batch_size, kv_length)
-        return real if local_size is None else real[:, None].expand(-1, local_size + 2, -1)
+        return real if local_size is None else real[:, None].expand(-1, local_size + 1, -1)
     # None would say "no padding" here, where SDPA takes it for "causal".
     kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
     if mask_function is not None:

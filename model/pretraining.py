@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import FusedLayerNorm, masked_lm_loss
+from ..kernels import FusedLayerNorm, FusedLinearGELU, masked_lm_loss
 from .config import BertConfig
 from .encoder import BertEncoder, ReadRows
 from .packing import IGNORE, PackedBatch
@@ -51,7 +51,7 @@ class BertForPreTraining(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = BertEncoder(config)
-        self.mlm_dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.mlm_dense = FusedLinearGELU(config.hidden_size, config.hidden_size)
         self.mlm_norm = FusedLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlm_bias = nn.Parameter(torch.empty(config.vocab_size))
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
@@ -124,7 +124,7 @@ class BertForPreTraining(nn.Module):
 
     def transform(self, hidden: Tensor) -> Tensor:
         """What comes before the decoder: LN(GELU(W x + b)), [.., H] → [.., H]."""
-        return self.mlm_norm(F.gelu(self.mlm_dense(hidden)))
+        return self.mlm_norm(self.mlm_dense(hidden))
 
     def predict_tokens(self, hidden: Tensor) -> Tensor:
         """Logits over the vocabulary for the given rows of hidden states: [.., H] → [.., V]."""

@@ -220,7 +220,7 @@ def test_result_is_that_of_the_returned_sum(dtype: torch.dtype) -> None:
 
 def test_sum_of_many_programs() -> None:
     """More rows of partial sums than the summing kernel reads at once, as on a GPU."""
-    kernel = sys.modules["fusebert.kernels.layernorm"]._sum_partials
+    kernel = sys.modules["fusebert.kernels.rows"].sum_partials
     partial, total = make(300, 20), torch.empty(20, device=DEVICE)
     kernel[(2,)](partial, None, total, None, 300, H=20, BLOCK_P=256, BLOCK_C=16, num_warps=8)
     torch.testing.assert_close(total, partial.double().sum(0).float())
@@ -315,11 +315,12 @@ def test_strides(view: Callable[[Tensor], Tensor]) -> None:
 
 
 def test_offsets_beyond_32_bits() -> None:
-    """Two rows 2³¹ elements apart (on a CPU the memory between them is never touched)."""
-    stride, hidden_size = 2**31 + 16, 40
+    """Three rows 2³⁰ elements apart, a stride of 32 bits (on a CPU the memory between them is never touched)."""
+    stride, hidden_size = 2**30 + 16, 40
     torch.use_deterministic_algorithms(False)
-    x = torch.empty(stride + hidden_size, dtype=torch.bfloat16, device=DEVICE).as_strided((2, hidden_size), (stride, 1))
-    x.copy_(make(2, hidden_size))
+    x = torch.empty(2 * stride + hidden_size, dtype=torch.bfloat16, device=DEVICE)
+    x = x.as_strided((3, hidden_size), (stride, 1))
+    x.copy_(make(3, hidden_size))
     with use_backend("triton"):
         assert torch.equal(layernorm(x, None, None), layernorm(x.contiguous(), None, None))
 

@@ -1,0 +1,72 @@
+"""What operators that work row by row share: rows as a matrix, how many programs, and the sum of their partial sums.
+
+A backward that sums over all rows (the gradient of a weight or a bias) gives each program some rows, which leaves a
+float32 row of partial sums; `sum_partials` adds these in a fixed order. No atomics: the same inputs give the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ._triton import tl, triton
+
+
+@triton.jit
+def _sum_columns(partial_ptr, columns, num_programs, H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    acc = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
+    for start in range(0, num_programs, BLOCK_P):
+        programs = start + tl.arange(0, BLOCK_P)
+        mask = (programs[:, None] < num_programs) & (columns[None, :] < H)
+        acc += tl.load(partial_ptr + programs[:, None] * H + columns[None, :], mask=mask, other=0.0)
+    return tl.sum(acc, axis=0)
+
+
+@triton.jit(do_not_specialize=["num_programs"])
+def sum_partials(
+    dweight_partial_ptr,  # [P, H] float32 or None
+    dbias_partial_ptr,  # as dweight_partial
+    dweight_ptr,  # [H] or None
+    dbias_ptr,  # [H] or None
+    num_programs,
+    H: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    if dweight_ptr is not None:
+        total = _sum_columns(dweight_partial_ptr, columns, num_programs, H, BLOCK_P, BLOCK_C)
+        tl.store(dweight_ptr + columns, total.to(dweight_ptr.dtype.element_ty), mask=columns < H)
+    if dbias_ptr is not None:
+        total = _sum_columns(dbias_partial_ptr, columns, num_programs, H, BLOCK_P, BLOCK_C)
+        tl.store(dbias_ptr + columns, total.to(dbias_ptr.dtype.element_ty), mask=columns < H)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def num_programs_for(device: torch.device, num_tiles: int, num_warps: int) -> int:
+    """Programs of the backward. More hide latency better, and each leaves a row of partial sums to write and to read.
+
+    A function of the device and the shape alone, so that the order of summation is too.
+    """
+    limit = multiprocessors(device) * (16 // num_warps) if device.type == "cuda" else 4
+    return min(num_tiles, limit)
+
+
+def as_rows(x: Tensor, hidden_size: int) -> Tensor:
+    """[.., H] as [M, H] with adjacent columns, copied only where no view is that."""
+    rows = x.reshape(-1, hidden_size)
+    return rows if rows.stride(1) == 1 or hidden_size == 1 else rows.contiguous()
+
+
+def row_stride(rows: Tensor | None) -> int | None:
+    """None, which compiles to H, where rows are end to end."""
+    return None if rows is None or rows.shape[0] == 1 or rows.stride(0) == rows.shape[1] else rows.stride(0)
+
+
+__all__ = ["as_rows", "multiprocessors", "num_programs_for", "row_stride", "sum_partials"]
