@@ -49,7 +49,7 @@ class ReadRows(NamedTuple):
 
     Attributes:
         positions: int64 [R], in rising order.
-        cu_seqlens: int32 [S + 1]: segment s has rows cu_seqlens[s] … cu_seqlens[s + 1] − 1 of ``positions``. Rows behind
+        cu_seqlens: int32 [S + 1]: segment s has cu_seqlens[s] … cu_seqlens[s + 1] − 1 of them. Rows behind
             the last bound are spare: what comes out for them means nothing.
     """
 
