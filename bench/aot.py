@@ -15,14 +15,16 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import datetime
+import functools
+import itertools
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -31,7 +33,9 @@ from ..kernels import (
     attention_config,
     attention_varlen,
     backend,
+    bias_gelu,
     dropout_add_layernorm,
+    embed_layernorm,
     layernorm,
     masked_lm_loss,
     use_backend,
@@ -176,33 +180,65 @@ def _layernorm(hidden_size: int, dtype: torch.dtype) -> None:
     layernorm(x, weight, bias).sum().backward()
 
 
-def _masked_lm_loss(vocab_size: int, dtype: torch.dtype) -> None:
+def _masked_lm_loss(vocab_size: int, dtype: torch.dtype, **options: Any) -> None:
     hidden = torch.randn(32, 64, dtype=dtype, requires_grad=True)
     weight = torch.randn(vocab_size, 64, dtype=dtype, requires_grad=True)
     bias = torch.zeros(vocab_size, dtype=dtype, requires_grad=True)
-    loss = masked_lm_loss(hidden, weight, bias, torch.arange(32))
-    assert isinstance(loss, torch.Tensor)
-    loss.backward()
+    loss: Any = masked_lm_loss(hidden, weight, bias, torch.arange(32), **options)
+    loss.sum().backward()
+
+
+def _bias_gelu(width: int, approximate: Literal["none", "tanh"], dtype: torch.dtype) -> None:
+    x = torch.randn(64, width, dtype=dtype, requires_grad=True)
+    bias = torch.randn(width, requires_grad=True)
+    bias_gelu(x, bias, approximate=approximate).sum().backward()
+
+
+def _embed_layernorm(hidden_size: int, p: float, dtype: torch.dtype) -> None:
+    words, types, positions = (torch.randn(rows, hidden_size, requires_grad=True) for rows in (100, 2, 64))
+    weight, bias = (torch.randn(hidden_size, requires_grad=True) for _ in range(2))
+    ids = torch.zeros(64, dtype=torch.int64)
+    out = embed_layernorm(ids, ids, ids, words, types, positions, weight, bias, eps=1e-12, p=p, seed=1, out_dtype=dtype)
+    out.sum().backward()
 
 
 def cases(dtype: torch.dtype = torch.bfloat16) -> dict[str, Callable[[], None]]:
     """Name -> a call of an operator, forward and backward, at the shapes that matter."""
     found: dict[str, Callable[[], None]] = {}
-    for seqlen in (64, 128, 512):
-        for head_dim in (64, 128):
-            for p in (0.0, 0.1):
-                found[f"attention N={seqlen} D={head_dim} dropout={p}"] = lambda n=seqlen, d=head_dim, p=p: _attention(
-                    n, d, p, dtype
-                )
+    for seqlen, head_dims in ((64, (64, 128)), (128, (16, 32, 48, 64, 80, 96, 128)), (512, (32, 64, 128))):
+        for head_dim, p in itertools.product(head_dims, (0.0, 0.1)):
+            name = f"attention N={seqlen} D={head_dim} dropout={p}"
+            found[name] = functools.partial(_attention, seqlen, head_dim, p, dtype)
     for hidden_size in (256, 768, 1024, 4096):
         for p in (0.0, 0.1):
-            found[f"dropout_add_layernorm H={hidden_size} dropout={p}"] = lambda h=hidden_size, p=p: (
-                _dropout_add_layernorm(h, p, dtype)
-            )
-        found[f"layernorm H={hidden_size}"] = lambda h=hidden_size: _layernorm(h, dtype)
+            name = f"dropout_add_layernorm H={hidden_size} dropout={p}"
+            found[name] = functools.partial(_dropout_add_layernorm, hidden_size, p, dtype)
+        found[f"layernorm H={hidden_size}"] = functools.partial(_layernorm, hidden_size, dtype)
+    found["embed_layernorm H=768 dropout=0.1"] = functools.partial(_embed_layernorm, 768, 0.1, dtype)
+    found["bias_gelu I=3072 erf"] = functools.partial(_bias_gelu, 3072, "none", dtype)
+    found["bias_gelu I=3072 tanh"] = functools.partial(_bias_gelu, 3072, "tanh", dtype)
     for vocab_size in (8192, 30522):
-        found[f"masked_lm_loss V={vocab_size}"] = lambda v=vocab_size: _masked_lm_loss(v, dtype)
+        found[f"masked_lm_loss V={vocab_size}"] = functools.partial(_masked_lm_loss, vocab_size, dtype)
+    found["masked_lm_loss V=30522 smoothing"] = functools.partial(_masked_lm_loss, 30522, dtype, label_smoothing=0.1)
+    found["masked_lm_loss V=30522 per row"] = functools.partial(_masked_lm_loss, 30522, dtype, reduction="none")
     return found
+
+
+def _summary(case: str, r: Resources) -> dict[str, Any]:
+    matrix = next((op for op in ("UTCHMMA", "HGMMA", "HMMA") if r.count(op)), None)
+    return {
+        "case": case,
+        "kernel": r.name,
+        "warps": r.num_warps,
+        "stages": r.num_stages,
+        "registers": r.registers,
+        "spill_bytes": r.spill_bytes,
+        "shared_bytes": r.shared_bytes,
+        "blocks_per_multiprocessor": r.blocks_per_multiprocessor,
+        "matrix": f"{r.count(matrix)} {matrix}" if matrix else None,
+        "loads_128": r.count_wide("LDG"),
+        "stores_128": r.count_wide("STG"),
+    }
 
 
 def main() -> None:
@@ -214,25 +250,25 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the table as JSON")
     args = parser.parse_args()
     rows = []
-    print(f"{'case':44} {'kernel':34} warps regs spill shared blocks  matrix   ld128 st128")
+    print(f"{'case':44} {'kernel':22} warps regs spill shared blocks  matrix   ld128 st128")
     for name, call in cases().items():
         if args.only not in name:
             continue
         with compiled_kernels(args.arch) as found:
             call()
-        for r in found:
-            rows.append(
-                {"case": name, **dataclasses.asdict(r), "blocks_per_multiprocessor": r.blocks_per_multiprocessor}
-            )
-            matrix = next((f"{r.count(op)} {op}" for op in ("UTCHMMA", "HGMMA", "HMMA") if r.count(op)), "-")
-            wide = r.count_wide("LDG"), r.count_wide("STG")
+        for row in (_summary(name, r) for r in found):
+            rows.append(row)
             print(
-                f"{name:44} {r.name:34} {r.num_warps:5} {r.registers:4} {r.spill_bytes:5} {r.shared_bytes:6} "
-                f"{r.blocks_per_multiprocessor:6}  {matrix:9} {wide[0]:4} {wide[1]:5}"
+                f"{name:44} {row['kernel']:22} {row['warps']:5} {row['registers']:4} {row['spill_bytes']:5} "
+                f"{row['shared_bytes']:6} {row['blocks_per_multiprocessor']:6}  {row['matrix'] or '-':9} "
+                f"{row['loads_128']:4} {row['stores_128']:5}",
+                flush=True,
             )
-            sys.stdout.flush()
     if args.out:
-        args.out.write_text(json.dumps(rows, indent=1, default=str) + "\n")
+        about = {"date": f"{datetime.date.today()}", "arch": f"sm_{args.arch}", "dtype": "bfloat16"}
+        about |= {"triton": triton.__version__, "torch": torch.__version__, "timed": "nothing: compiled without a GPU"}
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        args.out.write_text(f'{{"about": {json.dumps(about)}, "kernels": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from . import attention, layernorm, mlm_loss
 from .cases import OURS, Case, Contestant, Cost, Run
 from .ceilings import ceilings as measure_ceilings
 from .environment import describe, environment, nvidia_smi
-from .results import SCHEMA, write_json
+from .result_file import SCHEMA, write_json
 from .tables import case_lines, ceiling_lines, missing_lines, summary_lines
 from .timing import Ratio, Timing, Work, interleave, l2_bytes, ratio
 from .verify import FAILED, RIGHT, Judge, Verdict, one_line, verify

@@ -29,7 +29,7 @@ from .batches import random_batches
 from .cases import OURS, PEER
 from .ceilings import ceilings as measure_ceilings
 from .environment import describe, environment, nvidia_smi
-from .results import SCHEMA, write_json
+from .result_file import SCHEMA, write_json
 from .tables import ceiling_lines, step_lines
 from .timing import Work, interleave, ratio
 from .transformers_step import (

@@ -24,7 +24,7 @@ from ..train.optim import make_optimizer
 from ..train.step import TrainingStep
 from .batches import random_batches
 from .environment import describe, environment, nvidia_smi
-from .results import SCHEMA, write_json
+from .result_file import SCHEMA, write_json
 from .tables import parity_lines
 from .transformers_step import TransformersStep, padded_examples, split_examples, transformers_bert
 from .verify import RIGHT_FACTOR

@@ -6,6 +6,8 @@ mask, the log-sum-exp) to the definition in `reference`. A seed names the same d
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -74,21 +76,23 @@ def packed(
 def _segment_by_segment(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float, dropout_p: float
 ) -> Tensor:
-    """A call for each segment: on a CPU faster than padding them to one length."""
+    """A call for each segment, on a CPU faster than padding them to one length; one call where they have one length."""
+    lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
+    rest_q, rest_k = q.shape[0] - sum(lengths_q), k.shape[0] - sum(lengths_k)  # rows behind the last segment
+    sdpa = functools.partial(
+        F.scaled_dot_product_attention, dropout_p=dropout_p, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    if rest_q == rest_k == 0 and len(set(lengths_q)) == len(set(lengths_k)) == 1 and lengths_q[0] and lengths_k[0]:
+        batch = [x.unflatten(0, (len(lengths_q), -1)).transpose(1, 2) for x in (q, k, v)]  # each (S, h, n, D)
+        return sdpa(*batch).transpose(1, 2).flatten(0, 1)
 
-    def split(x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, ...]:
-        lengths = [*cu_seqlens.diff().tolist(), x.shape[0] - int(cu_seqlens[-1])]
-        return x.transpose(0, 1).unsqueeze(0).split(lengths, dim=2)  # each (1, h, n, D); the last: in no segment
+    def split(x: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
+        return x.transpose(0, 1).unsqueeze(0).split(lengths, dim=2)  # each (1, h, n, D)
 
-    *queries, rest = split(q, cu_seqlens_q)
-    keys, values = split(k, cu_seqlens_k)[:-1], split(v, cu_seqlens_k)[:-1]
-    enable_gqa = q.shape[1] != k.shape[1]
+    *queries, rest = split(q, [*lengths_q, rest_q])
+    keys, values = split(k, [*lengths_k, rest_k])[:-1], split(v, [*lengths_k, rest_k])[:-1]
     outs = [
-        F.scaled_dot_product_attention(x, y, z, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa)
-        if y.shape[2]
-        else x * 0.0
-        for x, y, z in zip(queries, keys, values, strict=True)
-        if x.shape[2]
+        sdpa(x, y, z) if y.shape[2] else x * 0.0 for x, y, z in zip(queries, keys, values, strict=True) if x.shape[2]
     ]
     return torch.cat([*outs, rest * 0.0], dim=2)[0].transpose(0, 1)
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from fusebert.bench import kernels, step, train_parity
 from fusebert.bench.ceilings import ceilings
 from fusebert.bench.cli import app
-from fusebert.bench.results import write_json
+from fusebert.bench.result_file import write_json
 from fusebert.train.errors import UserError
 
 SMALL = ["--model", "tiny", "--tokens", "256", "--seqlen", "64", "--vocab-size", "512", "--device", DEVICE]

@@ -454,10 +454,11 @@ def reference_backend():
         yield
 
 
-def test_fallback_packed(reference_backend):
-    lengths_q, lengths_k = [7, 0, 20, 5], [9, 3, 20, 0]
+@pytest.mark.parametrize(("lengths_q", "lengths_k"), [([7, 0, 20, 5], [9, 3, 20, 0]), ([16, 16], [20, 20])])
+@pytest.mark.parametrize("spare", [0, 2])
+def test_fallback_packed(lengths_q, lengths_k, spare, reference_backend):
     cu_q, cu_k = lengths_to_cu(lengths_q), lengths_to_cu(lengths_k)
-    q = randn(34, 4, 16)  # two rows more than the segments
+    q = randn(32 + spare, 4, 16)
     k, v = (randn(sum(lengths_k), 2, 16) for _ in range(2))
 
     def definition(*x):
