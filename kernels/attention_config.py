@@ -1,8 +1,9 @@
 """Tile sizes, warps and pipeline stages of attention's kernels, by shape and architecture.
 
 The tables hold, for each kernel, the largest tiles that compile without spilling a register and fit the shared memory,
-with dropout and without: what a compiler can say. They are not yet tuned by the clock. Their keys are BLOCK_D, the
-head size rounded up to a power of two.
+with dropout and without: what a compiler can say (`bench.tune` derives them). They are not yet tuned by the clock.
+Where nothing is small enough not to spill, at D = 256 and in float32, they hold what spills least. Their keys are
+BLOCK_D, the head size rounded up to a power of two.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class Table(NamedTuple):
 # (architecture, bytes of an element); an architecture not listed takes the newest one listed below it.
 TABLES = {
     (80, 2): Table(
-        short_forward={16: 128, 32: 128, 64: 128, 128: 64, 256: 16},
-        short_backward={16: 128, 32: 128, 64: 64, 128: 32, 256: 16},
+        short_forward={16: 128, 32: 128, 64: 128, 128: 64, 256: 0},
+        short_backward={16: 128, 32: 128, 64: 64, 128: 32, 256: 32},
         long_forward={
             16: Config(128, 128, 8, 2),
             32: Config(128, 128, 8, 2),
@@ -89,10 +90,10 @@ TABLES = {
             256: Config(16, 64, 8, 2),
         },
     ),
-    # float32 products run on the plain cores: at D = 128 and above nothing is small enough not to spill a little.
+    # float32 products run on the plain cores, unrolled: small tiles.
     (80, 4): Table(
-        short_forward={16: 64, 32: 64, 64: 32, 128: 16, 256: 0},
-        short_backward={16: 64, 32: 32, 64: 32, 128: 16, 256: 0},
+        short_forward={16: 64, 32: 64, 64: 32, 128: 16, 256: 16},
+        short_backward={16: 64, 32: 32, 64: 32, 128: 16, 256: 16},
         long_forward={
             16: Config(32, 32, 4, 2),
             32: Config(32, 32, 4, 2),
@@ -110,8 +111,8 @@ TABLES = {
         long_backward_dk_dv={
             16: Config(32, 32, 4, 2),
             32: Config(16, 32, 4, 2),
-            64: Config(16, 16, 4, 2),
-            128: Config(16, 16, 4, 1),
+            64: Config(32, 16, 8, 1),
+            128: Config(16, 16, 8, 1),
             256: Config(16, 16, 8, 1),
         },
     ),

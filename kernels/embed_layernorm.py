@@ -52,8 +52,16 @@ from . import reference
 from ._triton import tl, triton
 from .backend import KERNEL_DTYPES, choose_backend
 from .dropout import dropout_mask, keep_threshold, resolve_seed
-from .layernorm import MAX_HIDDEN_SIZE, Config, _empty_affine_gradients, _forward_config, _keep, _tile
-from .rows import as_rows, num_programs_for, row_stride, sum_partials
+from .layernorm import (
+    MAX_HIDDEN_SIZE,
+    Config,
+    empty_affine_gradients,
+    forward_config,
+    normalised,
+    row_statistics,
+    sum_gradient,
+)
+from .rows import as_rows, num_programs_for, row_keep, row_stride, row_tile, sum_partials
 
 # Sorted tokens a program adds up: 65k tokens make 6144 programs, three times what an H200 holds at once, and the rows
 # of partial sums are a sixteenth of what was read.
@@ -107,30 +115,28 @@ def _forward(
 ):
     tile = tl.program_id(0)
     rows, columns = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_H)
-    offsets, mask = _tile(tile, None, num_rows, H, BLOCK_M, BLOCK_H)
+    offsets, mask = row_tile(tile, None, num_rows, H, BLOCK_M, BLOCK_H)
     words, is_word = _table_rows(word_ids_ptr, rows, num_rows, num_words)
     types, is_type = _table_rows(type_ids_ptr, rows, num_rows, num_types)
     positions, is_position = _table_rows(position_ids_ptr, rows, num_rows, num_positions)
     s = _gather(word_ptr, words, mask, H, BLOCK_H) + _gather(type_ptr, types, mask, H, BLOCK_H)
     s += _gather(position_ptr, positions, mask, H, BLOCK_H)
 
-    mean = tl.sum(s, axis=1) / H
-    d = tl.where(mask, s - mean[:, None], 0.0)
-    mean_d = tl.sum(d, axis=1) / H
-    variance = tl.maximum(tl.sum(d * d, axis=1) / H - mean_d * mean_d, 0.0)
+    y, mean, rstd = row_statistics(s, mask, eps, H)
     # The kept r is NaN too, and with it every gradient of the row.
-    rstd = tl.where(is_word & is_type & is_position, tl.rsqrt(variance + eps), float("nan"))
-    y = (d - mean_d[:, None]) * rstd[:, None]
+    are_ids = is_word & is_type & is_position
+    rstd = tl.where(are_ids, rstd, float("nan"))
+    y = tl.where(are_ids[:, None], y, float("nan"))
 
     if weight_ptr is not None:
         y *= tl.load(weight_ptr + columns, mask=columns < H, other=0.0).to(tl.float32)[None, :]
     if bias_ptr is not None:
         y += tl.load(bias_ptr + columns, mask=columns < H, other=0.0).to(tl.float32)[None, :]
     if seed_ptr is not None:
-        y = tl.where(_keep(seed_ptr, p_threshold, tile, H, BLOCK_M, BLOCK_H), y * keep_scale, 0.0)
+        y = tl.where(row_keep(seed_ptr, p_threshold, tile, H, BLOCK_M, BLOCK_H), y * keep_scale, 0.0)
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
     if mean_ptr is not None:
-        tl.store(mean_ptr + rows, mean + mean_d, mask=rows < num_rows)
+        tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
         tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
 
 
@@ -175,10 +181,10 @@ def _gradient(
     for tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.num_programs(0), num_stages=STAGES):
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         in_rows = rows < num_rows
-        offsets, mask = _tile(tile, stride_dy, num_rows, H, BLOCK_M, BLOCK_H)
+        offsets, mask = row_tile(tile, stride_dy, num_rows, H, BLOCK_M, BLOCK_H)
         dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         if seed_ptr is not None:
-            dy = tl.where(_keep(seed_ptr, p_threshold, tile, H, BLOCK_M, BLOCK_H), dy * keep_scale, 0.0)
+            dy = tl.where(row_keep(seed_ptr, p_threshold, tile, H, BLOCK_M, BLOCK_H), dy * keep_scale, 0.0)
         words, _ = _table_rows(word_ids_ptr, rows, num_rows, num_words)
         types, _ = _table_rows(type_ids_ptr, rows, num_rows, num_types)
         positions, _ = _table_rows(position_ids_ptr, rows, num_rows, num_positions)
@@ -187,10 +193,7 @@ def _gradient(
         mean = tl.load(mean_ptr + rows, mask=in_rows, other=0.0)
         rstd = tl.load(rstd_ptr + rows, mask=in_rows, other=0.0)
 
-        # Beyond H dy is 0, but 0 · x̂ is not where −μ r overflowed.
-        xhat = (s - mean[:, None]) * rstd[:, None]
-        if H < BLOCK_H:
-            xhat = tl.where(columns[None, :] < H, xhat, 0.0)
+        xhat = normalised(s, mean, rstd, H, BLOCK_H)
         if dweight_ptr is not None:
             dweight += dy * xhat
         if dbias_ptr is not None:
@@ -199,10 +202,8 @@ def _gradient(
             h = dy
             if weight_ptr is not None:
                 h = dy * weight
-            mean_h = tl.sum(h, axis=1) / H
-            mean_hx = tl.sum(h * xhat, axis=1) / H
-            g = (h - mean_h[:, None] - xhat * mean_hx[:, None]) * rstd[:, None]
-            offsets, mask = _tile(tile, None, num_rows, H, BLOCK_M, BLOCK_H)
+            g = sum_gradient(h, xhat, rstd, H)
+            offsets, mask = row_tile(tile, None, num_rows, H, BLOCK_M, BLOCK_H)
             tl.store(g_ptr + offsets, g.to(g_ptr.dtype.element_ty), mask=mask)
             if word_keys_ptr is not None:
                 nowhere = num_words + num_types + num_positions
@@ -377,7 +378,7 @@ def _launch_forward(
     mean, rstd = (torch.empty(kept_shape, dtype=torch.float32, device=input_ids.device) for _ in range(2))
     if y.numel() == 0:
         return y, mean, rstd
-    config = _forward_config(hidden_size)
+    config = forward_config(hidden_size)
     with torch.cuda.device_of(input_ids):
         _forward[(triton.cdiv(num_rows, config.block_m),)](
             input_ids.contiguous(),
@@ -435,7 +436,7 @@ def _launch_backward(
         torch.zeros(table.shape if grad else (0,), dtype=table.dtype, device=device)
         for table, grad in zip(tables, wanted, strict=True)
     ]
-    dweight, dbias = _empty_affine_gradients(word_weight, norm_weight, norm_bias, weight_grad, bias_grad)
+    dweight, dbias = empty_affine_gradients(word_weight, norm_weight, norm_bias, weight_grad, bias_grad)
     if dy.numel() == 0:
         return dtables[0], dtables[1], dtables[2], dweight.zero_(), dbias.zero_()
     dy_rows = as_rows(dy, hidden_size)
@@ -606,7 +607,7 @@ def _fake_backward(
             (position_weight, position_grad),
         )
     )
-    dweight, dbias = _empty_affine_gradients(word_weight, norm_weight, norm_bias, weight_grad, bias_grad)
+    dweight, dbias = empty_affine_gradients(word_weight, norm_weight, norm_bias, weight_grad, bias_grad)
     return dword, dtoken_type, dposition, dweight, dbias
 
 

@@ -44,34 +44,43 @@ from torch.autograd.function import once_differentiable
 from . import reference
 from ._triton import tl, triton
 from .backend import choose_backend
-from .dropout import dropout_keep, dropout_mask, keep_threshold, resolve_seed
-from .rows import as_rows, num_programs_for, row_stride, sum_partials
+from .dropout import dropout_mask, keep_threshold, resolve_seed
+from .rows import as_rows, num_programs_for, row_keep, row_stride, row_tile, sum_partials
 
 # A row must fit in the registers of one program (above 8192 the backward spills a tenth of it); wider: the reference.
 MAX_HIDDEN_SIZE = 16384
 
 
 # ------------------------------------------------------------------------------------------------------------- kernels
-#
-# A program works on tiles of BLOCK_M rows by BLOCK_H ≥ H columns. Offsets are 64 bits: row · stride may pass 2³¹.
 
 
 @triton.jit
-def _tile(tile, stride, num_rows, H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr):
-    """(offsets, mask) of a tile in a tensor whose rows are stride elements apart, each [BLOCK_M, BLOCK_H]."""
-    rows, columns = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_H)
-    # A stride of None is H, known when compiling: rows of H = 1000 elements still begin at multiples of 16 bytes.
-    row_offsets = tl.cast(rows, tl.int64) * (H if stride is None else stride)
-    return row_offsets[:, None] + columns[None, :], (rows[:, None] < num_rows) & (columns[None, :] < H)
+def row_statistics(s, mask, eps, H: tl.constexpr):
+    """(x̂, mean, rstd) of rows [BLOCK_M, BLOCK_H]; the module docstring says why in two passes."""
+    mean = tl.sum(s, axis=1) / H
+    d = tl.where(mask, s - mean[:, None], 0.0)
+    mean_d = tl.sum(d, axis=1) / H
+    variance = tl.maximum(tl.sum(d * d, axis=1) / H - mean_d * mean_d, 0.0)
+    rstd = tl.rsqrt(variance + eps)
+    return (d - mean_d[:, None]) * rstd[:, None], mean + mean_d, rstd
 
 
 @triton.jit
-def _keep(seed_ptr, p_threshold, tile, H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr):
-    rows, columns = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_H)
-    keep = dropout_keep(tl.load(seed_ptr), p_threshold, rows, 0, 0, BLOCK_M, BLOCK_H)
+def normalised(s, mean, rstd, H: tl.constexpr, BLOCK_H: tl.constexpr):
+    """x̂ again from the forward's statistics."""
+    xhat = (s - mean[:, None]) * rstd[:, None]
     if H < BLOCK_H:
-        keep = keep & (columns[None, :] < H)  # so that no word is drawn for a register that holds no column
-    return keep
+        # Beyond H dy is 0, but 0 · x̂ is not where −μ r overflowed.
+        xhat = tl.where(tl.arange(0, BLOCK_H)[None, :] < H, xhat, 0.0)
+    return xhat
+
+
+@triton.jit
+def sum_gradient(g, xhat, rstd, H: tl.constexpr):
+    """ds = r (g − ⟨g⟩ − x̂ ⟨g∘x̂⟩)."""
+    mean_g = tl.sum(g, axis=1) / H
+    mean_gx = tl.sum(g * xhat, axis=1) / H
+    return (g - mean_g[:, None] - xhat * mean_gx[:, None]) * rstd[:, None]
 
 
 @triton.jit(do_not_specialize=["num_rows", "p_threshold"])
@@ -96,34 +105,28 @@ def _forward(
     BLOCK_H: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    offsets, mask = _tile(tile, stride_x, num_rows, H, BLOCK_M, BLOCK_H)
+    offsets, mask = row_tile(tile, stride_x, num_rows, H, BLOCK_M, BLOCK_H)
     s = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if seed_ptr is not None:
-        s = tl.where(_keep(seed_ptr, p_threshold, tile, H, BLOCK_M, BLOCK_H), s * keep_scale, 0.0)
+        s = tl.where(row_keep(seed_ptr, p_threshold, tile, H, BLOCK_M, BLOCK_H), s * keep_scale, 0.0)
     if residual_ptr is not None:
-        offsets, mask = _tile(tile, stride_residual, num_rows, H, BLOCK_M, BLOCK_H)
+        offsets, mask = row_tile(tile, stride_residual, num_rows, H, BLOCK_M, BLOCK_H)
         s += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     s = s.to(y_ptr.dtype.element_ty).to(tl.float32)
 
-    mean = tl.sum(s, axis=1) / H
-    d = tl.where(mask, s - mean[:, None], 0.0)
-    mean_d = tl.sum(d, axis=1) / H
-    variance = tl.maximum(tl.sum(d * d, axis=1) / H - mean_d * mean_d, 0.0)
-    rstd = tl.rsqrt(variance + eps)
-    y = (d - mean_d[:, None]) * rstd[:, None]
-
+    y, mean, rstd = row_statistics(s, mask, eps, H)
     columns = tl.arange(0, BLOCK_H)
     if weight_ptr is not None:
         y *= tl.load(weight_ptr + columns, mask=columns < H, other=0.0).to(tl.float32)[None, :]
     if bias_ptr is not None:
         y += tl.load(bias_ptr + columns, mask=columns < H, other=0.0).to(tl.float32)[None, :]
-    offsets, mask = _tile(tile, None, num_rows, H, BLOCK_M, BLOCK_H)
+    offsets, mask = row_tile(tile, None, num_rows, H, BLOCK_M, BLOCK_H)
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
     if s_ptr is not None:
         tl.store(s_ptr + offsets, s.to(s_ptr.dtype.element_ty), mask=mask)
     if mean_ptr is not None:
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        tl.store(mean_ptr + rows, mean + mean_d, mask=rows < num_rows)
+        tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
         tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
 
 
@@ -161,17 +164,14 @@ def _backward(
     # The few programs that this grid has must keep the memory busy by themselves: STAGES tiles are in flight.
     for tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.num_programs(0), num_stages=STAGES):
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        offsets, mask = _tile(tile, stride_dy, num_rows, H, BLOCK_M, BLOCK_H)
+        offsets, mask = row_tile(tile, stride_dy, num_rows, H, BLOCK_M, BLOCK_H)
         dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        offsets, mask = _tile(tile, stride_s, num_rows, H, BLOCK_M, BLOCK_H)
+        offsets, mask = row_tile(tile, stride_s, num_rows, H, BLOCK_M, BLOCK_H)
         s = tl.load(s_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         mean = tl.load(mean_ptr + rows, mask=rows < num_rows, other=0.0)
         rstd = tl.load(rstd_ptr + rows, mask=rows < num_rows, other=0.0)
 
-        # Beyond H dy is 0, but 0 · x̂ is not where −μ r overflowed.
-        xhat = (s - mean[:, None]) * rstd[:, None]
-        if H < BLOCK_H:
-            xhat = tl.where(columns[None, :] < H, xhat, 0.0)
+        xhat = normalised(s, mean, rstd, H, BLOCK_H)
         if dweight_ptr is not None:
             dweight += dy * xhat
         if dbias_ptr is not None:
@@ -179,18 +179,15 @@ def _backward(
         g = dy
         if weight_ptr is not None:
             g = dy * weight
-        mean_g = tl.sum(g, axis=1) / H
-        mean_gx = tl.sum(g * xhat, axis=1) / H
-        ds = (g - mean_g[:, None] - xhat * mean_gx[:, None]) * rstd[:, None]
-
+        ds = sum_gradient(g, xhat, rstd, H)
         if ds_out_ptr is not None:
-            offsets, mask = _tile(tile, stride_ds_out, num_rows, H, BLOCK_M, BLOCK_H)
+            offsets, mask = row_tile(tile, stride_ds_out, num_rows, H, BLOCK_M, BLOCK_H)
             ds += tl.load(ds_out_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        offsets, mask = _tile(tile, None, num_rows, H, BLOCK_M, BLOCK_H)
+        offsets, mask = row_tile(tile, None, num_rows, H, BLOCK_M, BLOCK_H)
         if dresidual_ptr is not None:
             tl.store(dresidual_ptr + offsets, ds.to(dresidual_ptr.dtype.element_ty), mask=mask)
         if seed_ptr is not None:
-            ds = tl.where(_keep(seed_ptr, p_threshold, tile, H, BLOCK_M, BLOCK_H), ds * keep_scale, 0.0)
+            ds = tl.where(row_keep(seed_ptr, p_threshold, tile, H, BLOCK_M, BLOCK_H), ds * keep_scale, 0.0)
         tl.store(dx_ptr + offsets, ds.to(dx_ptr.dtype.element_ty), mask=mask)
 
     partial = tl.program_id(0) * H + columns
@@ -211,7 +208,7 @@ class Config(NamedTuple):
     num_warps: int
 
 
-def _forward_config(hidden_size: int) -> Config:
+def forward_config(hidden_size: int) -> Config:
     # 32 elements a thread. Up to 1024 columns a row lies in one warp, which reduces it without a barrier; the masked
     # columns of a width such as 768 are then whole registers, and the compiler drops them.
     block_h = max(4, triton.next_power_of_2(hidden_size))  # Philox makes 4 columns a call
@@ -251,7 +248,7 @@ def _launch_forward(
     x_rows = as_rows(x, hidden_size)
     residual_rows = None if residual is None else as_rows(residual, hidden_size)
     num_rows = x_rows.shape[0]
-    config = _forward_config(hidden_size)
+    config = forward_config(hidden_size)
     with torch.cuda.device_of(x):
         _forward[(triton.cdiv(num_rows, config.block_m),)](
             x_rows,
@@ -294,7 +291,7 @@ def _launch_backward(
     hidden_size = s.shape[-1]
     dx = torch.empty(s.shape, dtype=s.dtype, device=s.device)
     dresidual = torch.empty(s.shape if separate else (0,), dtype=s.dtype, device=s.device)
-    dweight, dbias = _empty_affine_gradients(s, weight, bias, weight_grad, bias_grad)
+    dweight, dbias = empty_affine_gradients(s, weight, bias, weight_grad, bias_grad)
     if s.numel() == 0:
         return dx, dresidual, dweight.zero_(), dbias.zero_()
     dy_rows, s_rows = as_rows(dy, hidden_size), as_rows(s, hidden_size)
@@ -346,7 +343,7 @@ def _launch_backward(
     return dx, dresidual, dweight, dbias
 
 
-def _empty_affine_gradients(
+def empty_affine_gradients(
     s: Tensor, weight: Tensor | None, bias: Tensor | None, weight_grad: bool, bias_grad: bool
 ) -> tuple[Tensor, Tensor]:
     wanted = (weight if weight_grad else None), (bias if bias_grad else None)
@@ -412,7 +409,7 @@ def _fake_backward(
     weight_grad: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dweight, dbias = _empty_affine_gradients(s, weight, bias, weight_grad, bias_grad)
+    dweight, dbias = empty_affine_gradients(s, weight, bias, weight_grad, bias_grad)
     return s.new_empty(s.shape), s.new_empty(s.shape if separate else (0,)), dweight, dbias
 
 

@@ -1,4 +1,6 @@
-"""What operators that work row by row share: rows as a matrix, how many programs, and the sum of their partial sums.
+"""What operators that work row by row share: tiles of rows, how many programs, and the sum of their partial sums.
+
+A program works on tiles of BLOCK_M rows by BLOCK_H ≥ H columns. Offsets are 64 bits: row · stride may pass 2³¹.
 
 A backward that sums over all rows (the gradient of a weight or a bias) gives each program some rows, which leaves a
 float32 row of partial sums; `sum_partials` adds these in a fixed order. No atomics: the same inputs give the same bits.
@@ -12,6 +14,25 @@ import torch
 from torch import Tensor
 
 from ._triton import tl, triton
+from .dropout import dropout_keep
+
+
+@triton.jit
+def row_tile(tile, stride, num_rows, H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr):
+    """(offsets, mask) of a tile in a tensor whose rows are stride elements apart, each [BLOCK_M, BLOCK_H]."""
+    rows, columns = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_H)
+    # A stride of None is H, known when compiling: rows of H = 1000 elements still begin at multiples of 16 bytes.
+    row_offsets = tl.cast(rows, tl.int64) * (H if stride is None else stride)
+    return row_offsets[:, None] + columns[None, :], (rows[:, None] < num_rows) & (columns[None, :] < H)
+
+
+@triton.jit
+def row_keep(seed_ptr, p_threshold, tile, H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr):
+    rows, columns = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_H)
+    keep = dropout_keep(tl.load(seed_ptr), p_threshold, rows, 0, 0, BLOCK_M, BLOCK_H)
+    if H < BLOCK_H:
+        keep = keep & (columns[None, :] < H)  # so that no word is drawn for a register that holds no column
+    return keep
 
 
 @triton.jit
@@ -69,4 +90,4 @@ def row_stride(rows: Tensor | None) -> int | None:
     return None if rows is None or rows.shape[0] == 1 or rows.stride(0) == rows.shape[1] else rows.stride(0)
 
 
-__all__ = ["as_rows", "multiprocessors", "num_programs_for", "row_stride", "sum_partials"]
+__all__ = ["as_rows", "multiprocessors", "num_programs_for", "row_keep", "row_stride", "row_tile", "sum_partials"]
