@@ -5,13 +5,14 @@ from .backend import use_backend
 from .bias_gelu import FusedLinearGELU, bias_gelu
 from .dropout import dropout_mask
 from .embed_layernorm import embed_layernorm
-from .layernorm import FusedDropoutAddLayerNorm, FusedLayerNorm, dropout_add_layernorm, layernorm
+from .layernorm import FusedDropoutAddLayerNorm, FusedLayerNorm, FusedRMSNorm, dropout_add_layernorm, layernorm, rmsnorm
 from .mlm_loss import cross_entropy, masked_lm_loss
 
 __all__ = [
     "FusedDropoutAddLayerNorm",
     "FusedLayerNorm",
     "FusedLinearGELU",
+    "FusedRMSNorm",
     "attention",
     "attention_varlen",
     "attention_varlen_separate",
@@ -22,5 +23,6 @@ __all__ = [
     "embed_layernorm",
     "layernorm",
     "masked_lm_loss",
+    "rmsnorm",
     "use_backend",
 ]

@@ -46,7 +46,7 @@ from torch.autograd.function import once_differentiable
 from . import reference
 from ._triton import tl, triton
 from .backend import choose_backend
-from .rows import as_rows, num_programs_for, row_stride, sum_partials
+from .rows import as_rows, launch_sum_partials, num_programs_for, row_stride
 
 APPROXIMATIONS = ("none", "tanh")
 
@@ -241,10 +241,7 @@ def _launch_backward(
             STAGES=3,
             num_warps=num_warps,
         )
-        if bias_grad:
-            sum_partials[(triton.cdiv(width, 16),)](
-                None, partial, None, dbias, num_programs, H=width, BLOCK_P=256, BLOCK_C=16, num_warps=8
-            )
+        launch_sum_partials([(partial, dbias)])
     return dx, dbias
 
 

@@ -52,16 +52,9 @@ from . import reference
 from ._triton import tl, triton
 from .backend import KERNEL_DTYPES, choose_backend
 from .dropout import dropout_mask, keep_threshold, resolve_seed
-from .layernorm import (
-    MAX_HIDDEN_SIZE,
-    Config,
-    empty_affine_gradients,
-    forward_config,
-    normalised,
-    row_statistics,
-    sum_gradient,
-)
-from .rows import as_rows, num_programs_for, row_keep, row_stride, row_tile, sum_partials
+from .layernorm import MAX_HIDDEN_SIZE
+from .layernorm_kernels import Config, empty_gradient, forward_config, normalised, row_statistics, sum_gradient
+from .rows import as_rows, launch_sum_partials, num_programs_for, row_keep, row_stride, row_tile
 
 # Sorted tokens a program adds up: 65k tokens make 6144 programs, three times what an H200 holds at once, and the rows
 # of partial sums are a sixteenth of what was read.
@@ -133,7 +126,7 @@ def _forward(
     if bias_ptr is not None:
         y += tl.load(bias_ptr + columns, mask=columns < H, other=0.0).to(tl.float32)[None, :]
     if seed_ptr is not None:
-        y = tl.where(row_keep(seed_ptr, p_threshold, tile, H, BLOCK_M, BLOCK_H), y * keep_scale, 0.0)
+        y = tl.where(row_keep(tl.load(seed_ptr), p_threshold, tile, H, BLOCK_M, BLOCK_H), y * keep_scale, 0.0)
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
     if mean_ptr is not None:
         tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
@@ -178,13 +171,15 @@ def _gradient(
     dweight = tl.zeros((BLOCK_M, BLOCK_H), dtype=tl.float32)
     dbias = tl.zeros((BLOCK_M, BLOCK_H), dtype=tl.float32)
 
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
     for tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.num_programs(0), num_stages=STAGES):
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         in_rows = rows < num_rows
         offsets, mask = row_tile(tile, stride_dy, num_rows, H, BLOCK_M, BLOCK_H)
         dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         if seed_ptr is not None:
-            dy = tl.where(row_keep(seed_ptr, p_threshold, tile, H, BLOCK_M, BLOCK_H), dy * keep_scale, 0.0)
+            dy = tl.where(row_keep(seed, p_threshold, tile, H, BLOCK_M, BLOCK_H), dy * keep_scale, 0.0)
         words, _ = _table_rows(word_ids_ptr, rows, num_rows, num_words)
         types, _ = _table_rows(type_ids_ptr, rows, num_rows, num_types)
         positions, _ = _table_rows(position_ids_ptr, rows, num_rows, num_positions)
@@ -436,7 +431,8 @@ def _launch_backward(
         torch.zeros(table.shape if grad else (0,), dtype=table.dtype, device=device)
         for table, grad in zip(tables, wanted, strict=True)
     ]
-    dweight, dbias = empty_affine_gradients(word_weight, norm_weight, norm_bias, weight_grad, bias_grad)
+    dweight = empty_gradient(word_weight, norm_weight, weight_grad)
+    dbias = empty_gradient(word_weight, norm_bias, bias_grad)
     if dy.numel() == 0:
         return dtables[0], dtables[1], dtables[2], dweight.zero_(), dbias.zero_()
     dy_rows = as_rows(dy, hidden_size)
@@ -477,19 +473,7 @@ def _launch_backward(
             STAGES=2 if config.block_h <= 4096 else 1,
             num_warps=config.num_warps,
         )
-        if weight_grad or bias_grad:
-            block_c = 16
-            sum_partials[(triton.cdiv(hidden_size, block_c),)](
-                dweight_partial,
-                dbias_partial,
-                dweight if weight_grad else None,
-                dbias if bias_grad else None,
-                num_programs,
-                H=hidden_size,
-                BLOCK_P=256,
-                BLOCK_C=block_c,
-                num_warps=8,
-            )
+        launch_sum_partials([(dweight_partial, dweight), (dbias_partial, dbias)])
         if g is not None:
             _sum_by_key(g, keys, dtables, table_sizes)
     return dtables[0], dtables[1], dtables[2], dweight, dbias
@@ -607,7 +591,8 @@ def _fake_backward(
             (position_weight, position_grad),
         )
     )
-    dweight, dbias = empty_affine_gradients(word_weight, norm_weight, norm_bias, weight_grad, bias_grad)
+    dweight = empty_gradient(word_weight, norm_weight, weight_grad)
+    dbias = empty_gradient(word_weight, norm_bias, bias_grad)
     return dword, dtoken_type, dposition, dweight, dbias
 
 

@@ -115,17 +115,26 @@ def layernorm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: flo
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
+def rmsnorm(x: Tensor, weight: Tensor | None, *, eps: float) -> Tensor:
+    """x / √(⟨x²⟩ + eps) · weight over the last axis (Zhang and Sennrich 2019). x: [.., H]; weight: [H]."""
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
 def dropout_add_layernorm(
     x: Tensor,
     residual: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     *,
+    linear_bias: Tensor | None = None,
     eps: float,
     p: float = 0.0,
     dropout_mask: Tensor | None = None,
 ) -> Tensor:
-    """LayerNorm(residual + Dropout(x)), the end of each BERT sub-layer. x, residual: [.., H]; weight, bias: [H]."""
+    """LayerNorm(residual + Dropout(x + linear_bias)), the end of each BERT sub-layer. x, residual: [.., H]; the rest:
+    [H]."""
+    if linear_bias is not None:
+        x = x + linear_bias
     return layernorm(residual + dropout(x, p, dropout_mask), weight, bias, eps=eps)
 
 

@@ -9,6 +9,7 @@ float32 row of partial sums; `sum_partials` adds these in a fixed order. No atom
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -27,9 +28,9 @@ def row_tile(tile, stride, num_rows, H: tl.constexpr, BLOCK_M: tl.constexpr, BLO
 
 
 @triton.jit
-def row_keep(seed_ptr, p_threshold, tile, H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr):
+def row_keep(seed, p_threshold, tile, H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr):
     rows, columns = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_H)
-    keep = dropout_keep(tl.load(seed_ptr), p_threshold, rows, 0, 0, BLOCK_M, BLOCK_H)
+    keep = dropout_keep(seed, p_threshold, rows, 0, 0, BLOCK_M, BLOCK_H)
     if H < BLOCK_H:
         keep = keep & (columns[None, :] < H)  # so that no word is drawn for a register that holds no column
     return keep
@@ -47,22 +48,41 @@ def _sum_columns(partial_ptr, columns, num_programs, H: tl.constexpr, BLOCK_P: t
 
 @triton.jit(do_not_specialize=["num_programs"])
 def sum_partials(
-    dweight_partial_ptr,  # [P, H] float32 or None
-    dbias_partial_ptr,  # as dweight_partial
-    dweight_ptr,  # [H] or None
-    dbias_ptr,  # [H] or None
+    a_partial_ptr,  # [P, H] float32, or None
+    b_partial_ptr,
+    c_partial_ptr,
+    a_ptr,  # [H]
+    b_ptr,
+    c_ptr,
     num_programs,
     H: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    if dweight_ptr is not None:
-        total = _sum_columns(dweight_partial_ptr, columns, num_programs, H, BLOCK_P, BLOCK_C)
-        tl.store(dweight_ptr + columns, total.to(dweight_ptr.dtype.element_ty), mask=columns < H)
-    if dbias_ptr is not None:
-        total = _sum_columns(dbias_partial_ptr, columns, num_programs, H, BLOCK_P, BLOCK_C)
-        tl.store(dbias_ptr + columns, total.to(dbias_ptr.dtype.element_ty), mask=columns < H)
+    if a_partial_ptr is not None:
+        total = _sum_columns(a_partial_ptr, columns, num_programs, H, BLOCK_P, BLOCK_C)
+        tl.store(a_ptr + columns, total.to(a_ptr.dtype.element_ty), mask=columns < H)
+    if b_partial_ptr is not None:
+        total = _sum_columns(b_partial_ptr, columns, num_programs, H, BLOCK_P, BLOCK_C)
+        tl.store(b_ptr + columns, total.to(b_ptr.dtype.element_ty), mask=columns < H)
+    if c_partial_ptr is not None:
+        total = _sum_columns(c_partial_ptr, columns, num_programs, H, BLOCK_P, BLOCK_C)
+        tl.store(c_ptr + columns, total.to(c_ptr.dtype.element_ty), mask=columns < H)
+
+
+def launch_sum_partials(sums: Sequence[tuple[Tensor | None, Tensor]]) -> None:
+    """For up to three pairs (partial [P, H] float32 or None, total [H]): total = Σ over programs, in one launch."""
+    partials = [partial for partial, _ in sums if partial is not None]
+    totals = [total for partial, total in sums if partial is not None]
+    if not partials:
+        return
+    num_programs, hidden_size = partials[0].shape
+    none = [None] * (3 - len(partials))
+    block_c = 16
+    sum_partials[(triton.cdiv(hidden_size, block_c),)](
+        *partials, *none, *totals, *none, num_programs, H=hidden_size, BLOCK_P=256, BLOCK_C=block_c, num_warps=8
+    )
 
 
 @functools.cache
@@ -90,4 +110,12 @@ def row_stride(rows: Tensor | None) -> int | None:
     return None if rows is None or rows.shape[0] == 1 or rows.stride(0) == rows.shape[1] else rows.stride(0)
 
 
-__all__ = ["as_rows", "multiprocessors", "num_programs_for", "row_keep", "row_stride", "row_tile", "sum_partials"]
+__all__ = [
+    "as_rows",
+    "launch_sum_partials",
+    "multiprocessors",
+    "num_programs_for",
+    "row_keep",
+    "row_stride",
+    "row_tile",
+]

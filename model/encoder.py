@@ -88,6 +88,17 @@ class BertEmbeddings(nn.Module):
         )
 
 
+def linear_add_norm(
+    linear: nn.Linear, norm: nn.LayerNorm, x: Tensor, residual: Tensor, p: float, seed: Tensor | None
+) -> Tensor:
+    """norm(residual + Dropout(linear(x))). On a GPU the norm's kernel adds the linear's bias, and sums its gradient."""
+    if choose_backend(x) == "reference":  # a CPU's product adds the bias in passing
+        x, bias = linear(x), None
+    else:
+        x, bias = F.linear(x, linear.weight), linear.bias
+    return dropout_add_layernorm(x, residual, norm.weight, norm.bias, linear_bias=bias, eps=norm.eps, p=p, seed=seed)
+
+
 class BertLayer(nn.Module):
     """Self-attention and feed-forward, each ending in dropout, residual and LayerNorm."""
 
@@ -130,14 +141,10 @@ class BertLayer(nn.Module):
             attended = attention_varlen_separate(
                 q, k, v, rows.cu_seqlens, max_seqlen, cu_seqlens, max_seqlen, dropout_p=attention_p, seed=seeds[0]
             )
-        attended = self.attention_output(attended.reshape_as(x))  # (T, H)
-        x = self._add_norm(self.attention_norm, attended, x, hidden_p, seeds[1])
+        attended = attended.reshape_as(x)
+        x = linear_add_norm(self.attention_output, self.attention_norm, attended, x, hidden_p, seeds[1])  # (T, H)
         inner = self.intermediate(x)  # (T, I)
-        return self._add_norm(self.output_norm, self.output(inner), x, hidden_p, seeds[2])  # (T, H)
-
-    @staticmethod
-    def _add_norm(norm: nn.LayerNorm, x: Tensor, residual: Tensor, p: float, seed: Tensor | None) -> Tensor:
-        return dropout_add_layernorm(x, residual, norm.weight, norm.bias, eps=norm.eps, p=p, seed=seed)
+        return linear_add_norm(self.output, self.output_norm, inner, x, hidden_p, seeds[2])  # (T, H)
 
 
 class BertEncoder(nn.Module):

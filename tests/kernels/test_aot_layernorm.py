@@ -16,28 +16,40 @@ COMPILE = """
 import dataclasses, json, torch
 from fusebert.bench.aot import compiled_kernels
 from fusebert.kernels import dropout_add_layernorm
-x, residual = (torch.ones(64, 768, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
-weight, bias = (torch.ones(768, requires_grad=True) for _ in range(2))
-with compiled_kernels(90) as found:
-    dropout_add_layernorm(x, residual, weight, bias, p=0.1, seed=1).sum().backward()
-print(json.dumps({r.name: [r.spill_bytes, r.count_wide("LDG"), r.count_wide("STG"), r.count("STG")] for r in found}))
+rows = []
+for arch, hidden_size, p, biased in CASES:
+    x, residual = (torch.ones(64, hidden_size, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    weight, bias, linear_bias = (torch.ones(hidden_size, requires_grad=True) for _ in range(3))
+    with compiled_kernels(arch) as found:
+        y = dropout_add_layernorm(x, residual, weight, bias, linear_bias=linear_bias if biased else None, p=p, seed=1)
+        y.sum().backward()
+    for r in found:
+        wide = [r.count_wide("LDG"), r.count_wide("STG"), r.count("STG")]
+        rows.append([[arch, hidden_size, p, biased], r.name, r.spill_bytes, r.blocks_per_multiprocessor, wide])
+print(json.dumps(rows))
 """
+BASE = [90, 768, 0.1, False]  # BERT-base
+CASES = [BASE, [90, 768, 0.1, True], [90, 1024, 0.1, False], [80, 1024, 0.1, True], [90, 4096, 0.1, True]]
 
 
 def test_registers_and_wide_accesses(tmp_path: Path) -> None:
-    """BERT-base's width in bf16 on sm_90: nothing spills, rows move 16 bytes a thread at a time."""
+    """In bf16: nothing spills, a multiprocessor holds 16 warps at least, rows move 16 bytes a thread at a time."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    ran = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
+    command = [sys.executable, "-c", f"CASES = {CASES}\n{COMPILE}"]
+    ran = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
-    found = json.loads(ran.stdout)
+    rows = json.loads(ran.stdout)
+    assert [case for case, *_ in rows] == [case for case in CASES for _ in range(3)]
+    for case, name, spills, blocks, _ in rows:
+        assert spills == 0, (case, name)
+        # The widest rows take 16 warps a program, the others 8.
+        assert name != "_backward" or blocks >= (1 if case[1] == 4096 else 2), (case, blocks)
+    found = {name: wide for case, name, _, _, wide in rows if case == BASE}
     assert found.keys() == {"_forward", "_backward", "sum_partials"}
-    assert all(spills == 0 for spills, *_ in found.values()), found
     # Forward, a row of 768 in one warp: 3 loads of x, 3 of residual and 6 of each float32 parameter; y and s stored in
     # 3 each, mean and rstd in one narrow store each.
-    assert found["_forward"] == [0, 18, 6, 8]
+    assert found["_forward"] == [18, 6, 8]
     # Backward, 16 elements of each tensor a thread: every store is wide (dx, dresidual, and the partial sums).
-    _, loads, wide_stores, stores = found["_backward"]
+    loads, wide_stores, stores = found["_backward"]
     assert loads >= 4
     assert wide_stores == stores

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
-import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,11 +22,14 @@ from torch.utils.checkpoint import checkpoint
 from fusebert.kernels import (
     FusedDropoutAddLayerNorm,
     FusedLayerNorm,
+    FusedRMSNorm,
     dropout_add_layernorm,
     dropout_mask,
     layernorm,
+    rmsnorm,
     use_backend,
 )
+from fusebert.kernels.rows import launch_sum_partials
 
 ON_GPU = DEVICE == "cuda"
 # Odd widths; rows that leave a ragged last tile; (600, 7) and (19, 768) make a program of the backward loop.
@@ -58,22 +61,27 @@ def run(
     bias: Tensor | None,
     dy: Tensor | None,
     ds: Tensor | None = None,
+    linear_bias: Tensor | None = None,
     *,
     backend: str = "triton",
+    rms: bool = False,
     **options: Any,
 ) -> dict[str, Tensor]:
     """Outputs and the gradient of every input."""
-    leaves = {"x": x, "residual": residual, "weight": weight, "bias": bias}
+    leaves = {"x": x, "residual": residual, "weight": weight, "bias": bias, "linear_bias": linear_bias}
     leaves = {k: v.detach().requires_grad_() for k, v in leaves.items() if v is not None}
     with use_backend(backend):
-        if residual is None:
-            outputs: tuple[Tensor, ...] = (layernorm(leaves["x"], leaves.get("weight"), leaves.get("bias"), **options),)
+        if rms:
+            outputs: tuple[Tensor, ...] = (rmsnorm(leaves["x"], leaves.get("weight"), **options),)
+        elif residual is None:
+            outputs = (layernorm(leaves["x"], leaves.get("weight"), leaves.get("bias"), **options),)
         else:
             result = dropout_add_layernorm(
                 leaves["x"],
                 leaves["residual"],
                 leaves.get("weight"),
                 leaves.get("bias"),
+                linear_bias=leaves.get("linear_bias"),
                 return_sum=ds is not None,
                 **options,
             )
@@ -86,18 +94,18 @@ def run(
 def check(draw: Callable[[], tuple[Tensor | None, ...]], sum_gradient: bool = False, **options: Any) -> None:
     """Triton against the float64 oracle, with PyTorch's own error at this dtype as the measure.
 
-    ``draw`` makes x, residual, weight, bias. Narrow ones are drawn several times and judged together: the error of two
-    or three numbers is chance.
+    ``draw`` makes x, residual, weight, bias and, where there is one, linear_bias. Narrow ones are drawn several times
+    and judged together: the error of two or three numbers is chance.
     """
     results: dict[str, list[dict[str, Tensor]]] = {"ours": [], "oracle": [], "torch": []}
     draws = 1
     while len(results["ours"]) < draws:
-        x, *others = draw()
+        x, residual, weight, bias, *linear_bias = draw()
         assert x is not None
         draws = max(1, 64 // x.shape[-1])
         dy = torch.randn(x.shape, device=DEVICE).to(x.dtype)
         ds = torch.randn(x.shape, device=DEVICE).to(x.dtype) if sum_gradient else None
-        inputs = [x, *others, dy, ds]
+        inputs = [x, residual, weight, bias, dy, ds, *linear_bias]
         results["ours"].append(run(*inputs, **options))
         results["torch"].append(run(*inputs, backend="reference", **options))
         doubles = [None if t is None else t.double() for t in inputs]
@@ -151,6 +159,35 @@ def test_without_weight_or_bias(has_weight: bool, has_bias: bool, p: float) -> N
     weight, bias = make(65) if has_weight else None, make(65) if has_bias else None
     check(lambda: (make(20, 65), make(20, 65), weight, bias), p=p, seed=3)
     check(lambda: (make(20, 65), None, weight, bias))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(("rows", "hidden_size"), [(600, 7), (33, 63), (19, 768), (3, 1000)])
+def test_linear_bias(rows: int, hidden_size: int, p: float, dtype: torch.dtype) -> None:
+    """The bias of the linear before: its value in y and in the mask's scaling, and the sum that is its gradient."""
+
+    def draw() -> tuple[Tensor | None, ...]:
+        x, residual = make(rows, hidden_size, dtype=dtype), make(rows, hidden_size, dtype=dtype)
+        # A bias of another size than the rest: in the wrong place (after the dropout, say) it would show.
+        return x, residual, make(hidden_size), make(hidden_size), make(hidden_size, scale=3.0, dtype=dtype)
+
+    check(draw, p=p, seed=rows, sum_gradient=p > 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("hidden_size", [1, 2, 65, 768])
+def test_rmsnorm(hidden_size: int, dtype: torch.dtype) -> None:
+    check(lambda: (make(40, hidden_size, dtype=dtype, shift=2.0), None, make(hidden_size), None), rms=True, eps=1e-3)
+
+
+def test_rmsnorm_without_weight_keeps_one_number_a_row() -> None:
+    check(lambda: (make(20, 65), None, None, None), rms=True)
+    x = make(20, 65).requires_grad_()
+    with use_backend("triton"), Recorder() as recorder:
+        rmsnorm(x, None)
+    (_, s, mean, rstd), *_ = recorder.results
+    assert (s.numel(), mean.numel(), rstd.numel()) == (0, 0, 20)
 
 
 def test_no_dropout_sum_returned() -> None:
@@ -220,10 +257,12 @@ def test_result_is_that_of_the_returned_sum(dtype: torch.dtype) -> None:
 
 def test_sum_of_many_programs() -> None:
     """More rows of partial sums than the summing kernel reads at once, as on a GPU."""
-    kernel = sys.modules["fusebert.kernels.rows"].sum_partials
-    partial, total = make(300, 20), torch.empty(20, device=DEVICE)
-    kernel[(2,)](partial, None, total, None, 300, H=20, BLOCK_P=256, BLOCK_C=16, num_warps=8)
-    torch.testing.assert_close(total, partial.double().sum(0).float())
+    partials = [make(300, 20), None, make(300, 20)]
+    totals = [torch.empty(20, device=DEVICE) for _ in partials]
+    launch_sum_partials(list(zip(partials, totals, strict=True)))
+    for partial, total in zip(partials, totals, strict=True):
+        if partial is not None:
+            torch.testing.assert_close(total, partial.double().sum(0).float())
 
 
 def test_infinities_and_nan_stay_in_their_row() -> None:
@@ -346,13 +385,14 @@ def test_deterministic() -> None:
 
 def test_only_wanted_gradients() -> None:
     """Any subset of the inputs may need a gradient, and the values do not depend on which do."""
-    x, residual, weight, bias, dy = make(9, 40), make(9, 40), make(40), make(40), make(9, 40)
-    everything = run(x, residual, weight, bias, dy, p=0.2, seed=1)
-    for wanted in (("x",), ("residual",), ("weight",), ("bias",), ("residual", "bias")):
-        tensors = {"x": x, "residual": residual, "weight": weight, "bias": bias}
-        tensors = {k: v.clone().requires_grad_(k in wanted) for k, v in tensors.items()}
+    tensors = {"x": make(9, 40), "residual": make(9, 40), "weight": make(40), "bias": make(40), "linear_bias": make(40)}
+    x, residual, weight, bias, linear_bias = tensors.values()
+    dy = make(9, 40)
+    everything = run(x, residual, weight, bias, dy, None, linear_bias, p=0.2, seed=1)
+    for wanted in (("x",), ("residual",), ("weight",), ("bias",), ("linear_bias",), ("residual", "bias")):
+        tensors = {k: v.detach().clone().requires_grad_(k in wanted) for k, v in tensors.items()}
         with use_backend("triton"):
-            dropout_add_layernorm(*tensors.values(), p=0.2, seed=1).backward(dy)
+            dropout_add_layernorm(**tensors, p=0.2, seed=1).backward(dy)
         for name, tensor in tensors.items():
             if name in wanted:
                 assert torch.equal(tensor.grad, everything["d" + name]), name
@@ -452,9 +492,11 @@ def test_opcheck(sample: dict[str, Any]) -> None:
     weight, bias = (make(24), make(24)) if sample["affine"] else (None, None)
     seed = torch.tensor([5], device=DEVICE) if sample["p"] else None
     forward = torch.ops.fusebert.dropout_add_layernorm.default
-    torch.library.opcheck(forward, (x, residual, weight, bias, seed, sample["p"], 1e-5, sample["keep"]))
+    linear_bias, centred = weight, sample["affine"]
+    inputs = (x, linear_bias, residual, weight, bias, seed, sample["p"], 1e-5, centred)
+    torch.library.opcheck(forward, (*inputs, sample["keep"]))
     if sample["keep"]:
-        _, s, mean, rstd = forward(x, residual, weight, bias, seed, sample["p"], 1e-5, True)
+        _, s, mean, rstd = forward(*inputs, True)
         s = s if sample["residual"] else x
         dropped, affine = sample["p"] > 0, sample["affine"]
         torch.library.opcheck(
@@ -463,13 +505,16 @@ def test_opcheck(sample: dict[str, Any]) -> None:
                 permuted(torch.randn_like(x)),
                 None,
                 s,
+                linear_bias,
                 weight,
                 bias,
                 mean,
                 rstd,
                 seed,
                 sample["p"],
+                centred,
                 dropped,
+                affine,
                 affine,
                 affine,
             ),
@@ -595,6 +640,34 @@ def test_module_is_layer_norm(options: dict[str, Any]) -> None:
     assert "p=0.1" in repr(with_dropout)
 
 
+@pytest.mark.parametrize("options", [{}, {"elementwise_affine": False}, {"eps": 0.5}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_module_is_rms_norm(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    theirs, ours = (module(40, **options, device=DEVICE, dtype=dtype) for module in (nn.RMSNorm, FusedRMSNorm))
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter)
+    ours.load_state_dict(theirs.state_dict())
+    x = make(9, 40, dtype=dtype, scale=1e-3)  # where eps matters
+    with use_backend("triton"):
+        torch.testing.assert_close(copy.deepcopy(ours)(x), theirs(x))
+
+
+def test_modules_train_under_ddp(tmp_path: Path) -> None:
+    """Alone in its group: the hooks of DDP see every gradient, and the values are the plain module's."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        module = FusedDropoutAddLayerNorm(40, p=0.0, device=DEVICE)
+        parallel = nn.parallel.DistributedDataParallel(copy.deepcopy(module))
+        x, residual, dy = make(9, 40), make(9, 40), make(9, 40)
+        with use_backend("triton"):
+            parallel(x, residual).backward(dy)
+            module(x, residual).backward(dy)
+        for ours, plain in zip(parallel.parameters(), module.parameters(), strict=True):
+            assert torch.equal(ours.grad, plain.grad)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_module_drops_while_training_only() -> None:
     module = FusedDropoutAddLayerNorm(64, p=0.5, device=DEVICE)
     x, residual = make(9, 64), make(9, 64)
@@ -626,6 +699,7 @@ def call(**changes: Any) -> Tensor:
         (dict(residual=torch.ones(4, 8, dtype=torch.bfloat16)), TypeError, "residual must have x's dtype"),
         (dict(residual=torch.ones(4, 8, device="meta")), ValueError, "residual must be on x's device"),
         (dict(weight=torch.ones(4)), ValueError, "weight must have shape"),
+        (dict(linear_bias=torch.ones(4)), ValueError, "linear_bias must have shape"),
         (dict(bias=torch.ones(8, 1)), ValueError, "bias must have shape"),
         (dict(weight=torch.ones(8, dtype=torch.float16)), TypeError, "weight must have x's dtype"),
         (dict(bias=torch.ones(8, device="meta")), ValueError, "bias must be on x's device"),

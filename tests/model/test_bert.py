@@ -258,7 +258,7 @@ def test_every_operator_drops_with_its_probability_and_its_own_seed(batch, monke
         calls.append((dropout_p, seed))
         return qkv[:, 0]
 
-    def add_norm(x, residual, weight, bias, *, eps, p, seed):
+    def add_norm(x, residual, weight, bias, *, linear_bias, eps, p, seed):
         calls.append((p, seed))
         return residual
 
