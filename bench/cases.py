@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 Tensors = dict[str, Tensor]
 OURS, PEER, BOUND = "ours", "peer", "bound"
+COMPILE_IS_SLOW = "left out by --quick"  # why a compiled peer is missing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Case:
     """An operator at one shape.
 
     Attributes:
-        op: "attention", "layernorm" or "mlm_loss".
+        op: "attention", "layernorm", "mlm_loss", "bias_gelu" or "embed_layernorm".
         name: the shape in words, unique within the operator.
         shape: the shape in numbers, for the result file.
         inputs: seed → canonical inputs, random, on the device.
@@ -123,6 +124,25 @@ class Case:
     value: int = 0
 
 
+def with_peers(case: Case, names: Sequence[str]) -> Case:
+    """The case with only those peers whose names are, or begin with, one of ``names``; ours and bounds stay."""
+
+    def wanted(name: str) -> bool:
+        return any(matches(name, given) for given in names)
+
+    return dataclasses.replace(
+        case,
+        contestants=tuple(c for c in case.contestants if c.role != PEER or wanted(c.name)),
+        missing=tuple(gap for gap in case.missing if wanted(gap.name)),
+    )
+
+
+def matches(name: str, given: str) -> bool:
+    """Whether ``given`` names the contestant: its whole name or first words of it ("sdpa": every SDPA backend)."""
+    words, first = name.lower().replace(",", "").split(), given.lower().split()
+    return bool(first) and words[: len(first)] == first
+
+
 def installed(package: str) -> bool:
     """Whether ``package`` can be imported, without importing it."""
     return importlib.util.find_spec(package) is not None
@@ -133,4 +153,19 @@ def leaf(x: Tensor) -> Tensor:
     return x.detach().requires_grad_()
 
 
-__all__ = ["BOUND", "OURS", "PEER", "Case", "Contestant", "Cost", "Missing", "Run", "Tensors", "installed", "leaf"]
+__all__ = [
+    "BOUND",
+    "COMPILE_IS_SLOW",
+    "OURS",
+    "PEER",
+    "Case",
+    "Contestant",
+    "Cost",
+    "Missing",
+    "Run",
+    "Tensors",
+    "installed",
+    "leaf",
+    "matches",
+    "with_peers",
+]

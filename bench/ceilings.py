@@ -18,7 +18,7 @@ BERT_BASE_LINEARS = {"qkv": (768, 2304), "attention output": (768, 768), "ffn in
 
 
 def _median(work: Work, device: torch.device, seconds: float) -> Timing:
-    return interleave({"": work}, device, seconds=seconds, min_rounds=5)[""]
+    return interleave({"": work}, device, seconds=seconds, min_rounds=5, device_time=True)[""]
 
 
 def copy_rate(device: torch.device, *, seconds: float = 0.5) -> float:
@@ -51,7 +51,7 @@ def linear_rates(
             "input gradient": Work(lambda _, dy=dy, w=w: dy @ w),
             "weight gradient": Work(lambda _, dy=dy, x=x: dy.t() @ x),
         }
-        timings = interleave(works, device, seconds=seconds, min_rounds=3)
+        timings = interleave(works, device, seconds=seconds, min_rounds=3, device_time=True)
         flops = 2 * tokens * n_in * n_out
         rates[name] = {which: flops / (1e-3 * timing.median) for which, timing in timings.items()}
     return rates
@@ -71,4 +71,12 @@ def ceilings(device: torch.device, dtype: torch.dtype, *, quick: bool = False) -
     return found
 
 
-__all__ = ["ceilings", "copy_rate", "linear_rates", "matmul_rate"]
+def drift(before: dict[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Both rates now over those of ``before``: below 1, the machine has become slower, and so have the figures."""
+    return {
+        "copy": copy_rate(device, seconds=0.1) / before["copy_bytes_per_s"],
+        "matmul": matmul_rate(device, dtype, seconds=0.1) / before["matmul_flops_per_s"],
+    }
+
+
+__all__ = ["ceilings", "copy_rate", "drift", "linear_rates", "matmul_rate"]

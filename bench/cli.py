@@ -91,7 +91,18 @@ def _fail_unless(right: bool, problems: list[str]) -> None:
 @app.command()
 def kernels(
     op: Annotated[
-        str | None, typer.Option(help="attention, layernorm or mlm_loss. Default: all.", show_default=False)
+        str | None,
+        typer.Option(
+            help="attention, layernorm, mlm_loss, bias_gelu or embed_layernorm. Default: all.", show_default=False
+        ),
+    ] = None,
+    shapes: Annotated[
+        str | None,
+        typer.Option(help="Your own shapes for --op, as below. Default: the built-in ones.", show_default=False),
+    ] = None,
+    peers: Annotated[
+        str | None,
+        typer.Option(help='Only these peers: "sdpa, flex_attention". Default: all that run.', show_default=False),
     ] = None,
     dtype: Dtype = None,
     quick: Quick = False,
@@ -109,6 +120,20 @@ def kernels(
     operation allow at this machine's measured rates, over the time taken. A
     peer that is not installed is named with the command that installs it.
     Ends with status 1 if one of our own operators is not right.
+
+    \b
+    --peers: names as the tables have them, or their first words, separated by
+    commas: "sdpa" is every SDPA backend.
+    --shapes: keys with values, separated by commas; shapes, by semicolons:
+      --op attention --shapes "N=128; N=512,D=128,lengths=half,p=0.1"
+    A key left out has its default. The keys:
+      attention        N the longest segment, T tokens, H heads, D size of a
+                       head, p dropout, lengths equal, real or half (half of
+                       a padded batch is padding; real: bench/lengths.py)
+      layernorm        T rows, H elements of a row, p dropout
+      mlm_loss         M rows, H elements of a row, V words
+      bias_gelu        T rows, I elements of a row
+      embed_layernorm  T tokens, H elements of a row, V words, p dropout
     """
     from . import kernels as suite
 
@@ -116,7 +141,16 @@ def kernels(
     if op is not None and op not in suite.OPERATORS:
         raise UserError(f"--op {op}: choose one of {', '.join(suite.OPERATORS)}")
     chosen = _dtype(dtype, where, ("bf16", "fp16", "fp32"))
-    result = suite.run(where, chosen, op=op, quick=quick, minutes=minutes, out=out, say=typer.echo)
+    if shapes is not None and op is None:
+        raise UserError(f"--shapes belongs to one operator: give --op with it, one of {', '.join(suite.OPERATORS)}")
+    names = None if peers is None else [name.strip() for name in peers.split(",") if name.strip()]
+    try:
+        suite.select_cases(op, where, chosen, quick=quick, shapes=shapes, peers=names)
+    except ValueError as error:
+        raise UserError(f"--peers or --shapes: {error}") from error
+    result = suite.run(
+        where, chosen, op=op, shapes=shapes, peers=names, quick=quick, minutes=minutes, out=out, say=typer.echo
+    )
     problems = suite.ours_that_are_not_right(result)
     _fail_unless(not problems, problems)
 

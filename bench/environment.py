@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .clocks import select_gpu
 from .timing import l2_bytes
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "liger-kernel", "flash-attn", "xformers", "cut-cross-entropy")
@@ -42,9 +43,12 @@ def _output(*command: str, cwd: Path | None = None) -> str | None:
     return done.stdout.strip()
 
 
-def nvidia_smi() -> dict[str, str] | None:
-    """Driver, clocks (MHz), temperature (°C) and power (W) of the first GPU as they are now; None without one."""
-    query = _output("nvidia-smi", f"--query-gpu={','.join(_NVIDIA_SMI_FIELDS)}", "--format=csv,noheader,nounits")
+def nvidia_smi(device: torch.device | None = None) -> dict[str, str] | None:
+    """Driver, clocks (MHz), temperature (°C) and power (W) of a GPU, PyTorch's first, as they are now; None without."""
+    which = select_gpu(device or torch.device("cuda")) if torch.cuda.is_available() else []
+    query = _output(
+        "nvidia-smi", *which, f"--query-gpu={','.join(_NVIDIA_SMI_FIELDS)}", "--format=csv,noheader,nounits"
+    )
     if not query:
         return None
     values = (value.strip() for value in query.splitlines()[0].split(","))
@@ -106,7 +110,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             "l2_bytes": l2_bytes(device),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
-            "nvidia_smi": nvidia_smi(),
+            "nvidia_smi": nvidia_smi(device),
         }
     return found
 

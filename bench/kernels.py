@@ -6,25 +6,34 @@ import dataclasses
 import gc
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import attention, layernorm, mlm_loss
-from .cases import OURS, Case, Contestant, Cost, Run
+from . import attention, bias_gelu, embed_layernorm, layernorm, mlm_loss
+from .cases import OURS, PEER, Case, Contestant, Cost, Run, matches, with_peers
 from .ceilings import ceilings as measure_ceilings
+from .ceilings import drift
+from .clocks import Clocks, clock_lines
 from .environment import describe, environment, nvidia_smi
 from .result_file import SCHEMA, write_json
-from .tables import case_lines, ceiling_lines, missing_lines, summary_lines
+from .tables import case_lines, ceiling_lines, drift_line, missing_lines, summary_lines
 from .timing import Ratio, Timing, Work, interleave, l2_bytes, ratio
 from .verify import FAILED, RIGHT, Judge, Verdict, one_line, verify
 
-OPERATORS = {"attention": attention.cases, "layernorm": layernorm.cases, "mlm_loss": mlm_loss.cases}
+OPERATORS = {
+    "attention": attention.OPERATOR,
+    "layernorm": layernorm.OPERATOR,
+    "mlm_loss": mlm_loss.OPERATOR,
+    "bias_gelu": bias_gelu.OPERATOR,
+    "embed_layernorm": embed_layernorm.OPERATOR,
+}
 # Input sets a contestant walks through: enough that the L2 has forgotten the first when it comes round again.
-L2_MULTIPLE, MOST_INPUT_SETS = 4, 8
-BACKWARD_CALLS = 4  # graphs alive at once when a backward is timed alone
+L2_MULTIPLE, MOST_INPUT_SETS = 4, 64
+# Graphs alive at once when a backward is timed alone, by what they hold if each holds three times its inputs.
+GRAPHS_BYTES, MOST_GRAPHS = 12 << 30, 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,27 +47,61 @@ class _Effort:
 FULL, QUICK = _Effort(0.35, 60), _Effort(0.02, 7)
 
 
-def select_cases(op: str | None, device: torch.device, dtype: torch.dtype, *, quick: bool) -> list[Case]:
+def select_cases(
+    op: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    quick: bool = False,
+    shapes: str | None = None,
+    peers: Sequence[str] | None = None,
+) -> list[Case]:
     """The cases of an operator, or of all, the most valuable first.
 
+    Args:
+        shapes: these (see `shapes`), of one operator, in place of the built-in ones.
+        peers: only these peers (see `with_peers`).
+
     Raises:
-        ValueError: there is no such operator.
+        ValueError: there is no such operator or peer, or a shape is not allowed.
     """
     if op is not None and op not in OPERATORS:
         raise ValueError(f"there is no benchmark of {op!r}: choose one of {', '.join(OPERATORS)}")
-    chosen = [make for name, make in OPERATORS.items() if op in (None, name)]
-    return sorted((case for make in chosen for case in make(device, dtype, quick=quick)), key=lambda case: case.value)
+    if shapes is not None and op is None:
+        raise ValueError(f"shapes belong to one operator: give one of {', '.join(OPERATORS)} with them")
+    chosen = [operator for name, operator in OPERATORS.items() if op in (None, name)]
+    cases = [case for operator in chosen for case in operator.cases(device, dtype, quick=quick, shapes=shapes)]
+    if peers is not None:
+        existing = list(dict.fromkeys(name for case in cases for name in _peer_names(case)))
+        for given in peers:
+            if not any(matches(name, given) for name in existing):
+                raise ValueError(f"there is no peer {given!r} here: choose among {'; '.join(existing)}")
+        cases = [with_peers(case, peers) for case in cases]
+    return sorted(cases, key=lambda case: case.value)
+
+
+def _peer_names(case: Case) -> list[str]:
+    return [c.name for c in case.contestants if c.role == PEER] + [gap.name for gap in case.missing]
+
+
+def _input_bytes(case: Case) -> int:
+    return sum(x.numel() * x.element_size() for x in case.inputs(0).values())
 
 
 def _input_sets(case: Case) -> int:
-    size = sum(x.numel() * x.element_size() for x in case.inputs(0).values())
     if case.device.type != "cuda":
         return 2
-    return max(2, min(MOST_INPUT_SETS, math.ceil(L2_MULTIPLE * l2_bytes(case.device) / size)))
+    return max(2, min(MOST_INPUT_SETS, math.ceil(L2_MULTIPLE * l2_bytes(case.device) / _input_bytes(case))))
 
 
-def _work(name: str, contestant: Contestant, runs: list[Run]) -> Work:
-    """The timed call of a pass, walking through ``runs``; a forward saves what its backward would need."""
+def work(name: str, contestant: Contestant, runs: list[Run], *, max_graphs: int = 1) -> Work:
+    """The timed call of the pass ``name``, walking through ``runs``; a forward saves what its backward would need.
+
+    Gradients are new tensors (see `Run`), so nothing is accumulated and no accumulation is timed.
+
+    Args:
+        max_graphs: calls of a backward alone in a burst, each of which holds what its forward saved.
+    """
 
     def pick(index: int) -> Run:
         return runs[index % len(runs)]
@@ -81,19 +124,19 @@ def _work(name: str, contestant: Contestant, runs: list[Run]) -> Work:
     def backward(state: tuple[Run, torch.Tensor]) -> None:
         state[0].backward(state[1])
 
-    return Work(backward, graph, contestant.context, max_calls=BACKWARD_CALLS)
+    return Work(backward, graph, contestant.context, max_calls=max_graphs)
 
 
-def _peak_bytes(work: Work, device: torch.device) -> int | None:
+def _peak_bytes(timed: Work, device: torch.device) -> int | None:
     """Memory beyond what is held before the call, at its highest; None on a CPU, where nobody counts."""
     if device.type != "cuda":
         return None
-    state = work.prepare(0)
+    state = timed.prepare(0)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    with work.context():
-        work.run(state)
+    with timed.context():
+        timed.run(state)
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
 
@@ -132,6 +175,7 @@ def run_case(case: Case, ceilings: dict[str, Any], *, effort: _Effort = FULL) ->
     if case.device.type == "cpu":
         for drawn in sets:
             drawn.pop("seed", None)  # without it a CPU drops with torch's own generator, as in training; faster
+    max_graphs = max(1, min(MOST_GRAPHS, GRAPHS_BYTES // (3 * _input_bytes(case))))
     results = []
     for name, cost in case.passes.items():
         works: dict[str, Work] = {}
@@ -139,16 +183,20 @@ def run_case(case: Case, ceilings: dict[str, Any], *, effort: _Effort = FULL) ->
         for contestant in case.contestants:
             if not verdicts[contestant.name].may_be_timed:
                 continue
-            work = _work(name, contestant, [contestant.bind(inputs, case.dropout_p) for inputs in sets])
             try:
-                with work.context():
-                    work.run(work.prepare(0))  # compiles
-                peaks[contestant.name] = _peak_bytes(work, case.device)
-                works[contestant.name] = work
+                runs = [contestant.bind(inputs, case.dropout_p) for inputs in sets]
+                timed = work(name, contestant, runs, max_graphs=max_graphs)
+                with timed.context():
+                    timed.run(timed.prepare(0))  # compiles
+                peaks[contestant.name] = _peak_bytes(timed, case.device)
+                works[contestant.name] = timed
             except Exception as error:  # right, but does not fit, say
                 verdicts[contestant.name] = Verdict(FAILED, detail=one_line(error))
         seconds = effort.seconds_per_contestant * len(works)
-        timings = interleave(works, case.device, seconds=seconds, max_rounds=effort.max_rounds) if works else {}
+        timings = {}
+        if works:
+            rounds = effort.max_rounds
+            timings = interleave(works, case.device, seconds=seconds, max_rounds=rounds, device_time=True)
         ours = next((c.name for c in case.contestants if c.role == OURS and c.name in timings), None)
         rows = []
         for contestant in case.contestants:
@@ -180,6 +228,8 @@ def run(
     dtype: torch.dtype,
     *,
     op: str | None = None,
+    shapes: str | None = None,
+    peers: Sequence[str] | None = None,
     quick: bool = False,
     minutes: float | None = None,
     out: Path | None = None,
@@ -188,15 +238,16 @@ def run(
     """Run the benchmark, print each case's table as it is measured, and return (and write) the result.
 
     Args:
-        minutes: begin no case after so many; the most valuable cases come first, and what is left out is named.
+        op, shapes, peers: as in `select_cases`.
+        minutes: begin no case that would end later; the most valuable come first, and what is left out is named.
         out: written after every case, so that a run cut short leaves what it had.
         say: takes each piece of output.
 
     Raises:
-        ValueError: ``op`` is unknown.
+        ValueError: as `select_cases`.
     """
     begin = time.monotonic()
-    selected = select_cases(op, device, dtype, quick=quick)
+    selected = select_cases(op, device, dtype, quick=quick, shapes=shapes, peers=peers)
     where = environment(device)
     say(describe(where))
     limits = measure_ceilings(device, dtype, quick=quick)
@@ -205,35 +256,52 @@ def run(
         "schema": SCHEMA,
         "kind": "kernels",
         "environment": where,
-        "settings": {"op": op, "dtype": str(dtype).removeprefix("torch."), "quick": quick, "minutes": minutes},
+        "settings": {
+            "op": op,
+            "shapes": shapes,
+            "peers": None if peers is None else list(peers),
+            "dtype": str(dtype).removeprefix("torch."),
+            "quick": quick,
+            "minutes": minutes,
+        },
         "ceilings": limits,
         "results": [],
         "left_out": [],
+        "did_not_fit": [],
     }
     longest: dict[str, float] = {}  # seconds a case of an operator has taken at most
-    for i, case in enumerate(selected):
-        started = time.monotonic()
-        expected = longest.get(case.op, 0.0)
-        if i and minutes is not None and started + expected - begin > 60 * minutes:
-            result["left_out"].append(f"{case.op} {case.name}")
-            continue
-        passes = run_case(case, limits, effort=QUICK if quick else FULL)
-        result["results"] += passes
-        for measured in passes:
-            say("\n".join(case_lines(measured)))
-        if case.missing:
-            say("\n".join(missing_lines(case.missing)))
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        longest[case.op] = max(expected, time.monotonic() - started)
-        if out is not None:
-            write_json(out, result)
+    with Clocks(device) as clocks:
+        for i, case in enumerate(selected):
+            started = time.monotonic()
+            expected = longest.get(case.op, 0.0)
+            if i and minutes is not None and started + expected - begin > 60 * minutes:
+                result["left_out"].append(f"{case.op} {case.name}")
+                continue
+            try:
+                passes = run_case(case, limits, effort=QUICK if quick else FULL)
+            except torch.OutOfMemoryError as error:  # the oracle, in float64: the others go on
+                say(f"\n{case.op} {case.name}: not measured: {one_line(error)}")
+                result["did_not_fit"].append(f"{case.op} {case.name}")
+                passes = []
+            result["results"] += passes
+            for measured in passes:
+                say("\n".join(case_lines(measured)))
+            if case.missing:
+                say("\n".join(missing_lines(case.missing)))
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            longest[case.op] = max(expected, time.monotonic() - started)
+            if out is not None:
+                write_json(out, result)
+    result["clocks"] = clocks.found
+    result["ceilings_drift"] = drift(limits, device, dtype)
     result["seconds"] = time.monotonic() - begin
-    result["nvidia_smi_after"] = nvidia_smi() if device.type == "cuda" else None
+    result["nvidia_smi_after"] = nvidia_smi(device) if device.type == "cuda" else None
     if out is not None:
         write_json(out, result)
     say("\n".join(summary_lines(result["results"])))
+    say("\n".join([*clock_lines(clocks.found), drift_line(result["ceilings_drift"])]))
     if result["left_out"]:
         say(f"Left out for want of time ({minutes} minutes): {'; '.join(result['left_out'])}")
     return result
@@ -250,4 +318,4 @@ def ours_that_are_not_right(result: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-__all__ = ["OPERATORS", "ours_that_are_not_right", "run", "run_case", "select_cases"]
+__all__ = ["OPERATORS", "ours_that_are_not_right", "run", "run_case", "select_cases", "work"]

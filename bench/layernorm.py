@@ -14,6 +14,7 @@ The arithmetic is not counted: it is far from being the limit.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import dropout_add_layernorm, dropout_mask, reference
-from .cases import OURS, Case, Contestant, Cost, Missing, Run, Tensors, installed, leaf
+from .cases import COMPILE_IS_SLOW, OURS, Case, Contestant, Cost, Missing, Run, Tensors, installed, leaf
+from .shapes import Key, Operator, Shape
 
 EPS = 1e-12  # BERT's
 DIFFERENTIATED = ("x", "residual", "weight", "bias")
@@ -73,12 +75,12 @@ def _eager(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, p: float, 
 
 
 def _liger(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+    from liger_kernel.transformers.functional import liger_layer_norm
 
-    return LigerLayerNormFunction.apply(residual + F.dropout(x, p), weight, bias, EPS)
+    return liger_layer_norm(residual + F.dropout(x, p), weight, bias, EPS)
 
 
-def _contestants(compile_peers: bool) -> tuple[list[Contestant], list[Missing]]:
+def _contestants(device: torch.device, compile_peers: bool) -> tuple[list[Contestant], list[Missing]]:
     found = [
         Contestant("fusebert", functools.partial(_bind, _ours), role=OURS, replays_dropout=True),
         Contestant("torch eager", functools.partial(_bind, _eager)),
@@ -87,23 +89,25 @@ def _contestants(compile_peers: bool) -> tuple[list[Contestant], list[Missing]]:
     if compile_peers:
         found.append(Contestant("torch.compile", functools.partial(_bind, torch.compile(_eager, dynamic=False))))
     else:
-        missing.append(Missing("torch.compile", "left out by --quick"))
-    if installed("liger_kernel"):
-        found.append(Contestant("liger-kernel", functools.partial(_bind, _liger)))
-    else:
+        missing.append(Missing("torch.compile", COMPILE_IS_SLOW))
+    if not installed("liger_kernel"):
         missing.append(Missing("liger-kernel", "not installed: pip install liger-kernel"))
+    elif device.type != "cuda":
+        missing.append(Missing("liger-kernel", "runs on CUDA only"))
+    else:
+        found.append(Contestant("liger-kernel", functools.partial(_bind, _liger)))
     return found, missing
 
 
 def _case(
     value: int, rows: int, hidden_size: int, p: float, dtype: torch.dtype, device: torch.device, quick: bool
 ) -> Case:
-    contestants, missing = _contestants(compile_peers=not quick)
+    contestants, missing = _contestants(device, compile_peers=not quick)
     tensor_bytes = rows * hidden_size * dtype.itemsize
     forward, backward = 3 * tensor_bytes, (4 if p else 3) * tensor_bytes
     return Case(
         op="layernorm",
-        name=f"H={hidden_size} dropout={p}",
+        name=f"T={rows} H={hidden_size} dropout={p}",
         dtype=dtype,
         device=device,
         shape={"tokens": rows, "hidden_size": hidden_size},
@@ -122,15 +126,36 @@ def _case(
     )
 
 
-def cases(device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> list[Case]:
-    """BERT-base's and BERT-large's hidden sizes over 65536 rows on a GPU, small ones on a CPU."""
-    if device.type == "cuda":
-        wanted = [(0, 65536, 768, 0.1), (3, 65536, 768, 0.0), (6, 65536, 1024, 0.1), (9, 65536, 1024, 0.0)]
-    else:
-        wanted = [(0, 2048, 256, 0.1), (3, 2048, 256, 0.0)]
-    return [
-        _case(value, rows, hidden, p, dtype, device, quick) for value, rows, hidden, p in wanted[: 1 if quick else None]
-    ]
+def _keys(device: torch.device) -> Mapping[str, Key]:
+    """What a shape may say."""
+    rows, hidden_size = (65536, 768) if device.type == "cuda" else (2048, 256)
+    return {
+        "T": Key("rows", rows),
+        "H": Key("elements of a row", hidden_size),
+        "p": Key("dropout probability", 0.1),
+    }
 
 
-__all__ = ["cases"]
+def _shaped(shape: Shape, device: torch.device, dtype: torch.dtype, *, quick: bool = False, value: int = 0) -> Case:
+    """The case of a shape that says everything."""
+    return _case(value, int(shape["T"]), int(shape["H"]), float(shape["p"]), dtype, device, quick)
+
+
+_ON_A_GPU = (
+    (0, "H=768"),
+    (3, "H=768,p=0"),
+    (6, "H=1024; H=4096"),
+    (9, "H=1024,p=0; T=8192; T=32768; T=131072"),
+    (12, "T=16384; T=8192,H=4096; T=8192,H=1024; T=131072,H=1024"),
+)
+_ON_A_CPU = ((0, "H=256"), (3, "H=256,p=0"))
+
+
+def _built_in(device: torch.device) -> Sequence[tuple[int, str]]:
+    """H = 768, 1024 and 4096, T = 8 k … 128 k, with and without dropout on a GPU; small ones on a CPU."""
+    return _ON_A_GPU if device.type == "cuda" else _ON_A_CPU
+
+
+OPERATOR = Operator(_keys, _built_in, _shaped)
+
+__all__ = ["OPERATOR"]

@@ -14,8 +14,10 @@ read back: what no implementation that does not recompute can go below.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from torch import Tensor
 
 from ..kernels import masked_lm_loss, reference
 from .cases import BOUND, OURS, Case, Contestant, Cost, Missing, Run, Tensors, installed, leaf
+from .shapes import Key, Operator, Shape
 
 IGNORE = -100
 DIFFERENTIATED = ("hidden", "weight", "bias")
@@ -172,10 +175,26 @@ def _case(rows: int, hidden_size: int, vocab: int, dtype: torch.dtype, device: t
     )
 
 
-def cases(device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> list[Case]:
-    """BERT-base: 15 % of 65536 tokens against 30522 words on a GPU; a small one on a CPU."""
+def _keys(device: torch.device) -> Mapping[str, Key]:
+    """What a shape may say; BERT-base's 15 % of 65536 tokens against 30522 words on a GPU, little on a CPU."""
     rows, hidden_size, vocab = (9830, 768, 30522) if device.type == "cuda" else (256, 128, 2048)
-    return [_case(rows, hidden_size, vocab, dtype, device, quick)]
+    return {
+        "M": Key("rows, of which 1 % have no label", rows),
+        "H": Key("elements of a row", hidden_size),
+        "V": Key("words", vocab),
+    }
 
 
-__all__ = ["cases"]
+def _shaped(shape: Shape, device: torch.device, dtype: torch.dtype, *, quick: bool = False, value: int = 0) -> Case:
+    """The case of a shape that says everything."""
+    rows, hidden_size, vocab = (int(shape[name]) for name in ("M", "H", "V"))
+    return dataclasses.replace(_case(rows, hidden_size, vocab, dtype, device, quick), value=value)
+
+
+def _built_in(device: torch.device) -> Sequence[tuple[int, str]]:
+    return ((0, f"M={_keys(device)['M'].default}"),)
+
+
+OPERATOR = Operator(_keys, _built_in, _shaped)
+
+__all__ = ["OPERATOR"]

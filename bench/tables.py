@@ -58,6 +58,11 @@ def ceiling_lines(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def drift_line(found: dict[str, float]) -> str:
+    """How the ceilings measured after the run compare with those before it, which the percentages are of."""
+    return f"ceilings after the run: copy {100 * found['copy']:.0f} %, matmul {100 * found['matmul']:.0f} % of before"
+
+
 def case_lines(measured: dict[str, Any]) -> list[str]:
     """The table of one pass of one case."""
     limit = measured["limit"]
@@ -91,7 +96,9 @@ def case_lines(measured: dict[str, Any]) -> list[str]:
                 "" if row["peak_bytes"] is None else _bytes(row["peak_bytes"]),
             ]
             if timing["host_bound"]:
-                remarks.append(f"  {row['name']}: limited by the host, which needs as long to issue the calls")
+                remarks.append(
+                    f"  {row['name']}: the host needs as long to issue it: without a CUDA graph it is the limit"
+                )
         if verdict["detail"]:
             remarks.append(f"  {row['name']}: {verdict['status']}: {verdict['detail']}")
         table.append(cells)
@@ -187,6 +194,7 @@ __all__ = [
     "case_lines",
     "ceiling_lines",
     "columns",
+    "drift_line",
     "interval",
     "missing_lines",
     "parity_lines",

@@ -6,7 +6,9 @@ temperature, neighbours) happens to all of them; a ratio is taken within a round
 reported with a bootstrap interval (Efron 1979).
 
 On a GPU three things would falsify a burst, and are kept out of it:
-- the launch: a read of a large buffer is queued first, so that the host is ahead when the first time stamp passes;
+- the launch: reads of a large buffer are queued first, so that the host is ahead when the first time stamp passes.
+  Where the device's time is wanted and not the host's (``device_time``), they last as long as the host needs for the
+  whole burst: operators are then timed as in a CUDA graph; what the host needs is reported beside it;
 - the L2: that buffer evicts it, and calls walk through several sets of inputs that together exceed it. (Evicting by
   writing would leave dirty lines that the timed kernel must write back.)
 - the edges: the last writes stay in the L2 beyond the second time stamp; the burst is long enough to dwarf them.
@@ -16,16 +18,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import math
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 WARMUP_CALLS = 3
+LONGEST_LEAD_MS = 20.0  # of the host over the device
 MIN_ROUNDS, MAX_ROUNDS = 7, 60
 BURST_MS = {"cuda": 3.0, "cpu": 2.0}
 MAX_CALLS_PER_BURST = 24
@@ -76,7 +80,7 @@ class Timing:
 
     @property
     def host_bound(self) -> bool:
-        """Whether issuing the calls took as long as running them (never on a CPU, where the two are one)."""
+        """Whether issuing the calls takes as long as running them (never on a CPU, where the two are one)."""
         return self.host != self.samples and float(np.median(self.host)) >= 0.95 * self.median
 
     def as_json(self) -> dict[str, Any]:
@@ -135,9 +139,19 @@ class _Stopwatch:
         if device.type == "cuda":
             size = max(4 * l2_bytes(device), 256 << 20)
             self._evict = torch.ones(size // 4, dtype=torch.int32, device=device)
+            self._read_ms = 0.0
+            self._read_ms, _ = self.burst(Work(lambda _: self._evict.amax()), 0, 4)
 
-    def burst(self, work: Work, first_call: int, calls: int) -> tuple[float, float]:
-        """(milliseconds a call, milliseconds of the host's time a call) of ``calls`` calls."""
+    def _reads(self, lead_ms: float) -> int:
+        """How many reads of the buffer last that long: one at least."""
+        return 1 + math.ceil(min(lead_ms, LONGEST_LEAD_MS) / self._read_ms) if self._read_ms else 1
+
+    def burst(self, work: Work, first_call: int, calls: int, lead_ms: float = 0.0) -> tuple[float, float]:
+        """(milliseconds a call, milliseconds of the host's time a call) of ``calls`` calls.
+
+        Args:
+            lead_ms: how long the device is kept busy before the first call.
+        """
         states = [work.prepare(first_call + i) for i in range(calls)]
         with work.context():
             if self.device.type != "cuda":
@@ -148,7 +162,8 @@ class _Stopwatch:
                 return elapsed, elapsed
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize(self.device)
-            self._evict.amax()
+            for _ in range(self._reads(lead_ms)):
+                self._evict.amax()
             start.record()
             begin = time.perf_counter()
             for state in states:
@@ -159,6 +174,18 @@ class _Stopwatch:
             return start.elapsed_time(end) / calls, host
 
 
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 def interleave(
     works: Mapping[str, Work],
     device: torch.device,
@@ -167,36 +194,43 @@ def interleave(
     calls: int | None = None,
     min_rounds: int = MIN_ROUNDS,
     max_rounds: int = MAX_ROUNDS,
+    device_time: bool = False,
 ) -> dict[str, Timing]:
     """Time every contestant in alternation, for about ``seconds`` in all after warming up.
+
+    Warming up is a few calls, which compile and fill the allocator's cache. Python's garbage collector rests meanwhile.
 
     Args:
         calls: calls in every burst; None: as many as last a few milliseconds, for each contestant its own number.
         min_rounds: run even when they take longer than ``seconds``.
+        device_time: leave out the host's time on a GPU (see above); else what the host delays counts, as in training.
 
     Returns:
         A `Timing` for each name, all with the same rounds.
     """
     stopwatch = _Stopwatch(device)
     burst_calls: dict[str, int] = {}
+    lead_ms: dict[str, float] = {}
     for name, work in works.items():
         for i in range(WARMUP_CALLS):
             stopwatch.burst(work, i, 1)
         estimate, _ = stopwatch.burst(work, WARMUP_CALLS, 1)
         wanted = math.ceil(BURST_MS.get(device.type, 2.0) / max(estimate, 1e-6))
-        burst_calls[name] = calls if calls is not None else max(1, min(wanted, work.max_calls))
+        n = burst_calls[name] = calls if calls is not None else max(1, min(wanted, work.max_calls))
+        lead_ms[name] = 1.5 * n * stopwatch.burst(work, WARMUP_CALLS + 1, n)[1] if device_time else 0.0
 
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
     order = random.Random(0)
     names = list(works)
     deadline = time.monotonic() + seconds
-    for done in range(max_rounds):
-        if done >= min_rounds and time.monotonic() >= deadline:
-            break
-        order.shuffle(names)
-        for name in names:
-            n = burst_calls[name]
-            samples[name].append(stopwatch.burst(works[name], done * n, n))
+    with _no_garbage_collection():
+        for done in range(max_rounds):
+            if done >= min_rounds and time.monotonic() >= deadline:
+                break
+            order.shuffle(names)
+            for name in names:
+                n = burst_calls[name]
+                samples[name].append(stopwatch.burst(works[name], done * n, n, lead_ms[name]))
     return {
         name: Timing(tuple(s for s, _ in pairs), tuple(h for _, h in pairs), burst_calls[name])
         for name, pairs in samples.items()

@@ -1,9 +1,9 @@
 """Right before fast: every contestant's result and gradients against the float64 oracle, on fresh random inputs.
 
 The rule is the test-suite's: a tensor is right when ‖x − oracle‖ / ‖oracle‖ is at most twice the error of plain PyTorch
-at the same dtype on the same inputs, or twice the rounding of the oracle to that dtype where that is larger (for a
-single number, whose own rounding is luck: the dtype's unit roundoff). Up to 8 times is "coarse": timed, and said so.
-Beyond that, or not finite, or of the wrong shape, is "wrong": not timed.
+at the same dtype on the same inputs, or twice the rounding of the oracle to the dtype of PyTorch's result where that is
+larger (for a single number, whose own rounding is luck: the dtype's unit roundoff). Up to 8 times is "coarse": timed,
+and said so. Beyond that, or not finite, or of the wrong shape, is "wrong": not timed.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Judge:
         self.oracle = case.oracle(inputs, dropout_p)
         plain = case.yardstick(inputs, dropout_p)
         self.allowance = {
-            name: max(relative_error(plain[name], right), _rounding(right, case.dtype))
+            name: max(relative_error(plain[name], right), _rounding(right, plain[name].dtype))
             for name, right in self.oracle.items()
         }
 
