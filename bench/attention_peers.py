@@ -108,11 +108,15 @@ def _bind_flex_packed(function: Any, block_mask: Callable[[], Any], shape: Segme
 
 def _bind_nested(shape: Segments, inputs: Tensors, dropout_p: float) -> Run:
     offsets = shape.cu_seqlens.long()
-    lengths = {"min_seqlen": min(shape.lengths), "max_seqlen": shape.longest}  # known: looking would wait for the GPU
+    shortest, longest = min(shape.lengths), shape.longest  # known: looking would wait for the GPU
+
+    def jagged(x: Tensor) -> Tensor:
+        nested = torch.nested.nested_tensor_from_jagged(x, offsets, min_seqlen=shortest, max_seqlen=longest)
+        return nested.transpose(1, 2)  # (B, H, n, D)
 
     def call(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
-        jagged = (torch.nested.nested_tensor_from_jagged(x, offsets, **lengths).transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(*jagged, dropout_p=p).transpose(1, 2).values()
+        out = F.scaled_dot_product_attention(jagged(q), jagged(k), jagged(v), dropout_p=p)
+        return out.transpose(1, 2).values()
 
     return _bind_packed(shape, call, inputs, dropout_p)
 
@@ -151,8 +155,8 @@ def _padded_block_mask(shape: Segments) -> Any:
     def real(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (i < lengths[b]) & (j < lengths[b])  # rows of padding see nothing: their blocks are left out
 
-    n = shape.longest
-    return create_block_mask(real, len(shape.lengths), None, n, n, device=shape.device, _compile=True)
+    n, on_gpu = shape.longest, shape.device.type == "cuda"
+    return create_block_mask(real, len(shape.lengths), None, n, n, device=shape.device, _compile=on_gpu)
 
 
 def _packed_block_mask(shape: Segments) -> Any:
@@ -164,8 +168,8 @@ def _packed_block_mask(shape: Segments) -> Any:
     def same(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return segment[i] == segment[j]
 
-    # Without _compile it would write all T² entries.
-    return create_block_mask(same, None, None, shape.tokens, shape.tokens, device=shape.device, _compile=True)
+    on_gpu = shape.device.type == "cuda"  # there T is large: without _compile it would write all T² entries
+    return create_block_mask(same, None, None, shape.tokens, shape.tokens, device=shape.device, _compile=on_gpu)
 
 
 def contestants(

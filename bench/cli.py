@@ -197,6 +197,52 @@ def step(
 
 
 @app.command()
+def train(
+    data: Annotated[Path, typer.Option(help="A corpus that `fusebert prepare` made.")],
+    minutes: Annotated[
+        float, typer.Option(help="Of training, all contestants together; compiling comes on top.", min=0.01)
+    ] = 3.0,
+    model: Model = None,
+    seqlen: Seqlen = 128,
+    tokens: Tokens = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Also Transformers under torch.compile.")
+    ] = False,
+    dropout: Annotated[float, typer.Option(help="Dropout probability of hidden states and attention.")] = 0.1,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Processes that make our batches. Default: up to 8, on a CPU 0.", min=0, show_default=False),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16 (autocast over fp32 weights) or fp32.", show_default=False)
+    ] = None,
+    out: Out = None,
+    device: Device = None,
+) -> None:
+    """A real training run, loader and all, beside Transformers' on the same examples: tokens/s and the loss.
+
+    The same weights, examples, order and learning rates. Ours packs, and
+    pays for its loader; Transformers gets its batches padded ahead of time.
+    They take turns; tokens/s counts real tokens only. At the same step the
+    losses must agree but for the dropout masks. Ends with status 1 if ours
+    gives another held-out loss than Transformers before training.
+    """
+    import os
+
+    from . import train_run as suite
+
+    where = _device(device)
+    chosen = _dtype(dtype, where, TRAINING_DTYPES)
+    model, tokens = _by_device(where, model, tokens, on_gpu=65536)
+    if workers is None:
+        workers = min(8, max(1, (os.cpu_count() or 2) - 1)) if where.type == "cuda" else 0
+    settings = suite.Settings(data, model, tokens, seqlen, dropout, compiled, workers, minutes)
+    result = suite.run(settings, where, chosen, out=out, say=typer.echo)
+    problems = suite.ours_that_are_not_right(result)
+    _fail_unless(not problems, problems)
+
+
+@app.command()
 def parity(
     model: Model = None,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 100,

@@ -174,8 +174,8 @@ def _shaped(shape: Shape, device: torch.device, dtype: torch.dtype, *, quick: bo
     """
     if int(shape["V"]) <= FIRST_ORDINARY:
         raise ValueError(f"V={shape['V']}: must be above {FIRST_ORDINARY}, the special tokens")
-    sizes = (int(shape[name]) for name in ("T", "H", "V"))
-    return _case(value, *sizes, float(shape["p"]), dtype, device, quick)
+    tokens, hidden_size, vocab = (int(shape[name]) for name in ("T", "H", "V"))
+    return _case(value, tokens, hidden_size, vocab, float(shape["p"]), dtype, device, quick)
 
 
 _ON_A_GPU = ((2, "H=768"), (10, "H=1024; H=768,p=0; T=8192"))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .cases import OURS, PEER, Missing
+from .clocks import clock_lines
 
 
 def _milliseconds(ms: float) -> str:
@@ -190,6 +191,44 @@ def parity_lines(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def train_lines(result: dict[str, Any]) -> list[str]:
+    """The table of a training run."""
+    settings = result["settings"]
+    timed = [row for row in result["contestants"] if "tokens_per_s" in row]
+    at = timed[0]["loss_at_same_step"]["step"] if timed else 0
+    table = [
+        ["", "tokens/s", "time / ours [95 %]", "steps", "tokens", f"loss by step {at}", "held-out loss", "peak memory"]
+    ]
+    remarks = []
+    for row in result["contestants"]:
+        verdict = row["verdict"]
+        cells = [row["name"]]
+        if row not in timed:
+            cells += [verdict["status"].upper(), *[""] * 6]
+        else:
+            cells += [
+                f"{row['tokens_per_s']:,.0f}",
+                interval(row["ratio_to_ours"]),
+                f"{row['steps']:,}",
+                f"{row['tokens']:,}",
+                f"{row['loss_at_same_step']['loss']:.4f}",
+                f"{row['heldout_loss']:.4f}",
+                "" if row["peak_bytes"] is None else _bytes(row["peak_bytes"]),
+            ]
+        if verdict["detail"]:
+            remarks.append(f"  {row['name']}: {verdict['status']}: {verdict['detail']}")
+        table.append(cells)
+    return [
+        "",
+        f"training {settings['model']} on {settings['data']}, {settings['compute_dtype']}, {settings['tokens']} token "
+        f"slots a step, segments up to {settings['seqlen']}, dropout {settings['dropout']}, "
+        f"{settings['minutes']:g} minutes in all; losses are MLM + NSP",
+        *columns(table),
+        *remarks,
+        *clock_lines(result["clocks"]),
+    ]
+
+
 __all__ = [
     "case_lines",
     "ceiling_lines",
@@ -200,4 +239,5 @@ __all__ = [
     "parity_lines",
     "step_lines",
     "summary_lines",
+    "train_lines",
 ]

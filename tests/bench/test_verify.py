@@ -5,19 +5,29 @@ import functools
 
 import pytest
 import torch
-from oracle import DEVICE
+from oracle import DEVICE, relative_error
 
-from fusebert.bench import attention, kernels, layernorm, mlm_loss
+from fusebert.bench import attention, attention_peers, bias_gelu, embed_layernorm, kernels, layernorm, mlm_loss
+from fusebert.bench.attention_segments import Segments
 from fusebert.bench.cases import OURS, Case, Contestant, Run
 from fusebert.bench.verify import COARSE, FAILED, RIGHT, UNCHECKED, WRONG, Judge, verify
 
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+HERE = torch.device(DEVICE)
+
+
+def attention_case(lengths, dropout_p=0.0):
+    return attention.case("", 0, Segments(lengths, 2, 16, HERE), DTYPE, dropout_p, quick=True)
+
+
 CASES = {
-    "attention": attention._case("", 0, attention._Shape([9, 32, 1, 17], 2, 16, torch.device(DEVICE)), DTYPE, 0.0),
-    "attention equal": attention._case("", 0, attention._Shape([16] * 3, 2, 16, torch.device(DEVICE)), DTYPE, 0.0),
-    "attention dropout": attention._case("", 0, attention._Shape([32] * 4, 2, 16, torch.device(DEVICE)), DTYPE, 0.3),
-    "layernorm dropout": layernorm._case(0, 64, 48, 0.3, DTYPE, torch.device(DEVICE), True),
-    "mlm_loss": mlm_loss._case(40, 32, 100, DTYPE, torch.device(DEVICE), True),
+    "attention": attention_case([9, 32, 1, 17]),
+    "attention equal": attention_case([16] * 3),
+    "attention dropout": attention_case([32] * 4, 0.3),
+    "layernorm dropout": layernorm._case(0, 64, 48, 0.3, DTYPE, HERE, True),
+    "mlm_loss": mlm_loss._case(40, 32, 100, DTYPE, HERE, True),
+    "bias_gelu": bias_gelu._case(0, 40, 48, DTYPE, HERE, True),
+    "embed_layernorm dropout": embed_layernorm._case(0, 200, 48, 60, 0.3, DTYPE, HERE, True),
 }
 
 
@@ -130,13 +140,43 @@ def test_a_peer_that_forgets_to_drop_is_wrong():
 def test_attending_to_padding_is_wrong():
     """The mistake that a padded peer would make on ragged lengths."""
     case = CASES["attention"]
-    shape = attention._Shape([9, 32, 1, 17], 2, 16, torch.device(DEVICE))
+    shape = Segments([9, 32, 1, 17], 2, 16, HERE)
 
     def call(q, k, v, p):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
-    unmasked = Contestant("unmasked", functools.partial(attention._bind_padded, shape, call))
+    unmasked = Contestant("unmasked", functools.partial(attention_peers.bind_padded, shape, call))
     assert verify(case, unmasked, judges(case)).status == WRONG
+
+
+@pytest.mark.parametrize(
+    ("bind", "block_mask"),
+    [
+        (attention_peers._bind_flex_padded, attention_peers._padded_block_mask),
+        (attention_peers._bind_flex_packed, attention_peers._packed_block_mask),
+    ],
+)
+def test_flex_attention_is_given_the_right_block_mask(bind, block_mask, monkeypatch):
+    """Its forward alone, uncompiled: what of it runs on a CPU too."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    monkeypatch.setattr(attention_peers, "leaf", torch.Tensor.detach)
+    shape = Segments([9, 32, 1, 17] * 3, 2, 16, HERE)
+    case = attention.case("", 0, shape, torch.float32, 0.0)
+    inputs = case.inputs(1)
+    run = bind(flex_attention, lambda: block_mask(shape), shape, inputs, 0.0)
+    out = run.forward()
+    right = case.oracle(inputs, 0.0)["out"]
+    assert relative_error(run.named(out, (out,) * 3)["out"], right) < 1e-5
+
+
+def test_the_embedding_tables_gradients_are_held_to_float32():
+    """In bf16 too: a gradient rounded to bf16 is not right."""
+    case = embed_layernorm._case(0, 64, 32, 40, 0.0, torch.bfloat16, HERE, True)
+    found = judges(case)
+    assert verify(case, case.contestants[0], found).status == RIGHT
+    rounded = changed(case.contestants[0], lambda name, x: x.bfloat16() if name == "dposition" else x)
+    assert verify(case, rounded, found).status == WRONG
 
 
 def test_a_contestant_that_raises_is_out_of_the_race_and_the_race_goes_on():
