@@ -4,15 +4,17 @@
 #     bash bench/campaign.sh OUT_DIR [--minutes 9] [--quick] [--tests PATH]
 #
 # From a source checkout, with a Python (PYTHON=..., default python3) that has torch, triton and transformers, it
-#   tests    runs the test-suite (on the GPU, where there is one)
+#   tests    runs the test-suite (on the GPU, where there is one); beside it, small cases of every kernel under
+#            compute-sanitizer's memcheck, racecheck and initcheck, where it is installed
 #   kernels  times every operator against PyTorch and the peers that are installed
-#   parity   trains `base` for 100 steps beside Transformers, same weights, same batches
+#   parity   trains `mini` for 300 steps beside Transformers in bf16 and float32, same weights, same batches
 #   ragged   times a whole training step against Transformers on ragged lengths
 #   equal    the same on equal lengths, and under torch.compile when there is time to compile
+#   tune     derives attention's launch table by the clock, and prints it, in the time that is left
 # and leaves eight files in OUT_DIR:
-#   campaign.json         what ran, for how long, with which exit status
-#   tests.log, tests.xml  the test-suite
-#   bench.log             what the benchmarks printed
+#   campaign.json         what ran, for how long, with which exit status, and what could not run, with the reason
+#   tests.log, tests.xml  the test-suite; tests.log has the sanitizers' reports too
+#   bench.log             what the benchmarks printed; tune's table
 #   kernels.json, parity.json, ragged.json, equal.json    their figures, with the environment they were measured in
 # A stage that fails or runs out of time does not stop the next one; the exit status is then 1.
 #
@@ -75,7 +77,8 @@ case $where in "$work"/*) ;; *) echo "note: measuring the fusebert at $where, no
 nvidia-smi 2>/dev/null || echo "no nvidia-smi: no GPU of NVIDIA's here"
 
 whole=$((60 * minutes))
-names=() statuses=() durations=()
+names=() statuses=() durations=() gaps=()
+gap() { echo "== gap: $1"; gaps+=("$1"); }
 # stage NAME PERCENT LOG COMMAND...: run within this share of the whole and what is left of it.
 stage() {
   local name=$1 limit=$((whole * $2 / 100)) log=$3 left=$((deadline - SECONDS)) start=$SECONDS status
@@ -102,7 +105,33 @@ pytest_options=(-q --junitxml "$out/tests.xml" -p no:cacheprovider --durations 1
 cores=$(nproc)
 if has xdist; then pytest_options+=(-n $((cores > 8 ? 8 : cores)) --dist loadfile); fi
 if has pytest_timeout; then pytest_options+=(--timeout 150); fi
+# The sanitizers only check, and slow a program down many times: beside the tests, where nothing is timed.
+tools=(memcheck racecheck initcheck)
+sanitizer=$(command -v compute-sanitizer || ls -d "${CUDA_HOME:-/usr/local/cuda}"/bin/compute-sanitizer \
+  /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -n 1)
+if [ -n "$sanitizer" ]; then
+  for tool in "${tools[@]}"; do
+    (
+      start=$SECONDS
+      PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -s INT -k 15 $((whole * 40 / 100)) \
+        "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 20 \
+        "$python" -m fusebert.bench.sanitize >"$work/$tool.log" 2>&1
+      echo "$? $((SECONDS - start))" >"$work/$tool.status"
+    ) &
+  done
+else
+  gap "${tools[*]}: no compute-sanitizer here: it comes with NVIDIA's CUDA toolkit (package cuda-sanitizer)"
+fi
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} stage tests 34 tests.log "$python" -m pytest "${pytest_options[@]}" "$tests"
+wait # nothing runs beside the benchmarks
+if [ -n "$sanitizer" ]; then
+  for tool in "${tools[@]}"; do
+    { echo "== $tool"; cat "$work/$tool.log"; } >>"$out/tests.log"
+    read -r status seconds <"$work/$tool.status"
+    names+=("$tool") statuses+=("$status") durations+=("$seconds")
+    echo "== $tool: exit status $status after $seconds s; $(tail -n 1 "$work/$tool.log")"
+  done
+fi
 
 # A benchmark's own --minutes ends it before its share is up; what a stage leaves goes to the last one.
 bench=("$python" -m fusebert.bench.cli)
@@ -114,25 +143,40 @@ if [ "$quick" = 1 ]; then
   stage equal 100 bench.log "${bench[@]}" step --quick --equal "${small[@]}" --out "$out/equal.json"
 else
   stage kernels 26 bench.log "${bench[@]}" kernels --minutes "$(share "$minutes * 0.2")" --out "$out/kernels.json"
-  stage parity 18 bench.log "${bench[@]}" parity --steps 100 --out "$out/parity.json"
+  stage parity 18 bench.log "${bench[@]}" parity --model mini --steps 300 --out "$out/parity.json"
   stage ragged 14 bench.log \
     "${bench[@]}" step --ragged --seqlen 512 --minutes "$(share "$minutes * 0.09")" --out "$out/ragged.json"
   left=$((deadline - SECONDS - 15))
   compile=--compile
   [ "$left" -ge 100 ] || compile=--no-compile
   stage equal 100 bench.log \
-    "${bench[@]}" step --equal $compile --minutes "$(share "$left / 60 * 0.75")" --out "$out/equal.json"
+    "${bench[@]}" step --equal $compile --minutes "$(share "$left / 60 * 0.6")" --out "$out/equal.json"
+fi
+if [ "$quick" = 1 ]; then
+  gap "tune: left out by --quick"
+elif ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+  gap "tune: there is no GPU to measure on"
+elif [ $((deadline - SECONDS)) -lt 30 ]; then
+  gap "tune: no time left"
+else
+  stage tune 100 bench.log "${bench[@]}" tune
+  if [ "${statuses[-1]}" = 124 ] || [ "${statuses[-1]}" = 137 ]; then
+    gap "tune: cut short; bench.log has the part of the table that was derived"
+    last=$((${#names[@]} - 1))
+    unset "names[$last]" "statuses[$last]" "durations[$last]"
+  fi
 fi
 
-"$python" - "$out/campaign.json" "$((SECONDS - begin))" "${names[*]}" "${statuses[*]}" "${durations[*]}" <<'END'
+"$python" - "$out/campaign.json" "$((SECONDS - begin))" "${names[*]}" "${statuses[*]}" "${durations[*]}" "${gaps[@]}" <<'END'
 import json, os, sys
-path, total, names, statuses, durations = sys.argv[1:]
+path, total, names, statuses, durations, *gaps = sys.argv[1:]
 stages = [
     {"stage": name, "exit_status": int(status), "seconds": int(seconds)}
     for name, status, seconds in zip(names.split(), statuses.split(), durations.split())
 ]
 with open(path + ".tmp", "w") as file:
-    json.dump({"commit": os.environ["FUSEBERT_COMMIT"] or None, "seconds": int(total), "stages": stages}, file, indent=1)
+    commit = os.environ["FUSEBERT_COMMIT"] or None
+    json.dump({"commit": commit, "seconds": int(total), "stages": stages, "gaps": gaps}, file, indent=1)
 os.replace(path + ".tmp", path)
 END
 
@@ -142,6 +186,7 @@ for log in tests bench; do
   tail -n $([ $log = tests ] && echo 30 || echo 90) "$out/$log.log" 2>/dev/null
 done
 echo "---- campaign: $((SECONDS - begin)) s; files in $out"
+for each in "${gaps[@]}"; do echo "not run: $each"; done
 failed=0
 for i in "${!names[@]}"; do
   case ${statuses[$i]} in

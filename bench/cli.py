@@ -253,6 +253,7 @@ def parity(
         str | None, typer.Option(help="bf16 (autocast over fp32 weights) or fp32.", show_default=False)
     ] = None,
     out: Out = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the loss curves here, as PNG.")] = None,
     device: Device = None,
 ) -> None:
     """Train ours and Transformers' from the same weights on the same batches; compare loss curves and tokens/s.
@@ -269,6 +270,8 @@ def parity(
     model, tokens = _by_device(where, model, tokens, on_gpu=8192)
     config = BertConfig.preset(model, vocab_size, max_position_embeddings=max(512, seqlen))
     result = train_parity.run(config, where, chosen, steps=steps, tokens=tokens, seqlen=seqlen, out=out, say=typer.echo)
+    if plot is not None:
+        train_parity.plot(result, plot)
     right: bool = result["verdict"]["right"]
     _fail_unless(right, [] if right else ["our training run departs from Transformers'"])
 

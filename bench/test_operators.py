@@ -4,10 +4,10 @@
     PYTHONSAFEPATH=1 pytest bench --benchmark-only --benchmark-compare               # at the new one
     PYTHONSAFEPATH=1 pytest bench --benchmark-only -k "attention and N512 and forward"
 
-A benchmark is a pass of a case by one contestant, named op-case-pass-contestant (N512, since -k takes no =); on a CPU the shapes of
-``fusebert bench kernels --quick``. It fails where ours is not right by the rule of `fusebert.bench.verify`, and is
-skipped where a peer is not. A round is a burst of calls on inputs that together exceed the L2, waited for once. The
-clock is the host's: to compare contestants with each other, `fusebert bench kernels` is the better instrument.
+A benchmark is a pass of a case by one contestant, named op-case-pass-contestant (N512: -k takes no "="); on a CPU the
+cases of ``fusebert bench kernels --quick``. It fails where ours is not right by the rule of `fusebert.bench.verify`,
+and is skipped where a peer is not. A round is a burst of calls on inputs that together exceed the L2, waited for once.
+The clock is the host's: to compare contestants with each other, `fusebert bench kernels` is the better instrument.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model import BertConfig, PackedBatch, from_hf
+from ..train.errors import UserError
 from ..train.optim import make_optimizer
 from ..train.step import TrainingStep
 from .batches import random_batches
@@ -172,4 +173,26 @@ def run(
     return result
 
 
-__all__ = ["compare", "run"]
+def plot(result: dict[str, Any], path: Path) -> None:
+    """The loss curves of a result in one plot, to ``path`` (PNG or what its ending says).
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("plotting needs matplotlib: pip install matplotlib") from error
+    settings = result["settings"]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss, MLM + NSP (nats)")
+    for style, (name, run) in zip(("-", "--", ":"), result["runs"].items(), strict=False):
+        label = name if name.endswith("float32") else f"{name} {settings['compute_dtype']}"
+        axes.plot(range(1, 1 + len(run["losses"])), run["losses"], style, label=label, linewidth=1.5)
+    axes.set_title(f"{settings['layers']} layers of {settings['hidden_size']}: same weights, same batches, no dropout")
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+__all__ = ["compare", "plot", "run"]

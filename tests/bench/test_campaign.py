@@ -70,7 +70,41 @@ exec "{sys.executable}" "$@"
     summary = json.loads((tmp_path / "out" / "campaign.json").read_text())
     assert [s["stage"] for s in summary["stages"]] == STAGES
     assert [s["exit_status"] for s in summary["stages"]] == [0, 7, 0, 7, 7]
+    assert any(each.startswith("memcheck racecheck initcheck: no compute-sanitizer") for each in summary["gaps"])
+    assert "tune: left out by --quick" in summary["gaps"]
     assert "3 passed" in (tmp_path / "out" / "tests.log").read_text()
+
+
+def test_sanitizers_run_beside_the_tests_and_a_finding_fails_the_campaign(tmp_path):
+    """A stand-in for compute-sanitizer that finds a race: its report is in tests.log, its status in the summary."""
+    binaries = tmp_path / "bin"
+    binaries.mkdir()
+    for path, script in (
+        (
+            tmp_path / "python",
+            f'#!/bin/sh\ncase "$*" in *"-m pytest"*|*bench.cli*) exit 0 ;; esac\nexec "{sys.executable}" "$@"',
+        ),
+        (
+            binaries / "compute-sanitizer",
+            '#!/bin/sh\necho "ran: $*"\n[ "$2" = racecheck ] && { echo "1 hazard"; exit 9; }\nexit 0',
+        ),
+    ):
+        path.write_text(script + "\n")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    environment = os.environ | {"PYTHON": str(tmp_path / "python"), "PATH": f"{binaries}:{os.environ['PATH']}"}
+    command = ["bash", str(CAMPAIGN), str(tmp_path / "out"), "--quick"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "racecheck: FAILED (9)" in done.stdout
+    assert "memcheck: passed" in done.stdout
+    log = (tmp_path / "out" / "tests.log").read_text()
+    assert "1 hazard" in log
+    assert "--tool initcheck" in log
+    assert "-m fusebert.bench.sanitize" in log
+    stages = {
+        s["stage"]: s["exit_status"] for s in json.loads((tmp_path / "out" / "campaign.json").read_text())["stages"]
+    }
+    assert stages == dict.fromkeys(STAGES, 0) | {"memcheck": 0, "racecheck": 9, "initcheck": 0}
 
 
 def litter():
