@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterator
+from typing import cast
 
 os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # read when the first tensor is made
 
@@ -69,19 +70,32 @@ def calls(dtype: torch.dtype, p: float) -> Iterator[tuple[str, Callable[[], Tens
             f"layernorm H={hidden_size}",
             lambda x=x, w=weight, b=bias: layernorm(x, w, b, eps=1e-12),
         )
-    tables = [_leaf(rows, 48, dtype=torch.float32) for rows in (50, 2, 40)]
-    ids = [torch.randint(table.shape[0], (131,), device=DEVICE) for table in tables]
+    words, types, positions = (_leaf(rows, 48, dtype=torch.float32) for rows in (50, 2, 40))
+    ids, type_ids, position_ids = (torch.randint(rows, (131,), device=DEVICE) for rows in (50, 2, 40))
     weight, bias = (_leaf(48, dtype=torch.float32) for _ in range(2))
     yield (
         "embed_layernorm",
-        lambda: embed_layernorm(*ids, *tables, weight, bias, eps=1e-12, p=p, seed=seed, out_dtype=dtype),
+        lambda: embed_layernorm(
+            ids,
+            type_ids,
+            position_ids,
+            words,
+            types,
+            positions,
+            weight,
+            bias,
+            eps=1e-12,
+            p=p,
+            seed=seed,
+            out_dtype=dtype,
+        ),
     )
     x, gelu_bias = _leaf(37, 200, dtype=dtype), _leaf(200, dtype=torch.float32)
     yield "bias_gelu", lambda: bias_gelu(x, gelu_bias)
     hidden, decoder, decoder_bias = _leaf(37, 64, dtype=dtype), _leaf(1003, 64, dtype=dtype), _leaf(1003, dtype=dtype)
     labels = torch.randint(1003, (37,), device=DEVICE)
     labels[::5] = -100
-    yield "masked_lm_loss", lambda: masked_lm_loss(hidden, decoder, decoder_bias, labels)
+    yield "masked_lm_loss", lambda: cast(Tensor, masked_lm_loss(hidden, decoder, decoder_bias, labels))
     logits = _leaf(37, 1003, dtype=dtype)
     yield "cross_entropy", lambda: cross_entropy(logits, labels)
 
