@@ -206,7 +206,7 @@ def contestants(
         ("math", SDPBackend.MATH, (too_large,)),
     ):
         if on_cpu and name == "flash":
-            gaps = gaps[:1]
+            gaps = (gaps[0], "has no dropout on a CPU" if dropout_p else None)
         enter(f"sdpa {name}", of(_bind_sdpa, shape), *gaps, context=of(sdpa_kernel, backend))
     enter("torch eager", of(_bind_eager, _eager, shape), too_large)
     slow = COMPILE_IS_SLOW if quick else None
