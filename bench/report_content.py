@@ -116,15 +116,14 @@ def kernels_summary(result: dict[str, Any]) -> Table:
     for measured in result["results"]:
         ours = next((x for x in measured["contestants"] if x["role"] == OURS), None)
         peer = fastest_peer(measured)
-        cells = [Cell(measured["op"]), Cell(measured["case"]), Cell(measured["pass"])]
+        cells = [Cell(_case_words(measured))]
+        cells += [_timing(peer)[2], Cell(peer["name"])] if peer else [Cell(""), Cell("none")]
         if ours is None or "timing" not in ours:
             cells += [Cell("NOT TIMED"), Cell("")]
         else:
             cells += [_timing(ours)[0], Cell(f"{100 * ours['roofline']:.0f} %", ours["roofline"])]
-        cells += [Cell(peer["name"]), _timing(peer)[2]] if peer else [Cell("none"), Cell("")]
         rows.append(row(cells, bad=ours is None or _is_bad(ours)))
-    header = ("operator", "case", "pass", "fusebert", "of roofline", "fastest peer", "its time / ours [95 %]")
-    return table(header, rows, left=3)
+    return table(("", "fastest peer / ours [95 %]", "fastest peer", "fusebert", "of roofline"), rows)
 
 
 def _not_right(result: dict[str, Any]) -> list[Table]:
@@ -142,15 +141,18 @@ def _not_right(result: dict[str, Any]) -> list[Table]:
 
 def _missing(result: dict[str, Any]) -> list[Table]:
     """Peers that did not run: why, and where."""
-    gaps: dict[tuple[str, str], list[str]] = {}
+    cases: dict[str, list[str]] = {}  # operator → its cases
+    gaps: dict[tuple[str, str, str], list[str]] = {}  # peer, why, operator → cases
     for measured in result["results"]:
-        for gap in measured["missing"]:
-            where = gaps.setdefault((gap["name"], gap["reason"]), [])
-            words = f"{measured['op']} {measured['case']}"
-            if words not in where:
-                where.append(words)
-    rows = [row((name, reason, "; ".join(where))) for (name, reason), where in gaps.items()]
-    return [table(("peer", "why it is not there", "cases"), rows, left=3)] if rows else []
+        op, case = measured["op"], measured["case"]
+        if case not in cases.setdefault(op, []):
+            cases[op].append(case)
+            for gap in measured["missing"]:
+                gaps.setdefault((gap["name"], gap["reason"], op), []).append(case)
+    rows = []
+    for (name, reason, op), where in gaps.items():
+        rows.append(row((name, op, reason, "every case" if where == cases[op] else "; ".join(where))))
+    return [table(("peer", "operator", "why it is not there", "where"), rows, left=4)] if rows else []
 
 
 def _case_blocks(measured: dict[str, Any]) -> Iterator[Text | Table]:

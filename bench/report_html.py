@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
-from .report_blocks import Figure, Row, Section, Table, Text
+from .report_blocks import Figure, Row, Section, Table
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #24292f; --faint: #5c6670; --line: #dde1e6; --band: #f5f7f9;
@@ -31,6 +31,7 @@ th { background: var(--band); vertical-align: bottom; } th[aria-sort] { cursor: 
 th[aria-sort="ascending"]::after { content: " \\25B2"; font-size: .7em; }
 th[aria-sort="descending"]::after { content: " \\25BC"; font-size: .7em; }
 .word { text-align: left; } td.word { white-space: normal; min-width: 7rem; max-width: 26rem; }
+td:first-child { max-width: 45vw; }
 th:first-child, td:first-child { position: sticky; left: 0; background: var(--paper); } th:first-child {
   background: var(--band); }
 tr.ours td { background: var(--ours-band); font-weight: 600; } tr.ours td:first-child { color: var(--ours);

@@ -1,7 +1,7 @@
 """A report's plots. What there is to draw is decided without matplotlib; drawing needs it.
 
-Ours is blue, thick, filled; peers take the other colours of Okabe and Ito (2008), which stay apart for the colour-blind,
-and a marker each, so that nothing rests on colour alone. Every plot can be drawn on light and on dark paper.
+Ours is blue and thick; peers take the other colours of Okabe and Ito (2008), which stay apart for the colour-blind, and
+a marker each, so that nothing rests on colour alone. Every plot can be drawn on light and on dark paper.
 """
 
 from __future__ import annotations
@@ -122,40 +122,43 @@ def _plain_ticks(axis: Any, ticks: Sequence[float]) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _steps_of_ten(low: float, high: float, steps: Sequence[float] = (1, 2, 5)) -> list[float]:
-    """Round numbers of [low, high]: 1, 2, 5, 10, 20 ...; every other decade's ends where they are too many."""
+def _round_numbers(low: float, high: float) -> list[float]:
+    """Round numbers of [low, high] for a logarithmic axis, about three to nine of them."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    found = [s * 10.0**d for d in decades for s in steps if low <= s * 10.0**d <= high]
-    return found if len(found) <= 9 or len(steps) == 1 else _steps_of_ten(low, high, (1,))
+    for steps in ((1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 7, 8, 9), (1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1,)):
+        found = [s * 10.0**d for d in decades for s in steps if low <= s * 10.0**d <= high]
+        if len(found) <= 9:
+            break
+    return found
 
 
-def _styles(rows: Sequence[dict[str, Any]], theme: Theme) -> dict[str, dict[str, Any]]:
-    """Contestant → colour and marker, the same in all plots of a result; ours always the same, and on top."""
+def _rate_unit(per_s: float) -> tuple[float, str]:
+    return (1e12, "TFLOP/s") if per_s >= 1e12 else (1e9, "GFLOP/s")
+
+
+def _styles(passes: Sequence[dict[str, Any]], theme: Theme) -> dict[str, dict[str, Any]]:
+    """Contestant → colour, marker, line; the same in all plots of a result. Ours is on top, a second one hollow."""
     styles: dict[str, dict[str, Any]] = {}
-    peers = ours = 0
-    for found in rows:
-        if found["name"] in styles:
-            continue
-        if found["role"] == OURS:
-            line = "-" if not ours else "--"
-            styles[found["name"]] = {
-                "color": theme.ours,
-                "marker": "o",
-                "linestyle": line,
-                "zorder": 5,
-                "linewidth": 2.6,
-            }
-            ours += 1
-        else:
-            colour = theme.peers[peers % len(theme.peers)]
-            marker = MARKERS[peers % len(MARKERS)]
-            styles[found["name"]] = {"color": colour, "marker": marker, "linestyle": "-", "zorder": 3, "linewidth": 1.2}
-            peers += 1
+    peers = 0
+    for measured in passes:
+        ours = 0
+        for found in measured["contestants"]:
+            first, name = not ours, found["name"]
+            ours += found["role"] == OURS
+            if name in styles:
+                continue
+            style: dict[str, Any] = {"markerfacecolor": None, "linestyle": "-", "linewidth": 1.2, "zorder": 3}
+            if found["role"] == OURS:
+                style |= {"color": theme.ours, "marker": "o", "linewidth": 2.4, "zorder": 5, "markersize": 7.5}
+                style |= {} if first else {"linestyle": "--", "markerfacecolor": theme.paper}
+            elif found["role"] == BOUND:
+                style |= {"color": theme.neutral, "marker": "|", "linestyle": ":", "markersize": 7}
+            else:
+                colour, marker = theme.peers[peers % len(theme.peers)], MARKERS[peers % len(MARKERS)]
+                style |= {"color": colour, "marker": marker, "markersize": 5}
+                peers += 1
+            styles[name] = style
     return styles
-
-
-def _every_row(result: dict[str, Any]) -> list[dict[str, Any]]:
-    return [found for measured in result["results"] for found in measured["contestants"]]
 
 
 def _whole_passes(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -183,48 +186,44 @@ def _roofline(result: dict[str, Any], figure: Figure, theme: Theme) -> None:
     limits = result["ceilings"]
     copy, matmul = limits["copy_bytes_per_s"], limits["matmul_flops_per_s"]
     passes = [measured for measured in _whole_passes(result) if measured["flops"]]
-    styles = _styles(_every_row(result), theme)
     intensities = [measured["flops"] / measured["bytes"] for measured in passes]
-    rates = [x["flops_per_s"] for m in passes for x in m["contestants"] if "timing" in x and x["role"] != BOUND]
-    left, right = min(*intensities, matmul / copy) / 2.2, max(*intensities, matmul / copy) * 2.2
-    bottom, top = min([*rates, copy * left]) / 1e12 / 1.4, matmul / 1e12 * 2
+    points = [
+        (intensity, found)
+        for intensity, measured in zip(intensities, passes, strict=True)
+        for found in measured["contestants"]
+        if "timing" in found and found["role"] != BOUND
+    ]
+    ridge = matmul / copy
+    left, right = min([*intensities, ridge]) / 2.2, max([*intensities, ridge]) * 2.2
+    scale, unit = _rate_unit(matmul)
+    bottom, top = min([matmul / 4, *(found["flops_per_s"] for _, found in points)]) / scale / 1.4, 2 * matmul / scale
 
     axes: Axes = figure.subplots()
     axes.set_xscale("log")
     axes.set_yscale("log")
-    ridge = matmul / copy
-    axes.plot([left, ridge, right], [copy * left / 1e12, matmul / 1e12, matmul / 1e12], color=theme.ink, linewidth=1.4)
+    roof = [copy * left / scale, matmul / scale, matmul / scale]
+    axes.plot([left, ridge, right], roof, color=theme.ink, linewidth=1.4)
     axes.annotate(
-        f"{limits['dtype']} matrix product, {matmul / 1e12:.3g} TFLOP/s",
-        (right, matmul / 1e12),
+        f"{limits['dtype']} matrix product, {matmul / scale:,.3g} {unit}",
+        (right, matmul / scale),
         xytext=(0, 4),
         textcoords="offset points",
         ha="right",
     )
+    middle = max(math.sqrt(left * ridge), bottom * scale / copy)
+    above = math.log(middle / left) > 0.2 * math.log(right / left)  # else the axis is in the way
     axes.annotate(
-        f"copy,\n{copy / 1e9:.3g} GB/s", (left, copy * left / 1e12), xytext=(4, 8), textcoords="offset points"
+        f"copy\n{copy / 1e9:,.0f} GB/s",
+        (middle, copy * middle / scale),
+        xytext=(-5, 3) if above else (6, -3),
+        textcoords="offset points",
+        ha="right" if above else "left",
+        va="bottom" if above else "top",
     )
-    for name, style in styles.items():
-        points = [
-            (intensity, found["flops_per_s"] / 1e12)
-            for intensity, measured in zip(intensities, passes, strict=True)
-            for found in measured["contestants"]
-            if found["name"] == name and found["role"] != BOUND and "timing" in found
-        ]
-        if points:
-            size = 8 if style["color"] == theme.ours else 5.5
-            fill = style["color"] if style["linestyle"] == "-" else theme.paper
-            axes.plot(
-                *zip(*points, strict=True),
-                linestyle="",
-                color=style["color"],
-                marker=style["marker"],
-                markersize=size,
-                markerfacecolor=fill,
-                zorder=style["zorder"],
-                alpha=0.9,
-                label=name,
-            )
+    for name, style in _styles(result["results"], theme).items():
+        its = [(intensity, found["flops_per_s"] / scale) for intensity, found in points if found["name"] == name]
+        if its:
+            axes.plot(*zip(*its, strict=True), **{**style, "linestyle": ""}, alpha=0.9, label=name)
     axes.set_xlim(left, right)
     axes.set_ylim(bottom, top)
     # Under each column of points, its case; neighbours are moved apart.
@@ -238,44 +237,41 @@ def _roofline(result: dict[str, Any], figure: Figure, theme: Theme) -> None:
     axes.xaxis.tick_top()
     axes.xaxis.set_label_position("top")
     axes.spines["top"].set_visible(True)
-    _plain_ticks(axes.xaxis, _steps_of_ten(left, right))
-    _plain_ticks(axes.yaxis, _steps_of_ten(bottom, top))
+    _plain_ticks(axes.xaxis, _round_numbers(left, right))
+    _plain_ticks(axes.yaxis, _round_numbers(bottom, top))
     axes.set_xlabel("intensity of the operation (FLOPs a byte that must move)")
-    axes.set_ylabel("TFLOP/s")
+    axes.set_ylabel(unit)
     figure.legend(loc="outside lower center", ncols=3, fontsize=8)
 
 
 def _roofline_share(result: dict[str, Any], figure: Figure, theme: Theme) -> None:
-    passes = result["results"]
-    styles = _styles(_every_row(result), theme)
-    axes: Axes = figure.subplots()
-    for i, measured in enumerate(passes):
-        axes.axhline(i, color=theme.grid, linewidth=0.8, zorder=0)
-        for found in measured["contestants"]:
-            if "timing" in found and found["role"] != BOUND:
-                style = styles[found["name"]]
-                ours = found["role"] == OURS
-                axes.plot(
-                    100 * found["roofline"],
-                    i,
-                    color=style["color"],
-                    marker=style["marker"],
-                    markersize=8 if ours else 5.5,
-                    markerfacecolor=style["color"] if style["linestyle"] == "-" else theme.paper,
-                    linestyle="",
-                    alpha=0.9,
-                    zorder=style["zorder"],
-                    label=found["name"],
-                    clip_on=False,
-                )
-    axes.set_yticks(range(len(passes)), [f"{m['op']} {m['case']}, {m['pass']}" for m in passes], fontsize=8)
-    axes.set_ylim(len(passes) - 0.5, -0.5)
-    axes.set_xlim(0, None)
-    axes.axvline(100, color=theme.ink, linewidth=1, linestyle=":", zorder=1)
-    axes.set_xlabel("% of the roofline (100: nobody can be faster at the measured rates)")
-    handles, labels = axes.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    figure.legend(list(unique.values()), list(unique), loc="outside lower center", ncols=3, fontsize=8)
+    styles = _styles(result["results"], theme)
+    by_op = _by_op(result["results"])
+    heights = [len(passes) + 0.5 for passes in by_op.values()]
+    panels = figure.subplots(len(by_op), 1, squeeze=False, sharex=True, gridspec_kw={"height_ratios": heights})[:, 0]
+    handles: dict[str, Any] = {}
+    for axes, (op, passes) in zip(panels, by_op.items(), strict=True):
+        for i, measured in enumerate(passes):
+            axes.axhline(i, color=theme.grid, linewidth=0.8, zorder=0)
+            for found in measured["contestants"]:
+                if "timing" in found and found["role"] != BOUND:
+                    style = {**styles[found["name"]], "linestyle": ""}
+                    (handles[found["name"]],) = axes.plot(100 * found["roofline"], i, **style, alpha=0.9, clip_on=False)
+        axes.set_yticks(range(len(passes)), [f"{m['case']}, {m['pass']}" for m in passes], fontsize=8)
+        axes.set_ylim(len(passes) - 0.5, -0.5)
+        axes.axvline(100, color=theme.ink, linewidth=1, linestyle=":", zorder=1)
+        axes.set_title(op)
+    highest = max((f["roofline"] for m in result["results"] for f in m["contestants"] if "roofline" in f), default=1.0)
+    panels[-1].set_xlim(0, 104 * max(1.0, highest))
+    panels[-1].set_xlabel("% of the roofline")
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3, fontsize=8)
+
+
+def _by_op(passes: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for measured in passes:
+        found.setdefault(measured["op"], []).append(measured)
+    return found
 
 
 # --- speed-ups -------------------------------------------------------------------------------------------------------
@@ -328,13 +324,13 @@ def _bars(axes: Axes, rows: Sequence[dict[str, Any]], theme: Theme, title: str) 
 def _ratio_axis(all_axes: Sequence[Axes], groups: Sequence[Sequence[dict[str, Any]]], label: str) -> None:
     """One logarithmic axis for all, wide enough for the values written at the ends of the bars."""
     intervals = [found["ratio_to_ours"] for rows in groups for found in rows if found.get("ratio_to_ours")]
-    low = min([0.8, *(x["low"] for x in intervals)])
-    high = max([1.6, *(x["high"] for x in intervals)])
+    low = min([1.0, *(x["low"] for x in intervals)])
+    high = max([1.5, *(x["high"] for x in intervals)])
     room = (high / low) ** 0.13
     for axes in all_axes:
         axes.set_xscale("log")
-        axes.set_xlim(low / room if low < 0.8 else low, high * room)
-        _plain_ticks(axes.xaxis, [0.1, 0.25, 0.5, 1, *_steps_of_ten(2, max(2.0, high * room))])
+        axes.set_xlim(low / room if low < 1 else 0.97, high * room)
+        _plain_ticks(axes.xaxis, _round_numbers(*axes.get_xlim()))
     all_axes[-1].set_xlabel(label)
 
 
@@ -349,7 +345,11 @@ def _speed_up(passes: Sequence[dict[str, Any]], figure: Figure, theme: Theme) ->
 
 def _sorted_by_time(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Ours first, then the fastest; what was not timed last."""
-    return sorted(rows, key=lambda x: (x["role"] != OURS, x["timing"]["median_ms"] if "timing" in x else math.inf))
+
+    def order(found: dict[str, Any]) -> float:
+        return -1.0 if found["role"] == OURS else found["timing"]["median_ms"] if "timing" in found else math.inf
+
+    return sorted(rows, key=order)
 
 
 # --- curves over a size ----------------------------------------------------------------------------------------------
@@ -363,36 +363,32 @@ def _equal_lengths(result: dict[str, Any]) -> list[dict[str, Any]]:
 def _curves(
     axes: Axes, passes: Sequence[dict[str, Any]], theme: Theme, x: str, y: str, scale: float, styles: dict[str, Any]
 ) -> None:
-    """A line a contestant: ``y`` / scale over the shape's ``x``."""
+    """A line a contestant: ``y`` / scale over the shape's ``x``; broken where it ran and was not right."""
     for name, style in styles.items():
         points = sorted(
-            (measured["shape"][x], found[y] / scale)
+            (measured["shape"][x], math.nan if found.get(y) is None else found[y] / scale)
             for measured in passes
             for found in measured["contestants"]
-            if found["name"] == name and found.get(y) is not None
+            if found["name"] == name
         )
-        if points:
-            ours = style["color"] == theme.ours
-            axes.plot(*zip(*points, strict=True), **style, markersize=7 if ours else 5, label=name)
-    sizes = sorted({measured["shape"][x] for measured in passes})
+        if any(math.isfinite(value) for _, value in points):
+            axes.plot(*zip(*points, strict=True), **style, label=name)
     axes.set_xscale("log")
-    _plain_ticks(axes.xaxis, sizes)
+    _plain_ticks(axes.xaxis, sorted({measured["shape"][x] for measured in passes}))
     axes.grid(linewidth=0.8)
 
 
 def _attention_rate(result: dict[str, Any], figure: Figure, theme: Theme) -> None:
     passes = _equal_lengths(result)
-    styles = {
-        name: style
-        for name, style in _styles(_every_row(result), theme).items()
-        if any(found["name"] == name for measured in passes for found in measured["contestants"])
-    }
+    styles = _styles(passes, theme)
+    scale, unit = _rate_unit(result["ceilings"]["matmul_flops_per_s"])
     names = list(dict.fromkeys(measured["pass"] for measured in passes))
     panels = figure.subplots(len(names), 1, squeeze=False, sharex=True)[:, 0]
     for axes, name in zip(panels, names, strict=True):
-        _curves(axes, [m for m in passes if m["pass"] == name], theme, "longest", "flops_per_s", 1e12, styles)
+        these = [measured for measured in passes if measured["pass"] == name]
+        _curves(axes, these, theme, "longest", "flops_per_s", scale, styles)
         axes.set_title(name)
-        axes.set_ylabel("TFLOP/s")
+        axes.set_ylabel(unit)
         axes.set_ylim(0, None)
     panels[-1].set_xlabel("N, tokens in a segment")
     handles, labels = panels[0].get_legend_handles_labels()
@@ -409,14 +405,13 @@ def _with_memory(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _loss_memory_curve(result: dict[str, Any], figure: Figure, theme: Theme) -> None:
     passes = _with_memory(result)
-    styles = _styles([found for m in passes for found in m["contestants"]], theme)
     axes: Axes = figure.subplots()
-    _curves(axes, passes, theme, "vocab_size", "peak_bytes", 1e9, styles)
+    _curves(axes, passes, theme, "vocab_size", "peak_bytes", 1e9, _styles(passes, theme))
     sizes = sorted((m["shape"]["vocab_size"], 4e-9 * m["shape"]["vocab_size"] * m["shape"]["masked"]) for m in passes)
     axes.plot(*zip(*sizes, strict=True), color=theme.ink, linestyle=":", linewidth=1.4, label="float32 logits alone")
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    _plain_ticks(axes.yaxis, _steps_of_ten(low, high))
+    _plain_ticks(axes.yaxis, _round_numbers(low, high))
     axes.set_xlabel("vocabulary (words)")
     axes.set_ylabel("peak memory, GB")
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
@@ -534,7 +529,7 @@ def _kernel_plots(result: dict[str, Any]) -> Iterator[Plot]:
     results = result["results"]
     if not results:
         return
-    legend = _legend_height(_every_row(result))
+    legend = _legend_height([found for measured in results for found in measured["contestants"]])
     for op in dict.fromkeys(measured["op"] for measured in results):
         passes = [measured for measured in _whole_passes(result) if measured["op"] == op]
         if passes:
@@ -545,7 +540,7 @@ def _kernel_plots(result: dict[str, Any]) -> Iterator[Plot]:
         caption = "Roofline, forward and backward: rates reached under what the machine's measured rates allow."
         yield Plot("roofline", caption, 5.4 + legend, functools.partial(_roofline, result))
     caption = "Share of the roofline that each contestant reaches, operators without matrix products too."
-    height = 0.8 + 0.27 * len(results) + legend
+    height = 0.7 + 0.24 * len(results) + 0.45 * len(_by_op(results)) + legend
     yield Plot("roofline-share", caption, height, functools.partial(_roofline_share, result))
     if len({measured["shape"]["longest"] for measured in _equal_lengths(result)}) > 1:
         panels = len({measured["pass"] for measured in _equal_lengths(result)})
