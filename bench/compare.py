@@ -10,10 +10,10 @@ The others (peers, and bounds) run code that did not change, so what they suffer
 and between the runs, and is divided out; the median lets one of them misbehave. That holds while they are the same
 versions: where a package's version differs between the files, or no other was timed in both, m is 1 and it is said.
 
-The 95 % interval is a bootstrap (Efron 1979): rounds of both files drawn with replacement, independently. "slower" is a
-case whose whole interval lies above 1 + threshold. That is stricter than 95 %, and on purpose: many cases are looked at,
-and two runs differ by more than their rounds know (memory layout, neighbours), which the threshold is there for. Where
-the interval reaches beyond the threshold and does not lie beyond it, noise hides the answer: "unclear", let pass.
+The 95 % interval is a bootstrap (Efron 1979): rounds of both files drawn with replacement, independently. A case
+is "slower" when its whole interval lies above 1 + threshold. That is stricter than 95 %, and on purpose: many cases are
+looked at, and two runs differ by more than their rounds know (memory layout, neighbours), which the threshold is there
+for. Where the interval only reaches beyond the threshold, noise hides the answer: "unclear", which passes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .result_file import read_result
 from .tables import columns
 from .timing import Ratio
 from .units import interval, milliseconds
-from .verify import RIGHT, UNCHECKED
+from .verify import COARSE, RIGHT, UNCHECKED
 
 RESAMPLES = 4000
 KINDS = ("kernels", "step")
@@ -64,8 +64,13 @@ def _machine(result: Mapping[str, Any]) -> dict[str, Any]:
     """What must be the same for times to be comparable."""
     where = result["environment"]
     if where["device"] == "cuda":
-        return {"GPU": where["gpu"]["name"]}
-    return {"processor": where["processor"], "cores": where["cores"], "PyTorch threads": where["torch_threads"]}
+        return {"device": "cuda", "GPU": where["gpu"]["name"]}
+    return {
+        "device": where["device"],
+        "processor": where["processor"],
+        "cores": where["cores"],
+        "PyTorch threads": where["torch_threads"],
+    }
 
 
 def _samples(contestant: Mapping[str, Any]) -> np.ndarray:
@@ -115,7 +120,7 @@ class Finding:
         old_ms, new_ms: medians as they were measured; None where it was not timed.
         machine: by how much the others got slower; None where that can not be said.
         ratio: new / old with the machine divided out; None where one of them was not timed.
-        verdict: "same", "slower", "faster", "unclear", "WRONG" (right before, and not any more) or "not compared".
+        verdict: "same", "slower", "faster", "unclear", "WRONG" (it was less so before) or "not compared".
         detail: why, where that is not in the figures.
     """
 
@@ -137,8 +142,9 @@ def judge(found: Ratio, threshold: float) -> str:
     return "same" if found.high <= 1 + threshold else "unclear"
 
 
-def _is_right(contestant: Mapping[str, Any]) -> bool:
-    return contestant["verdict"]["status"] in (RIGHT, UNCHECKED)
+def _wrongness(contestant: Mapping[str, Any]) -> int:
+    status = contestant["verdict"]["status"]
+    return 0 if status in (RIGHT, UNCHECKED) else 1 if status == COARSE else 2
 
 
 def _compare_pass(old: _Pass, new: _Pass, normalise: bool, threshold: float) -> Iterator[Finding]:
@@ -155,9 +161,10 @@ def _compare_pass(old: _Pass, new: _Pass, normalise: bool, threshold: float) -> 
             yield Finding(name, old_ms, None, drift, None, "not compared", "the new file has no such contestant")
             continue
         new_ms = after["timing"]["median_ms"] if "timing" in after else None
-        if _is_right(before) and not _is_right(after):
-            status, detail = after["verdict"]["status"], after["verdict"]["detail"]
-            yield Finding(name, old_ms, new_ms, drift, None, "WRONG", f"was right, is {status}: {detail}")
+        if _wrongness(after) > _wrongness(before):
+            was, now = (x["verdict"]["status"] for x in (before, after))
+            detail = f"was {was}, is {now}: {after['verdict']['detail']}"
+            yield Finding(name, old_ms, new_ms, drift, None, "WRONG", detail)
         elif old_ms is None or new_ms is None:
             which = "either" if old_ms is new_ms else "the old" if old_ms is None else "the new"
             yield Finding(name, old_ms, new_ms, drift, None, "not compared", f"not timed in {which} file")
@@ -262,9 +269,8 @@ def run(old: Path, new: Path, *, threshold: float, say: Callable[[str], None] = 
             say(f"{found.name}: {found.detail}")
     for remark in remarks:
         say(remark)
-    count = {
-        name: sum(found.verdict == name for found in findings) for name in ("slower", "WRONG", "faster", "unclear")
-    }
+    verdicts = [found.verdict for found in findings]
+    count = {name: verdicts.count(name) for name in ("slower", "WRONG", "faster", "unclear", "not compared")}
     failed = count["slower"] + count["WRONG"]
     summary = ", ".join(f"{n} {name}" for name, n in count.items() if n)
     say(f"{'FAILED' if failed else 'passed'}: {len(findings)} compared" + (f": {summary}" if summary else ""))

@@ -301,14 +301,18 @@ def pretrain_table(report: dict[str, Any]) -> Table:
     return table(("held-out", "before", "after"), rows)
 
 
+def _count(n: float) -> str:
+    return f"{n / 1e6:.1f} M" if n >= 1e5 else f"{n:,.0f}"
+
+
 def pretrain_words(result: dict[str, Any]) -> str:
     """What a run consisted of."""
     report, corpus = result["report"], result["corpus"]
     minutes, seconds = divmod(round(report["seconds"]), 60)
     return (
-        f"{report['model']}, {report['parameters'] / 1e6:.1f} M parameters, vocabulary {corpus['vocab_size']:,}, "
-        f"{report['precision']}, {minutes} min {seconds} s of training on {corpus['train_tokens'] / 1e6:.1f} M tokens "
-        f"of text: {report['steps']:,} steps, {report['tokens'] / 1e6:.1f} M tokens seen, "
+        f"{report['model']}, {_count(report['parameters'])} parameters, vocabulary {corpus['vocab_size']:,}, "
+        f"{report['precision']}, {minutes} min {seconds} s of training on {_count(corpus['train_tokens'])} tokens "
+        f"of text: {report['steps']:,} steps, {_count(report['tokens'])} tokens seen, "
         f"{report['tokens_per_second']:,.0f} real tokens/s."
     )
 
