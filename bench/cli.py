@@ -243,12 +243,13 @@ def compare(
 ) -> None:
     """Is anything of ours slower than it was? Ends with status 1 if so.
 
-    Each pass of each case: new time / old time with its 95 % interval, from
-    the stored samples. Where PyTorch and the peers are the same versions, what
-    slowed them down as well is the machine, and is divided out. Slower: the
-    whole interval lies above 1 + threshold. A contestant of ours that was
-    right and is not any more also ends with status 1; files that can not be
-    compared (another GPU, no case in common) with status 2.
+    Each pass of each case: new time / old time with its interval, from the
+    stored samples; 95 % for all rows together. Where PyTorch and the peers
+    are the same versions, what slowed them down as well is the machine, and
+    is divided out. Slower: the whole interval lies above 1 + threshold. A
+    contestant of ours that was right and is not any more also ends with
+    status 1; files that can not be compared (another GPU, no case in common)
+    with status 2.
     """
     from . import compare as gate
 

@@ -10,10 +10,11 @@ The others (peers, and bounds) run code that did not change, so what they suffer
 and between the runs, and is divided out; the median lets one of them misbehave. That holds while they are the same
 versions: where a package's version differs between the files, or no other was timed in both, m is 1 and it is said.
 
-The 95 % interval is a bootstrap (Efron 1979): rounds of both files drawn with replacement, independently. A case
-is "slower" when its whole interval lies above 1 + threshold. That is stricter than 95 %, and on purpose: many cases are
-looked at, and two runs differ by more than their rounds know (memory layout, neighbours), which the threshold is there
-for. Where the interval only reaches beyond the threshold, noise hides the answer: "unclear", which passes.
+The interval is a bootstrap (Efron 1979): rounds of both files drawn with replacement, independently. Its level is such
+that it holds for all rows together with 95 %: 1 − 0.05 / rows each (Bonferroni), or a long table would cry wolf. A case
+is "slower" when the whole interval lies above 1 + threshold, which is there for what two runs differ by and their
+rounds do not know (memory layout, neighbours). Where the interval only reaches beyond it, noise hides the answer:
+"unclear", which passes.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from .timing import Ratio
 from .units import interval, milliseconds
 from .verify import COARSE, RIGHT, UNCHECKED
 
-RESAMPLES = 4000
+RESAMPLES = 10000
+CONFIDENCE = 0.95  # in all rows of a table together
 KINDS = ("kernels", "step")
 STEP_SETTINGS = ("model", "tokens", "seqlen", "ragged", "dropout", "vocab_size", "compute_dtype")
 
@@ -101,14 +103,15 @@ def machine_factors(others: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np
     return old, new
 
 
-def ratio_of_runs(old: np.ndarray, new: np.ndarray) -> Ratio:
-    """Median of ``new`` over median of ``old``, with its 95 % bootstrap interval; the rounds are not paired."""
+def ratio_of_runs(old: np.ndarray, new: np.ndarray, confidence: float = CONFIDENCE) -> Ratio:
+    """Median of ``new`` over median of ``old``, with its bootstrap interval; the rounds are not paired."""
     rng = np.random.default_rng(0)  # the same samples give the same interval
 
     def medians(samples: np.ndarray) -> np.ndarray:
         return np.median(samples[rng.integers(0, len(samples), (RESAMPLES, len(samples)))], axis=1)
 
-    low, high = np.quantile(medians(new) / medians(old), (0.025, 0.975))
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(medians(new) / medians(old), (tail, 1 - tail))
     return Ratio(float(np.median(new) / np.median(old)), float(low), float(high))
 
 
@@ -147,7 +150,7 @@ def _wrongness(contestant: Mapping[str, Any]) -> int:
     return 0 if status in (RIGHT, UNCHECKED) else 1 if status == COARSE else 2
 
 
-def _compare_pass(old: _Pass, new: _Pass, normalise: bool, threshold: float) -> Iterator[Finding]:
+def _compare_pass(old: _Pass, new: _Pass, normalise: bool, threshold: float, confidence: float) -> Iterator[Finding]:
     others = _others(old, new) if normalise else []
     machine = machine_factors(others) if others else None
     drift = None if machine is None else float(np.median(machine[1]) / np.median(machine[0]))
@@ -172,7 +175,7 @@ def _compare_pass(old: _Pass, new: _Pass, normalise: bool, threshold: float) -> 
             samples = _samples(before), _samples(after)
             if machine is not None:
                 samples = samples[0] / machine[0], samples[1] / machine[1]
-            found = ratio_of_runs(*samples)
+            found = ratio_of_runs(*samples, confidence)
             yield Finding(name, old_ms, new_ms, drift, found, judge(found, threshold))
 
 
@@ -210,7 +213,7 @@ def compare(
     if changed:
         remarks.append(f"peers may have changed ({', '.join(changed)}): the machine's share can not be divided out")
     before, after = _passes(old), _passes(new)
-    findings: list[Finding] = []
+    pairs: list[tuple[_Pass, _Pass]] = []
     for name, old_pass in before.items():
         new_pass = after.get(name)
         if new_pass is None:
@@ -223,8 +226,11 @@ def compare(
             ]
             remarks.append(f"not compared: {name}: another shape ({', '.join(different)})")
         else:
-            findings += _compare_pass(old_pass, new_pass, not changed, threshold)
+            pairs.append((old_pass, new_pass))
     remarks += [f"not compared: {name}: the old file lacks it" for name in after if name not in before]
+    rows = sum(each["role"] == OURS for old_pass, _ in pairs for each in old_pass.contestants)
+    confidence = 1 - (1 - CONFIDENCE) / max(1, rows)
+    findings = [x for pair in pairs for x in _compare_pass(*pair, not changed, threshold, confidence)]
     if not findings:
         reasons = "; ".join(line for line in remarks if line.startswith("not compared")) or "they are empty"
         raise UserError(f"not comparable: no pass in common ({reasons})")
@@ -234,7 +240,7 @@ def compare(
 
 
 def _lines(findings: Sequence[Finding]) -> list[str]:
-    table = [["", "old", "new", "machine", "new / old [95 %]", "verdict"]]
+    table = [["", "old", "new", "machine", "new / old [95 % in all]", "verdict"]]
     for found in findings:
         table.append(
             [

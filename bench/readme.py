@@ -200,13 +200,13 @@ def rewrite(text: str, document: Path, root: Path) -> str:
     lines: list[str] = []
     inside: str | None = None
     for line in text.splitlines():
-        begin = BEGIN.fullmatch(line.strip())
+        begin = BEGIN.fullmatch(line.rstrip())  # indented, it is an example
         if inside is not None and begin:
             raise UserError(f"{document}: {inside} has no {END} before the next")
         if begin:
-            inside = line.strip()
+            inside = line.rstrip()
             lines += [line, "", *_generate(begin["view"], begin["files"], document, root)]
-        elif line.strip() == END:
+        elif line.rstrip() == END:
             if inside is None:
                 raise UserError(f"{document}: {END} without a beginning")
             inside = None
