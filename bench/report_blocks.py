@@ -61,8 +61,11 @@ class Section:
     """
 
     title: str
-    blocks: tuple[Text | Table | Figure | Section, ...]
+    blocks: tuple[Block, ...]
     folded: bool = False
+
+
+Block = Text | Table | Figure | Section
 
 
 def row(cells: Iterable[Cell | str], role: str = "", *, bad: bool = False) -> Row:
@@ -83,4 +86,4 @@ def table(header: Sequence[str], rows: Iterable[Row], *, left: int = 1) -> Table
     return found
 
 
-__all__ = ["Cell", "Figure", "Row", "Section", "Table", "Text", "row", "table"]
+__all__ = ["Block", "Cell", "Figure", "Row", "Section", "Table", "Text", "row", "table"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from .cases import OURS, PEER
 from .environment import describe
-from .report_blocks import Cell, Figure, Row, Section, Table, Text, row, table
+from .report_blocks import Block, Cell, Figure, Row, Section, Table, Text, row, table
 from .tables import ceiling_lines
 from .units import interval, milliseconds, rate, size
 from .verify import RIGHT, UNCHECKED
@@ -133,10 +133,10 @@ def _not_right(result: dict[str, Any]) -> list[Table]:
         for each in measured["contestants"]:
             if _is_bad(each):
                 what = (measured["op"], measured["case"], each["name"], each["verdict"]["status"])
-                cells = [Cell(what[0]), Cell(what[1]), Cell(what[2]), _verdict(each), *_error(each)]
-                found[what] = row([*cells, Cell(each["verdict"]["detail"])], each["role"], bad=True)
-    header = ("operator", "case", "contestant", "verdict", "error", "× torch", "why")
-    return [table(header, found.values(), left=4)] if found else []
+                cells = [*map(Cell, what[:3]), _verdict(each), Cell(each["verdict"]["detail"]), *_error(each)]
+                found[what] = row(cells, each["role"], bad=True)
+    header = ("operator", "case", "contestant", "verdict", "why", "error", "× torch")
+    return [table(header, found.values(), left=5)] if found else []
 
 
 def _missing(result: dict[str, Any]) -> list[Table]:
@@ -187,7 +187,7 @@ def _case_blocks(measured: dict[str, Any]) -> Iterator[Text | Table]:
 
 def _kernels(source: Source, figures: Sequence[Figure]) -> Section:
     result = source.result
-    blocks: list[Any] = [*_where(result)]
+    blocks: list[Block] = [*_where(result)]
     if "seconds" not in result:
         blocks.append(Text("This run was cut short: what it had measured until then follows.", "warning"))
     if result["left_out"]:
@@ -230,7 +230,7 @@ def _step(source: Source, figures: Sequence[Figure]) -> Section:
             cells += [Cell(f"{100 * each['mfu']:.1f} %", each["mfu"]), _memory(each)]
         rows.append(row(cells, each["role"], bad=_is_bad(each)))
     header = ("contestant", "verdict", "error", "× torch", "tokens/s", "step", "spread", "time / ours [95 %]", "MFU")
-    blocks = [
+    blocks: list[Block] = [
         *_where(result),
         Text(
             f"Forward, backward, clip and AdamW on {batch['tokens']:,.0f} real tokens in {batch['sequences']:,.0f} "
@@ -263,7 +263,7 @@ def _parity(source: Source, figures: Sequence[Figure]) -> Section:
         ours = name == "fusebert"
         rows.append(row(cells, OURS if ours else PEER, bad=ours and not verdict["right"]))
     distance = "not finite" if drift is None else f"{drift:.2e}"
-    blocks = [
+    blocks: list[Block] = [
         *_where(result),
         Text(
             f"Same initial weights, same batches, no dropout: {settings['steps']} steps of {settings['tokens']:,} "
@@ -320,7 +320,7 @@ def pretrain_words(result: dict[str, Any]) -> str:
 def _pretrain(source: Source, figures: Sequence[Figure]) -> Section:
     result = source.result
     report = result["report"]
-    blocks = [
+    blocks: list[Block] = [
         *_where(result),
         Text(pretrain_words(result)),
         pretrain_table(report),
@@ -345,7 +345,7 @@ def _aot(source: Source, figures: Sequence[Figure]) -> Section:
         rows.append(row(cells, bad=found["spill_bytes"] > 0))
     header = ("case", "kernel", "warps", "stages", "registers", "spills (B)", "shared (B)", "blocks/SM", "matrix")
     resources = table((*header, "128-bit loads", "128-bit stores"), rows, left=2)
-    blocks = (
+    blocks: tuple[Block, ...] = (
         Text(
             f"Compiled for {about['arch']} in {about['dtype']} with Triton {about['triton']}, PyTorch "
             f"{about['torch']}, {about['date']}. Nothing here was run or timed: these are the compiler's figures. "

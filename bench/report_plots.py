@@ -85,7 +85,7 @@ def render(plot: Plot, theme: Theme) -> bytes:
     import matplotlib
     from matplotlib.figure import Figure
 
-    settings = {
+    settings: Any = {
         "font.size": 9,
         "axes.titlesize": 9.5,
         "axes.titleweight": "bold",
@@ -211,7 +211,7 @@ def _roofline(result: dict[str, Any], figure: Figure, theme: Theme) -> None:
         ha="right",
     )
     middle = max(math.sqrt(left * ridge), bottom * scale / copy)
-    above = math.log(middle / left) > 0.2 * math.log(right / left)  # else the axis is in the way
+    above = math.log(middle / left) > 0.12 * math.log(right / left)  # else the axis is in the way
     axes.annotate(
         f"copy\n{copy / 1e9:,.0f} GB/s",
         (middle, copy * middle / scale),
@@ -337,7 +337,7 @@ def _ratio_axis(all_axes: Sequence[Axes], groups: Sequence[Sequence[dict[str, An
 def _speed_up(passes: Sequence[dict[str, Any]], figure: Figure, theme: Theme) -> None:
     groups = [_sorted_by_time(measured["contestants"]) for measured in passes]
     ratios = [len(rows) + 0.8 for rows in groups]
-    panels = figure.subplots(len(passes), 1, squeeze=False, gridspec_kw={"height_ratios": ratios})[:, 0]
+    panels = list(figure.subplots(len(passes), 1, squeeze=False, gridspec_kw={"height_ratios": ratios})[:, 0])
     for axes, measured, rows in zip(panels, passes, groups, strict=True):
         _bars(axes, rows, theme, f"{measured['op']} {measured['case']}, {measured['pass']}")
     _ratio_axis(panels, groups, "time / ours, with its 95 % interval (right of the line: ours is faster)")
@@ -436,11 +436,17 @@ def _loss_memory_bars(result: dict[str, Any], figure: Figure, theme: Theme) -> N
 
 
 def _plain_bars(
-    axes: Axes, rows: Sequence[dict[str, Any]], values: Sequence[float | None], theme: Theme, words: Callable[..., str]
+    axes: Axes,
+    rows: Sequence[dict[str, Any]],
+    values: Sequence[float | None],
+    theme: Theme,
+    words: Callable[[float], str],
+    ends: Sequence[float | None] | None = None,
 ) -> None:
-    """Bars from zero with their value; None is what is not right, and says so."""
+    """Bars from zero with their value, written at ``ends``, by default the bar's; None is what is not right, and says
+    so."""
     highest = max((value for value in values if value is not None), default=1.0)
-    for i, (found, value) in enumerate(zip(rows, values, strict=True)):
+    for i, (found, value, end) in enumerate(zip(rows, values, ends or values, strict=True)):
         if value is None:
             status = found["verdict"]["status"].upper()
             axes.annotate(
@@ -455,7 +461,9 @@ def _plain_bars(
         ours, bound = found["role"] == OURS, found["role"] == BOUND
         colour = theme.ours if ours else theme.neutral
         axes.barh(i, value, height=0.64, color="none" if bound else colour, edgecolor=colour, hatch="////" * bound)
-        axes.annotate(words(value), (value, i), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.annotate(
+            words(value), (end or value, i), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
+        )
     axes.set_yticks(range(len(rows)), [found["name"] for found in rows], fontsize=8)
     for label, found in zip(axes.get_yticklabels(), rows, strict=True):
         if found["role"] == OURS:
@@ -468,22 +476,22 @@ def _plain_bars(
 
 
 def _step_rate(result: dict[str, Any], figure: Figure, theme: Theme) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     rows = _sorted_by_time(result["contestants"])
     axes: Axes = figure.subplots()
-    values = [found.get("tokens_per_s") for found in rows]
-    _plain_bars(axes, rows, values, theme, lambda value: f"{value:,.0f}")
     tokens = result["batch"]["tokens"]
-    for i, found in enumerate(rows):
-        if "timing" in found:
-            low, high = (1e3 * tokens / found["timing"][name] for name in ("p90_ms", "p10_ms"))
-            middle = found["tokens_per_s"]
-            spread = [[max(0.0, middle - low)], [max(0.0, high - middle)]]
-            axes.errorbar(middle, i, xerr=spread, color=theme.ink, linewidth=1, capsize=2)
-    for label, found in zip(axes.texts, rows, strict=True):
-        if "timing" in found:  # beyond the whisker
-            label.xy = (1e3 * tokens / found["timing"]["p10_ms"], label.xy[1])
+    values = [found.get("tokens_per_s") for found in rows]
+    # The fastest steps, where the whisker ends.
+    ends = [1e3 * tokens / found["timing"]["p10_ms"] if "timing" in found else None for found in rows]
+    _plain_bars(axes, rows, values, theme, lambda value: f"{value:,.0f}", ends)
+    for i, (found, value, end) in enumerate(zip(rows, values, ends, strict=True)):
+        if value is not None and end is not None:
+            low = 1e3 * tokens / found["timing"]["p90_ms"]
+            spread = [[max(0.0, value - low)], [max(0.0, end - value)]]
+            axes.errorbar(value, i, xerr=spread, color=theme.ink, linewidth=1, capsize=2)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.xaxis.get_major_locator().set_params(nbins=5)  # type: ignore[attr-defined]
     axes.set_xlabel("real tokens/s (whiskers: 10th to 90th percentile of the steps)")
 
 

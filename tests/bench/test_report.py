@@ -193,7 +193,7 @@ def test_what_is_wrong_is_shown_as_wrong_and_without_a_time(everything):
     assert kind == "bad"
     assert cells[1] == "WRONG"
     assert cells[4:] == ["not timed", "", "", "", "", ""]
-    assert reader.row("attention", "N=64", "sdpa cudnn", "WRONG")[1][-1] == "dq is 99.0 times as far as PyTorch"
+    assert reader.row("attention", "N=64", "sdpa cudnn", "WRONG")[1][4] == "dq is 99.0 times as far as PyTorch"
     assert "| **sdpa cudnn** | WRONG |" in markdown
 
 
