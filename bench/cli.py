@@ -235,7 +235,7 @@ def report(
 
 @app.command()
 def compare(
-    old: Annotated[Path, typer.Argument(help="Result file of kernels or step: what was.")],
+    old: Annotated[Path, typer.Argument(help="Result file of kernels, step or train: what was.")],
     new: Annotated[Path, typer.Argument(help="The same measured again: what is.")],
     threshold: Annotated[
         float, typer.Option(help="Slower by no more than this share of the time is let pass.", min=0.0)

@@ -36,7 +36,8 @@ from .verify import COARSE, RIGHT, UNCHECKED
 
 RESAMPLES = 10000
 CONFIDENCE = 0.95  # in all rows of a table together
-KINDS = ("kernels", "step")
+KINDS = ("kernels", "step", "train")
+TRAIN_SETTINGS = ("data", "model", "tokens", "seqlen", "dropout", "workers", "vocab_size", "compute_dtype")
 STEP_SETTINGS = ("model", "tokens", "seqlen", "ragged", "dropout", "vocab_size", "compute_dtype")
 
 
@@ -54,12 +55,24 @@ def _passes(result: Mapping[str, Any]) -> dict[str, _Pass]:
         lengths = "ragged" if settings["ragged"] else "equal"
         name = f"step {settings['model']} {settings['compute_dtype']} {lengths} {settings['seqlen']}"
         return {name: _Pass(name, {**settings, **result["batch"]}, result["contestants"])}
+    if result["kind"] == "train":
+        settings = {name: result["settings"][name] for name in TRAIN_SETTINGS}
+        name = f"train {settings['model']} {settings['compute_dtype']}, 1,000 tokens"
+        return {name: _Pass(name, settings, [_by_turns(each) for each in result["contestants"]])}
     found = {}
     for each in result["results"]:
         name = f"{each['op']} {each['case']} {each['dtype']} {each['pass']}"
         shape = {**each["shape"], "flops": each["flops"], "bytes": each["bytes"], "dropout": each["dropout"]}
         found[name] = _Pass(name, shape, each["contestants"])
     return found
+
+
+def _by_turns(contestant: Mapping[str, Any]) -> dict[str, Any]:
+    """A contestant of a training run, its turns as rounds: µs a token are ms for a thousand."""
+    turns = contestant.get("us_per_token")
+    if not turns:
+        return dict(contestant)
+    return {**contestant, "timing": {"samples_ms": turns, "median_ms": float(np.median(turns))}}
 
 
 def _machine(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,7 +212,7 @@ def _refuse_if_incomparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> N
 def compare(
     old: Mapping[str, Any], new: Mapping[str, Any], *, threshold: float = 0.03
 ) -> tuple[list[Finding], list[str]]:
-    """Compare two results of kernels, or of step.
+    """Compare two results of kernels, of step, or of train.
 
     Returns:
         A finding for each of our contestants in each pass that both have, and remarks: what limits the comparison.
@@ -261,7 +274,7 @@ def run(old: Path, new: Path, *, threshold: float, say: Callable[[str], None] = 
         True: nothing of ours got slower beyond noise, or wrong.
 
     Raises:
-        UserError: a file is not a result of kernels or step, or the two can not be compared.
+        UserError: a file is not a result of kernels, step or train, or the two can not be compared.
     """
     results = [read_result(path, KINDS) for path in (old, new)]
     try:

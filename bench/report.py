@@ -91,7 +91,7 @@ def write_report(paths: Sequence[Path], out: Path, *, say: Callable[[str], None]
         images |= its_images
     if not drawn:
         sections.insert(0, Section("Plots", (Text(WITHOUT_PLOTS, "warning"),)))
-    if any(source.result["kind"] in ("kernels", "step") for source in sources):
+    if any(source.result["kind"] in ("kernels", "step", "train") for source in sources):
         sections.append(method_section())
     if any("environment" in source.result for source in sources):
         sections.append(environment_section(sources))

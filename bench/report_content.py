@@ -79,7 +79,7 @@ def _remarks(rows: Sequence[dict[str, Any]]) -> Iterator[Text]:
             tone = "warning" if _is_bad(found) else ""
             yield Text(f"{found['name']}: {found['verdict']['status']}: {found['verdict']['detail']}", tone)
         if found.get("timing", {}).get("host_bound"):
-            yield Text(f"{found['name']}: limited by the host, which needs as long to issue the calls")
+            yield Text(f"{found['name']}: the host needs as long to issue the calls as the GPU to run them")
         if found.get("micro_batches", 1) > 1:
             yield Text(f"{found['name']}: in {found['micro_batches']} micro-batches: the whole does not fit")
 
@@ -192,6 +192,8 @@ def _kernels(source: Source, figures: Sequence[Figure]) -> Section:
         blocks.append(Text("This run was cut short: what it had measured until then follows.", "warning"))
     if result["left_out"]:
         blocks.append(Text(f"Left out for want of time: {'; '.join(result['left_out'])}."))
+    if result.get("did_not_fit"):
+        blocks.append(Text(f"Not measured, for want of memory: {'; '.join(result['did_not_fit'])}.", "warning"))
     blocks.append(kernels_summary(result))
     wrong, missing = _not_right(result), _missing(result)
     if wrong:
@@ -244,6 +246,45 @@ def _step(source: Source, figures: Sequence[Figure]) -> Section:
         *figures,
     ]
     title = f"Training step, {settings['model']}, {settings['compute_dtype']}, lengths {lengths_words(settings)}"
+    return Section(f"{title}, {_device_words(result)}", tuple(blocks))
+
+
+def _train(source: Source, figures: Sequence[Figure]) -> Section:
+    result = source.result
+    settings = result["settings"]
+    rows, step = [], 0
+    for each in result["contestants"]:
+        cells = [Cell(each["name"]), _verdict(each)]
+        if "tokens_per_s" not in each:
+            cells += [Cell("not timed"), *[Cell("")] * 6]
+        else:
+            same, against = each["loss_at_same_step"], each["ratio_to_ours"]
+            step = same["step"]
+            cells += [
+                Cell(f"{each['tokens_per_s']:,.0f}", each["tokens_per_s"]),
+                Cell(interval(against), against and against["median"]),
+                Cell(f"{each['steps']:,}", each["steps"]),
+                Cell(f"{each['tokens']:,}", each["tokens"]),
+                *(
+                    Cell("not finite") if loss is None else Cell(f"{loss:.4f}", loss)
+                    for loss in (same["loss"], each["heldout_loss"])
+                ),
+                _memory(each),
+            ]
+        rows.append(row(cells, each["role"], bad=_is_bad(each)))
+    header = ("contestant", "verdict", "tokens/s", "time / ours [95 %]", "steps", "tokens", f"loss by step {step:,}")
+    blocks: list[Block] = [
+        *_where(result),
+        Text(
+            f"A real run on {settings['data']}, loader and all: {settings['tokens']:,} token slots a step, segments up "
+            f"to {settings['seqlen']}, dropout {settings['dropout']}, {settings['minutes']:g} minutes for all, in "
+            "turns, from the same weights over the same examples. Losses are masked LM + next sentence, in nats."
+        ),
+        table((*header, "held-out loss", "peak memory"), rows, left=2),
+        *_remarks(result["contestants"]),
+        *figures,
+    ]
+    title = f"Training run beside Transformers, {settings['model']}, {settings['compute_dtype']}"
     return Section(f"{title}, {_device_words(result)}", tuple(blocks))
 
 
@@ -372,6 +413,7 @@ def _campaign(source: Source, figures: Sequence[Figure]) -> Section:
 SECTIONS: dict[str, Callable[[Source, Sequence[Figure]], Section]] = {
     "kernels": _kernels,
     "step": _step,
+    "train": _train,
     "train_parity": _parity,
     "pretrain": _pretrain,
     "aot": _aot,
@@ -412,6 +454,10 @@ def _environment_rows(source: Source) -> Iterator[tuple[str, str]]:
     absent = [name for name, version in versions.items() if not version]
     if absent:
         yield "not installed", ", ".join(absent)
+    drift = source.result.get("ceilings_drift")
+    if drift:
+        after = ", ".join(f"{name} {100 * share:.0f} %" for name, share in drift.items())
+        yield "ceilings after the run", f"{after} of those before it"
     gpu = where.get("gpu")
     if gpu is None:
         yield "GPU", "none used"
@@ -427,6 +473,11 @@ def _environment_rows(source: Source) -> Iterator[tuple[str, str]]:
     for when, smi in (("before", gpu["nvidia_smi"]), ("after", source.result.get("nvidia_smi_after"))):
         if smi:
             yield f"GPU {when}", ", ".join(f"{name} {value}" for name, value in smi.items() if name != "name")
+    clocks = source.result.get("clocks")
+    if clocks:
+        ranges = {name: values for name, values in clocks.items() if isinstance(values, dict)}
+        seen = [f"{name} {x['min']:g} to {x['max']:g}, median {x['median']:g}" for name, x in ranges.items()]
+        yield "GPU meanwhile", f"{'; '.join(seen)}; held down in {100 * clocks['throttled']:.0f} % of the samples"
 
 
 def environment_section(sources: Sequence[Source]) -> Section:

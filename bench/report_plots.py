@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INCHES, DPI = 6.4, 160  # so narrow that words are still read on a phone
+LOSS_POINTS = 60  # of a training run's curve
 MARKERS = ("s", "D", "^", "v", "P", "X", "<", ">", "p", "h")
 
 
@@ -282,7 +283,7 @@ def _bars(axes: Axes, rows: Sequence[dict[str, Any]], theme: Theme, title: str) 
     for i, found in enumerate(rows):
         against = found.get("ratio_to_ours")
         if against is None:
-            reason = "not timed" if "timing" not in found else "no time of ours"
+            reason = "no time of ours" if "timing" in found or "tokens_per_s" in found else "not timed"
             words = found["verdict"]["status"].upper() + f": {reason}"
             axes.annotate(words, (1, i), xytext=(4, 0), textcoords="offset points", va="center", color=theme.wrong)
             continue
@@ -347,7 +348,11 @@ def _sorted_by_time(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Ours first, then the fastest; what was not timed last."""
 
     def order(found: dict[str, Any]) -> float:
-        return -1.0 if found["role"] == OURS else found["timing"]["median_ms"] if "timing" in found else math.inf
+        if found["role"] == OURS:
+            return -1.0
+        if "timing" in found:
+            return float(found["timing"]["median_ms"])
+        return 1 / found["tokens_per_s"] if "tokens_per_s" in found else math.inf
 
     return sorted(rows, key=order)
 
@@ -499,7 +504,7 @@ def _step_ratio(result: dict[str, Any], figure: Figure, theme: Theme) -> None:
     rows = _sorted_by_time(result["contestants"])
     axes: Axes = figure.subplots()
     _bars(axes, rows, theme, "")
-    _ratio_axis([axes], [rows], "step time / ours, with its 95 % interval (right of the line: ours is faster)")
+    _ratio_axis([axes], [rows], "time / ours, with its 95 % interval (right of the line: ours is faster)")
 
 
 def _losses(result: dict[str, Any], figure: Figure, theme: Theme) -> None:
@@ -520,6 +525,35 @@ def _losses(result: dict[str, Any], figure: Figure, theme: Theme) -> None:
     axes.set_ylabel("loss, nats (masked LM + next sentence)")
     axes.grid(axis="y", linewidth=0.8)
     axes.legend(fontsize=8)
+
+
+def _train_losses(result: dict[str, Any], figure: Figure, theme: Theme) -> None:
+    axes: Axes = figure.subplots()
+    others = 0
+    for found in result["contestants"]:
+        losses = found.get("losses")
+        if not losses:
+            continue
+        ours = found["role"] == OURS
+        others += not ours
+        window = max(1, len(losses) // LOSS_POINTS)
+        steps = range(window, len(losses) + 1, window)
+        axes.plot(
+            steps,
+            [_mean(losses[step - window : step]) for step in steps],
+            color=theme.ours if ours else theme.peers[others - 1],
+            linewidth=2.2 if ours else 1.4,
+            zorder=3 if ours else 2,
+            label=found["name"],
+        )
+    axes.set_xlabel("optimisation step")
+    axes.set_ylabel("training loss, nats (masked LM + next sentence)")
+    axes.grid(axis="y", linewidth=0.8)
+    axes.legend(fontsize=8)
+
+
+def _mean(losses: Sequence[float | None]) -> float:
+    return math.nan if None in losses else math.fsum(x for x in losses if x is not None) / len(losses)
 
 
 # --- what there is to draw -------------------------------------------------------------------------------------------
@@ -575,6 +609,16 @@ def _step_plots(result: dict[str, Any]) -> Iterator[Plot]:
         yield Plot("speed-up", caption, height, functools.partial(_step_ratio, result))
 
 
+def _train_plots(result: dict[str, Any]) -> Iterator[Plot]:
+    if any(found.get("ratio_to_ours") for found in result["contestants"]):
+        caption = "How many times as long as ours each contestant takes for a token."
+        height = _bars_height([result["contestants"]])
+        yield Plot("speed-up", caption, height, functools.partial(_step_ratio, result))
+    if any(found.get("losses") for found in result["contestants"]):
+        caption = "Training loss over the same examples, each point a mean of the steps before it."
+        yield Plot("losses", caption, 3.4, functools.partial(_train_losses, result))
+
+
 def _parity_plots(result: dict[str, Any]) -> Iterator[Plot]:
     caption = "Losses on the same batches from the same weights: where the runs are the same, ours covers theirs."
     yield Plot("losses", caption, 3.4, functools.partial(_losses, result))
@@ -583,6 +627,7 @@ def _parity_plots(result: dict[str, Any]) -> Iterator[Plot]:
 PLOTS: dict[str, Callable[[dict[str, Any]], Iterator[Plot]]] = {
     "kernels": _kernel_plots,
     "step": _step_plots,
+    "train": _train_plots,
     "train_parity": _parity_plots,
 }
 

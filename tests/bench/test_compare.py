@@ -216,7 +216,7 @@ def test_what_can_not_be_compared_is_an_error(tmp_path, change, message):
 
 def test_other_kinds_are_an_error(tmp_path):
     done = gate(tmp_path, run_of(0), made.parity())
-    assert "holds a result of kind 'train_parity'; this takes kernels, step" in str(done.exception)
+    assert "holds a result of kind 'train_parity'; this takes kernels, step, train" in str(done.exception)
     step = made.step([made.contestant("fusebert", "ours", [1.0, 1.0])])
     with pytest.raises(UserError, match="the old file holds kernels, the new one step"):
         compare(run_of(0), step)
@@ -238,6 +238,16 @@ def test_steps_are_compared_too(tmp_path):
         compare(steps(1.0), steps(1.0, model="base"))
     with pytest.raises(UserError, match="vocab_size 30522 → 100"):
         compare(steps(1.0), steps(1.0, vocab_size=100))
+
+
+def trainings(ours):
+    rng = np.random.default_rng(int(1000 * ours))
+    return made.train({"fusebert": ours * rng.normal(1, 0.01, 20), "transformers": 3 * rng.normal(1, 0.01, 20)})
+
+
+def test_training_runs_are_compared_by_their_turns(tmp_path):
+    assert gate(tmp_path, trainings(1.0), trainings(1.001)).exit_code == 0
+    assert gate(tmp_path, trainings(1.0), trainings(1.1)).exit_code == 1
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,12 @@ def kernels_result(device="cuda", *, lengths=(64, 128), vocabularies=(1000, 2000
         results.append(made.measured("mlm_loss", f"V={vocabulary}", shape, contestants))
     contestants = [made.contestant("fusebert", "ours", [1.0] * 7), made.contestant("torch eager", "peer", [3.0] * 7)]
     results.append(made.measured("layernorm", "H=64", {"tokens": 10, "hidden_size": 64}, contestants, flops=0))
-    return made.kernels(results, device)
+    result = made.kernels(results, device)
+    result["ceilings_drift"] = {"copy": 0.99, "matmul": 0.97}
+    if device == "cuda":
+        clock = {"min": 900.0, "median": 1400.0, "max": 1500.0}
+        result["clocks"] = {"samples": 9, "throttled": 0.25, "clocks.sm": clock}
+    return result
 
 
 def step_result():
@@ -60,6 +65,7 @@ def step_result():
 EVERY_KIND = {
     "kernels": kernels_result,
     "step": step_result,
+    "train": lambda: made.train({"fusebert": [1.0] * 5, "transformers": [2.25] * 5, "wrong one": None}),
     "parity": made.parity,
     "pretrain": made.pretrain,
     "aot": made.aot,
@@ -146,6 +152,7 @@ def test_every_kind_has_its_section(everything):
     for words in (
         "Operators, bfloat16, Made-up GPU",
         "Training step, mini, float32, lengths all 128, CPU path",
+        "Training run beside Transformers, mini, float32",
         "Training beside Transformers, float32",
         "Pretraining run, tiny",
         "Compiled kernels, sm_90",
@@ -181,6 +188,8 @@ def test_figures_are_those_of_the_files(everything):
     ]
     assert kind == ""
     assert reader.row("fusebert", "right", "2.0e-03", "1.50", "1,000,000")[0] == "ours"
+    cells = reader.row("transformers", "right", "444,444")[1]
+    assert cells[3:] == ["2.25 [2.14, 2.36]", "2", "2,000", "6.5000", "6.2500", ""]
     assert reader.row("masked-LM accuracy")[1][1:] == ["0.1 %", "27.3 %"]
     assert reader.row("kernels", "OUT OF TIME")[0] == "bad"
     assert reader.row("attention N=64", "short_backward")[0] == "bad"  # it spills
@@ -222,6 +231,8 @@ def test_where_it_was_measured(everything):
     assert reader.row("not installed")[1][1] == "liger-kernel"
     assert "driver_version 1.2.3" in reader.row("GPU before")[1][1]
     assert "clocks.sm 1500" in reader.row("GPU before")[1][1]
+    assert reader.row("GPU meanwhile")[1][1] == "clocks.sm 900 to 1500, median 1400; held down in 25 % of the samples"
+    assert reader.row("ceilings after the run")[1][1] == "copy 99 %, matmul 97 % of those before it"
 
 
 def test_cpu_results_say_that_they_time_the_cpu_path(tmp_path):
@@ -236,9 +247,11 @@ def test_a_run_cut_short_says_so(tmp_path):
     result = kernels_result()
     del result["seconds"]
     result["left_out"] = ["attention N=8192"]
+    result["did_not_fit"] = ["attention N=16384"]
     _, page_text, _ = report_of(tmp_path, kernels=result)
     assert "cut short" in page_text
     assert "Left out for want of time: attention N=8192" in page_text
+    assert "for want of memory: attention N=16384" in page_text
 
 
 def test_parity_that_fails_says_so(tmp_path):
@@ -293,7 +306,7 @@ def test_files_of_one_name_keep_apart(tmp_path):
         ("{", "not JSON"),
         ("[1, 2]", "not a result file"),
         ('{"a": 1}', "not a result file"),
-        ('{"kind": "poem", "schema": 1}', "of kind 'poem'; this takes aot, campaign, kernels, pretrain, step"),
+        ('{"kind": "poem", "schema": 1}', "of kind 'poem'; this takes aot, campaign, kernels, pretrain, step, train"),
         ('{"kind": "step", "schema": 99}', "version 99 of the result files; this fusebert reads version 1"),
         ('{"kind": "step", "schema": 1}', "not a whole step result"),
         ('{"kind": "kernels", "schema": 1, "results": 7}', "not a whole kernels result"),
@@ -421,6 +434,16 @@ def test_memory_curve_has_the_logits_beside_it():
 def test_step_bars_are_tokens_a_second():
     (axes,) = drawn(step_result(), "tokens-per-s")
     assert [bar.get_width() for bar in axes.patches] == [1e6, 4e5]
+
+
+def test_loss_curve_is_a_mean_of_the_steps_before():
+    result = made.train({"fusebert": [1.0], "transformers": [2.0]})
+    result["contestants"][0]["losses"] = [float(i) for i in range(120)]
+    (axes,) = drawn(result, "losses")
+    x, y = lines(axes)["fusebert"].get_data()
+    assert list(x)[:2] == [2, 4]
+    assert list(y)[:2] == [0.5, 2.5]
+    assert len(x) == 60
 
 
 @pytest.mark.parametrize("wanted", [[0.1, 0.1, 0.1], [0.5], [], [0.0, 0.98, 0.99, 0.99], [0.2, 0.4, 0.6], [0.5] * 50])

@@ -151,6 +151,59 @@ def step(contestants: list[Any], device: str = "cpu", **settings: Any) -> dict[s
     }
 
 
+def train(us_per_token: dict[str, Any]) -> dict[str, Any]:
+    """Contestants by name, ours first, with the microseconds a token of each turn; None for one that is wrong."""
+    ours = float(np.median(next(iter(us_per_token.values()))))
+    rows: list[dict[str, Any]] = []
+    for name, turns in us_per_token.items():
+        role = "peer" if rows else "ours"
+        if turns is None:
+            rows.append({"name": name, "role": role, "verdict": verdict("wrong", "another held-out loss")})
+            continue
+        median = float(np.median(turns))
+        ratio = median / ours
+        rows.append(
+            {
+                "name": name,
+                "role": role,
+                "verdict": verdict(),
+                "tokens_per_s": 1e6 / median,
+                "us_per_token": [float(x) for x in turns],
+                "ratio_to_ours": {"median": ratio, "low": 0.95 * ratio, "high": 1.05 * ratio},
+                "steps": 2,
+                "tokens": 2000,
+                "loss_at_same_step": {"step": 2, "loss": 6.5},
+                "heldout_loss": 6.25,
+                "peak_bytes": None,
+                "losses": [7.0, 6.5],
+                "curve": [],
+            }
+        )
+    return {
+        "schema": 1,
+        "kind": "train",
+        "environment": environment(),
+        "settings": {
+            "data": "text",
+            "model": "mini",
+            "tokens": 1024,
+            "seqlen": 128,
+            "dropout": 0.1,
+            "compiled": False,
+            "workers": 0,
+            "minutes": 1.0,
+            "compute_dtype": "float32",
+            "lr": 1e-3,
+            "vocab_size": 1000,
+        },
+        "unigram_entropy": 6.0,
+        "contestants": rows,
+        "clocks": None,
+        "seconds": 60.0,
+        "nvidia_smi_after": None,
+    }
+
+
 def parity(*, right: bool = True) -> dict[str, Any]:
     losses = [7.0, 6.5, 6.25, 6.125]
     return {
