@@ -17,7 +17,8 @@ from .report_blocks import Figure, Section, Text
 from .report_content import SECTIONS, Source, environment_section, method_section, section
 from .report_html import Image, page
 from .report_markdown import markdown
-from .report_plots import DARK, LIGHT, plots, render
+from .report_paper import DARK, LIGHT, render
+from .report_plots import plots
 from .result_file import read_result
 
 TITLE = "fusebert: benchmark report"

@@ -17,7 +17,8 @@ from fusebert.bench.report_blocks import Section, Text, row, table
 from fusebert.bench.report_content import CPU_WARNING
 from fusebert.bench.report_html import page
 from fusebert.bench.report_markdown import markdown_table
-from fusebert.bench.report_plots import DARK, LIGHT, _place_apart, plots, render
+from fusebert.bench.report_paper import DARK, LIGHT, place_apart, render
+from fusebert.bench.report_plots import plots
 from fusebert.train.errors import UserError
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -448,7 +449,7 @@ def test_loss_curve_is_a_mean_of_the_steps_before():
 
 @pytest.mark.parametrize("wanted", [[0.1, 0.1, 0.1], [0.5], [], [0.0, 0.98, 0.99, 0.99], [0.2, 0.4, 0.6], [0.5] * 50])
 def test_labels_are_placed_apart(wanted):
-    placed = _place_apart(wanted, 0.05, 0.0, 1.0)
+    placed = place_apart(wanted, 0.05, 0.0, 1.0)
     gaps = [b - a for a, b in itertools.pairwise(placed)]
     assert all(gap >= min(0.05, 1 / max(1, len(wanted) - 1)) - 1e-9 for gap in gaps)
     assert all(-1e-9 <= x <= 1 + 1e-9 for x in placed)
