@@ -114,8 +114,8 @@ def masked_lm_loss(
     """Cross entropy of the decoder's logits, hidden @ weightᵀ + bias, over the rows that have a label.
 
     Devlin et al. 2018, §3.1: L = −(1/M) Σ log p(token), in nats. As ``F.cross_entropy(F.linear(hidden, weight, bias),
-    labels)``, plus ``z_loss`` · lse² a row, but the logits exist in hidden's dtype only, 2 GiB of them at most, or not at
-    all (``lean``).
+    labels)``, plus ``z_loss`` · lse² a row, but the logits exist in hidden's dtype only, 2 GiB of them at most, or not
+    at all (``lean``).
 
     Args:
         hidden: [.., H], e.g. [T, H] or [B, N, H], bfloat16, float16 or float32 (float64 runs the reference).
@@ -146,8 +146,8 @@ def masked_lm_loss(
     The gradient is computed in the forward, unless grad mode is off, nothing asks for it, or ``lean``; it has no
     gradient itself (create_graph=True is a RuntimeError). Triton runs for CUDA tensors. There a label outside
     0 … V − 1 makes its row's loss NaN, and more labelled rows than ``max_labels`` make every row's: reading the labels
-    to raise an error would stall the GPU at every step. Under torch.compile the reference (CPU) does not skip unlabelled
-    rows either, nor make its logits in chunks.
+    to raise an error would stall the GPU at every step. Under torch.compile the reference (CPU) does not skip
+    unlabelled rows either, nor make its logits in chunks.
 
     Raises:
         ValueError: a shape, device, reduction, label_smoothing, z_loss, max_labels or skip_tolerance that does not fit;

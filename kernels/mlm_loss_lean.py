@@ -237,9 +237,9 @@ def _owned_gradient(
     sums = ()
     owned = ()
     for i in tl.static_range(SLICES):
-        sums = sums + (tl.zeros((BLOCK_H, BLOCK_OWN), dtype=tl.float32),)
+        sums = sums + (tl.zeros((BLOCK_H, BLOCK_OWN), dtype=tl.float32),)  # noqa: RUF005
         if RESIDENT:
-            owned = owned + (_load_tile(own_ptr, own, stride_own, num_own, i * BLOCK_H, H, BLOCK_H),)
+            owned = owned + (_load_tile(own_ptr, own, stride_own, num_own, i * BLOCK_H, H, BLOCK_H),)  # noqa: RUF005
     bias_sum = tl.zeros((BLOCK_VISITED, BLOCK_OWN), dtype=tl.float32)  # across threads only once, at the end
 
     for start in range(0, num_visited, BLOCK_VISITED):
@@ -249,7 +249,7 @@ def _owned_gradient(
             x = tl.zeros((BLOCK_VISITED, BLOCK_OWN), dtype=tl.float32)
             for i in tl.static_range(SLICES):
                 v = _load_tile(visited_ptr, visited, stride_visited, num_visited, i * BLOCK_H, H, BLOCK_H)
-                loaded = loaded + (v,)
+                loaded = loaded + (v,)  # noqa: RUF005
                 x = tl.dot(v, tl.trans(owned[i]), x, input_precision=PRECISION)
         else:
             x = _product(
@@ -290,7 +290,7 @@ def _owned_gradient(
                         v = _load_tile(
                             visited_ptr, visited, stride_visited, num_visited, first_column + i * BLOCK_H, H, BLOCK_H
                         )
-                    updated = updated + (tl.dot(tl.trans(v), g, sums[i], input_precision=PRECISION),)
+                    updated = updated + (tl.dot(tl.trans(v), g, sums[i], input_precision=PRECISION),)  # noqa: RUF005
                 sums = updated
 
     factor = tl.load(factor_ptr)
@@ -329,6 +329,8 @@ def _launch_statistics(
     if not rows:
         return losses, row_max, row_sum, correct
     block_m, block_n, block_k = (128, 128, 64) if hidden.element_size() == 2 else (64, 64, 32)
+    if attention_config.architecture() >= 100:
+        block_n = 64  # with 128 the tile, read from tensor memory whole, spills
     block_k = min(block_k, max(triton.next_power_of_2(hidden_size), 16))
     tiles, word_blocks = triton.cdiv(rows, block_m), triton.cdiv(vocab_size, block_n)
     share = triton.cdiv(word_blocks, min(word_blocks, max(MOST_PROGRAMS // tiles, 1))) * block_n
@@ -352,16 +354,16 @@ def _tiling(own: Tensor, skip: bool) -> tuple[bool, int, int, int, int]:
     """(RESIDENT, columns of H a program sums at most, BLOCK_OWN, BLOCK_VISITED, BLOCK_H) of `_owned_gradient`.
 
     The sums, at most 1024 columns by 32 vectors, are half of the register file; on Blackwell they lie in tensor memory.
-    Chosen from what the compiler makes of them (`fusebert.bench.aot`): no spills; not yet timed on a GPU.
+    Chosen by what the compiler makes of them (`fusebert.bench.aot`): no spills. Not yet timed on a GPU.
     """
-    hidden_size = own.shape[1]
+    hidden_size, arch = own.shape[1], attention_config.architecture()
     whole = max(triton.next_power_of_2(hidden_size), 16)
     if own.element_size() == 4:
-        return False, 512, 32, 32, min(64, whole)
-    arch = attention_config.architecture()
-    if arch // 10 == 9 and hidden_size <= 768 and not skip:
+        return False, 256, 32, 16, min(64, whole)
+    if arch // 10 == 9 and hidden_size <= 768 and not skip:  # a branch between the products costs the registers
         return True, 768, 64 if hidden_size <= 256 else 32, 64, min(128, whole)
-    return False, 1024, 64 if arch >= 100 and hidden_size <= 768 else 32, 64, min(256, whole)
+    wide = arch >= 100 and hidden_size <= 768
+    return False, 1024, 64 if wide else 32, 64 if arch >= 90 else 32, min(256, whole)
 
 
 def _launch_gradient(
@@ -382,14 +384,16 @@ def _launch_gradient(
 ) -> None:
     """Writes ``out``, the gradient of ``own``, and ``bias_grad``; (own, visited) is (weight, hidden) or the reverse."""
     (num_own, hidden_size), num_visited = own.shape, visited.shape[0]
-    resident, most, block_own, block_visited, block_h = _tiling(own, tolerance > 0)
+    # Triton 3.7 cannot take sums in tensor memory through a branch: on Blackwell nothing is skipped.
+    skip = tolerance > 0 and attention_config.architecture() < 100
+    resident, most, block_own, block_visited, block_h = _tiling(own, skip)
     slices = triton.cdiv(min(hidden_size, most), block_h)
     word_tiles = triton.cdiv(num_own, block_own) if owns_words else triton.cdiv(num_visited, block_visited)
     groups = triton.cdiv(hidden_size, slices * block_h) if out is not None else 1
     _owned_gradient[(triton.cdiv(num_own, block_own), groups)](
         own, visited, bias, labels, row_max, row_sum, row_grad, factor, out, bias_grad, own.stride(0),
         visited.stride(0), num_own, num_visited, label_smoothing, z_loss, tolerance / word_tiles,
-        H=hidden_size, OWNS_WORDS=owns_words, Z_LOSS=z_loss > 0, SKIP=tolerance > 0, PRECISION=_precision(own),
+        H=hidden_size, OWNS_WORDS=owns_words, Z_LOSS=z_loss > 0, SKIP=skip, PRECISION=_precision(own),
         RESIDENT=resident, SLICES=slices, BLOCK_OWN=block_own, BLOCK_VISITED=block_visited, BLOCK_H=block_h,
         BLOCK_K=min(64, block_h), num_warps=8, num_stages=1 if resident else 3,
     )  # fmt: skip

@@ -57,7 +57,8 @@ def test_logits_exist_in_their_own_dtype_only(reduction):
         *small, largest = sorted(allocations(call))
         assert largest == logits
         assert (small[-1] == logits) == (reduction == "none")
-    assert logits <= peak_bytes(call) < 2 * logits
+    else:
+        assert logits <= peak_bytes(call) < 2 * logits
 
 
 def test_no_gradient_work_without_a_gradient(monkeypatch):
