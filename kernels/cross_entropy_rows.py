@@ -1,6 +1,11 @@
-"""Cross entropy over logits that exist: row statistics in one pass, and the pass that turns logits into gradients.
+"""Cross entropy over logits that exist: row statistics in one pass, and the pass that turns logits into their gradient.
 
-DOC
+The equations are at the top of ``mlm_loss.py``, which uses both kernels on its own logits; `cross_entropy` is for a
+model that has logits already. Softmax arithmetic is fp32.
+
+    forward     reads each logit once; writes loss, m, l and whether the label is the arg max: 16 bytes a row
+    backward    reads each logit once and writes its gradient, in place where the caller says so; column sums of the
+                gradient (db) stay behind, a float32 row for 64 rows
 """
 
 from __future__ import annotations

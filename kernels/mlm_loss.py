@@ -8,42 +8,44 @@ smoothing and ζ the weight of the z-loss (Chowdhery et al. 2022, PaLM, §5):
     backward    G_w = (1 + 2ζ lse) p_w − (1 − ε)[w = y] − ε / V            dloss / dx_w, at most 1 + 2ζ lse in size
                 dH = G W      dW = Gᵀ H      db = Σ_rows G
 
-The logits are written once, by cuBLAS, in the activations' dtype; one kernel reads (m, l, loss, arg max) off each row
-and a second turns the logits into G in place, leaving column sums of G (db) behind. Softmax arithmetic is fp32.
-Three designs, at 2 bytes an element, with the passes over memory that the products themselves do not make:
+Four designs, and beside the products' FLOPs the bytes they move that the products do not, at 2 bytes an element:
 
-    (a) logits kept for the backward; recomputed there where they exceed the budget     6 (8) MHV FLOPs, 6 MV bytes
-    (b) fused tiles, no logits: dH and dW each recompute theirs                        10 MHV FLOPs, 0 bytes
+    (a) logits kept for the backward; made again there where they exceed the budget     6 (8) MHV FLOPs, 6 MV bytes
+    (b) fused tiles, no logits: dH and dW each make their own                          10 MHV FLOPs, 20 bytes a row
+        (one tile for both, as in cut cross-entropy: 8 MHV, by locks or atomics)            and share of the words
     (c) the forward makes the gradients, the backward scales them                       6 MHV FLOPs,
-        by the loss's own gradient                                                            6 MV + 4 VH + 4 MH bytes
+        by the loss's own gradient                                                          6 MV + 4 VH + 4 MH bytes
     where logits come in chunks, dW is summed over them in fp32, (a) and (c):           12 VH bytes a chunk, 6 VH once
 
-    computed for one H200 (790 TFLOP/s, 4.3 TB/s), M = 9830 (15 % of 65k tokens), H = 768; workspace beside:
-                                       V = 30528             V = 131072            V = 262144
-    the three products alone           1.75 ms               7.5 ms                15.0 ms
-    (a)                                2.17 ms, 0.6 GiB      12.5 ms, 1.8 GiB      25.6 ms, 2.8 GiB
-    (b)                                2.92 ms, none         12.5 ms, none         25.1 ms, none
-    (c)                                2.20 ms, 0.6 GiB      10.1 ms, 1.8 GiB      20.8 ms, 2.8 GiB
-    F.linear + F.cross_entropy, bf16   2.73 ms, 1.7 GiB      11.7 ms, 7.2 GiB      23.4 ms, 14.4 GiB  (14 MV bytes)
+    M = 9830 (15 % of 65k tokens), H = 768, in TFLOP and GB; times and effective rates, 8 MHV FLOPs over the time, are
+    derived from one H200's measured ceilings (790 TFLOP/s, 4.3 TB/s), nothing else lost; none is measured:
 
-Per logit the products cost 6H FLOPs, 5.8 ps at H = 768; the six bytes of (a) and (c) 1.4 ps; the 4H FLOPs that (b)
-does again 3.9 ps, or 1.9 ps where dH and dW share them, which takes atomics. At BERT's width a logit is cheaper to move
-than to make; below H = 275 that turns round. (a) and (c) tie where one chunk suffices; where it does not, only (c)
-stays at 6 MHV, and it gives the logits' memory back before the backward begins: hence (c). Its price: a forward
-whose gradient nobody wants belongs under ``torch.no_grad``. reduction="none" has one upstream gradient a row, so there
-the backward computes everything again (8 MHV). Six bytes a logit bound the whole to 1.24 × the products at H = 768 and
-1.05 × at H = 4096; two of them would go if the first product's epilogue took the row statistics.
+                                 V = 30528                  V = 131072                 V = 262144
+    the three products alone     1.38, 0:     1.75 ms       5.94, 0:     7.5 ms        11.9, 0:     15.0 ms
+    (a)                          1.38, 1.8:   2.17 ms       7.92, 10.8: 12.5 ms        15.8, 23.9:  25.6 ms
+    (b)                          2.30, 0:     2.92 ms       9.90, 0:    12.5 ms        19.8, 0:     25.1 ms
+    (c)                          1.38, 1.9:   2.20 ms       5.94, 11.2: 10.1 ms        11.9, 24.8:  20.8 ms
+    F.linear + F.cross_entropy   1.38, 4.2:   2.73 ms       5.94, 18.0: 11.7 ms        11.9, 36.1:  23.4 ms
+    memory beside the gradients  (c) 0.6 GiB, (b) 3 MB      (c) 1.8 GiB, (b) 3 MB      (c) 2.8 GiB, (b) 3 MB
+    effective, (c) and (b)       840 and 630 TFLOP/s        780 and 630                760 and 630
 
-Traps this file minds:
-- G is stored unscaled, entries of order 1: with the mean's 1/M inside, most of it would vanish in fp16. Upstream
-  gradients enter at the end, in fp32. fp16's dW, a sum over M rows, is kept at 1/64 until then, or it could overflow.
-- Tensor cores want sizes and row strides in whole 16 bytes, better 128 (NVIDIA's matrix-multiplication guide), and V
-  is the contiguous axis of G. A vocabulary that is no multiple of 8, such as BERT's 30522, is padded to one of 64 with
-  zero rows on a copy of W (4 VH bytes, 1 %); padding takes no part in the softmax and its G is zero. Not yet measured
-  on a GPU, nor is the alternative: aligned row strides, ragged sizes.
-- The bias is added by the matrix product's epilogue, rounded to the activations' dtype as in ``F.linear``: the kernels
-  would read 4 bytes of it with every 2 of logits. cuBLAS fuses it only into a contiguous result; the buffer is one.
-- Same inputs, same bits: no atomics; every sum has a fixed order.
+Chosen: (c) for time (``mlm_loss_chunked.py``) and (b) for memory (``mlm_loss_lean.py``, ``lean=True``). Per logit the
+products cost 6H FLOPs, 5.8 ps at H = 768; the six bytes of (a) and (c) 1.4 ps; the 4H FLOPs that (b) does again 3.9 ps.
+At BERT's width a logit is cheaper to move than to make; below H = 275 that turns round. (a) and (c) tie where one chunk
+suffices; where it does not, only (c) stays at 6 MHV, and it gives the logits' memory back before the backward begins.
+Its price: a forward whose gradient nobody wants belongs under ``torch.no_grad``. reduction="none" has one upstream
+gradient a row, so there the chunked backward computes everything again (8 MHV).
+
+How far that can go: six bytes a logit bound (c) to 1.24 × the products at H = 768 and 1.05 × at H = 4096: 840 and 990
+effective TFLOP/s of the 1053 that 8 for 6 MHV at 790 makes. Liger publishes 666–698 for its CuTe kernels on an H100 at
+H = 4096, V = 131072 (8 MHV, M = 8k–32k): the width costs a sixth of what is possible, the bytes, not the products. Two
+of the six bytes would go if the first product's epilogue took the row statistics (1.16 × at H = 768), as the lean
+forward does. That saves 0.47 ps a logit, and has to be paid from the first product's 1.95 ps: a Triton product and its
+epilogue must together reach 76 % of cuBLAS's rate to come out even, and at 90 %, good for K = 768, the gain is 3 % of
+the whole. Not built.
+
+Any vocabulary size: in tiles of hidden · weightᵀ the contiguous axis is H, so the lean kernels load 16 bytes at a time
+whatever V is; the chunked mode pads logits to whole 128 bytes (see there).
 """
 
 from __future__ import annotations

@@ -1,4 +1,20 @@
-"""DOC"""
+"""The masked-LM loss in least time: cuBLAS writes logits, which are turned into their gradient in place.
+
+The forward makes the gradients, chunk by chunk of rows, and the backward scales them; why is at the top of
+``mlm_loss.py``. The logits are written once, in the activations' dtype; one kernel reads (m, l, loss, arg max) off each
+row and a second turns the logits into G, leaving column sums of G (db) behind; two more products make dH and dW.
+
+Traps this file minds:
+- G is stored unscaled, entries of order 1: with the mean's 1/M inside, most of it would vanish in fp16. Upstream
+  gradients enter at the end, in fp32. fp16's dW, a sum over M rows, is kept at 1/64 until then, or it could overflow.
+- Tensor cores want sizes and row strides in whole 16 bytes, better 128 (NVIDIA's matrix-multiplication guide), and V
+  is the contiguous axis of G. A vocabulary that is no multiple of 8, such as BERT's 30522, is padded to one of 64 with
+  zero rows on a copy of W (4 VH bytes, 1 %); padding takes no part in the softmax and its G is zero. Not yet measured
+  on a GPU, nor is the alternative: aligned row strides, ragged sizes.
+- The bias is added by the matrix product's epilogue, rounded to the activations' dtype as in ``F.linear``: the kernels
+  would read 4 bytes of it with every 2 of logits. cuBLAS fuses it only into a contiguous result; the buffer is one.
+- Same inputs, same bits: no atomics; every sum has a fixed order.
+"""
 
 from __future__ import annotations
 

@@ -20,6 +20,10 @@ A tile [T, O] of O owned by T visited vectors reads 2 TH bytes of visited ones f
 most 64, as H · O sums fill the register file), from L2, where the visited matrix stays. Where a tile of both sides fits
 into shared memory (H ≤ 1024 in 16 bits) a visited vector is loaded once for both products, otherwise twice.
 
+Logits are made three times and have to be the same bits: p of the largest is 1 − (something small) only if its x is the
+x that m was taken from. They are: each is a sum over H in ascending order in fp32, whatever the tile and its
+orientation. fp32 inputs take the ordinary cores (tf32 where ``torch.backends.cuda.matmul.allow_tf32`` says so).
+
 Skipping: where the softmax is sharp most tiles of G are nearly zero, and their second product, up to 4 of the 10 MHV,
 changes nothing. A tile is skipped if each of its rows has Σ|G| ≤ tolerance / (number of tiles in a row) in it, so what
 is dropped of a row sums to ``tolerance`` at most. With u the upstream gradient of a row:
