@@ -32,15 +32,14 @@ from fusebert.bench.aot import LIMITS, compiled_kernels
 from fusebert.kernels import masked_lm_loss
 
 arch = int(sys.argv[1])
-for vocab_size in (30522, 30528):
-    hidden, weight = (torch.randn(n, 768, dtype=torch.bfloat16, requires_grad=True) for n in (300, vocab_size))
-    bias = torch.zeros(vocab_size, requires_grad=True)
-    with compiled_kernels(arch) as found:
-        masked_lm_loss(hidden, weight, bias, torch.zeros(300, dtype=torch.int64), lean=True).backward()
-    for kernel in found:
-        matrix = sum(kernel.count(op) for op in {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA",)}[arch])
-        fits = int(kernel.shared_bytes <= LIMITS[arch][2])
-        print(kernel.name, vocab_size, kernel.spill_bytes, fits, matrix, kernel.count_wide("LDG"), kernel.count("STG.E.128"))
+hidden, weight = (torch.randn(n, 768, dtype=torch.bfloat16, requires_grad=True) for n in (300, 30522))
+bias = torch.zeros(30522, requires_grad=True)
+with compiled_kernels(arch) as found:
+    masked_lm_loss(hidden, weight, bias, torch.zeros(300, dtype=torch.int64), lean=True).backward()
+for kernel in found:
+    matrix = kernel.count({80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[arch])
+    fits = int(kernel.shared_bytes <= LIMITS[arch][2])
+    print(kernel.name, kernel.spill_bytes, fits, matrix, kernel.count_wide("LDG"), kernel.count("STG.E.128"))
 """
 
 
@@ -64,15 +63,13 @@ def test_chunked_kernels_do_not_spill_and_load_wide():
 
 @pytest.mark.parametrize("arch", ["80", "90", "100"])
 def test_lean_kernels_multiply_on_tensor_cores_without_spills(arch):
+    """30522 words, no multiple of 8: the loads are 16 bytes all the same, as the contiguous axis is H."""
     kernels = run(LEAN, arch)
     assert {name for name, *_ in kernels} == {"_statistics_of_share", "_merge_shares", "_owned_gradient"}
     products = [kernel for kernel in kernels if kernel[0] != "_merge_shares"]
-    for name, _, spills, fits, matrix, loads, stores in products:
+    for name, spills, fits, matrix, loads, stores in products:
         assert spills == 0, name
         assert fits, name
         assert matrix >= 4, name
         assert loads >= 16, name
         assert stores >= 2 or name == "_statistics_of_share", name
-    # 30522 words are loaded as widely as 30528: the contiguous axis is H.
-    by_vocab = [sorted((k[0], *k[4:]) for k in products if k[1] == vocab_size) for vocab_size in (30522, 30528)]
-    assert by_vocab[0] == by_vocab[1] or not by_vocab[1]
