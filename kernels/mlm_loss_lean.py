@@ -241,9 +241,9 @@ def _owned_gradient(
     sums = ()
     owned = ()
     for i in tl.static_range(SLICES):
-        sums = sums + (tl.zeros((BLOCK_H, BLOCK_OWN), dtype=tl.float32),)  # noqa: RUF005
+        sums = sums + (tl.zeros((BLOCK_H, BLOCK_OWN), dtype=tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
         if RESIDENT:
-            owned = owned + (_load_tile(own_ptr, own, stride_own, num_own, i * BLOCK_H, H, BLOCK_H),)  # noqa: RUF005
+            owned = owned + (_load_tile(own_ptr, own, stride_own, num_own, i * BLOCK_H, H, BLOCK_H),)  # type: ignore[assignment]  # noqa: RUF005
     bias_sum = tl.zeros((BLOCK_VISITED, BLOCK_OWN), dtype=tl.float32)  # across threads only once, at the end
 
     for start in range(0, num_visited, BLOCK_VISITED):
@@ -253,7 +253,7 @@ def _owned_gradient(
             x = tl.zeros((BLOCK_VISITED, BLOCK_OWN), dtype=tl.float32)
             for i in tl.static_range(SLICES):
                 v = _load_tile(visited_ptr, visited, stride_visited, num_visited, i * BLOCK_H, H, BLOCK_H)
-                loaded = loaded + (v,)  # noqa: RUF005
+                loaded = loaded + (v,)  # type: ignore[assignment]  # noqa: RUF005
                 x = tl.dot(v, tl.trans(owned[i]), x, input_precision=PRECISION)
         else:
             x = _product(
@@ -294,7 +294,7 @@ def _owned_gradient(
                         v = _load_tile(
                             visited_ptr, visited, stride_visited, num_visited, first_column + i * BLOCK_H, H, BLOCK_H
                         )
-                    updated = updated + (tl.dot(tl.trans(v), g, sums[i], input_precision=PRECISION),)  # noqa: RUF005
+                    updated = updated + (tl.dot(tl.trans(v), g, sums[i], input_precision=PRECISION),)  # type: ignore[assignment]  # noqa: RUF005
                 sums = updated
 
     factor = tl.load(factor_ptr)
