@@ -37,10 +37,10 @@ from ..kernels import (
     dropout_add_layernorm,
     embed_layernorm,
     layernorm,
-    masked_lm_loss,
     use_backend,
 )
 from ..kernels._triton import interpreting, triton
+from . import aot_mlm_loss
 
 # Per multiprocessor: registers, warps, shared memory a block may have (CUDA C programming guide, compute capabilities).
 LIMITS = {80: (65536, 64, 163 * 1024), 90: (65536, 64, 227 * 1024), 100: (65536, 64, 227 * 1024)}
@@ -180,14 +180,6 @@ def _layernorm(hidden_size: int, dtype: torch.dtype) -> None:
     layernorm(x, weight, bias).sum().backward()
 
 
-def _masked_lm_loss(vocab_size: int, dtype: torch.dtype, **options: Any) -> None:
-    hidden = torch.randn(32, 64, dtype=dtype, requires_grad=True)
-    weight = torch.randn(vocab_size, 64, dtype=dtype, requires_grad=True)
-    bias = torch.zeros(vocab_size, dtype=dtype, requires_grad=True)
-    loss: Any = masked_lm_loss(hidden, weight, bias, torch.arange(32), **options)
-    loss.sum().backward()
-
-
 def _bias_gelu(width: int, approximate: Literal["none", "tanh"], dtype: torch.dtype) -> None:
     x = torch.randn(64, width, dtype=dtype, requires_grad=True)
     bias = torch.randn(width, requires_grad=True)
@@ -217,10 +209,7 @@ def cases(dtype: torch.dtype = torch.bfloat16) -> dict[str, Callable[[], None]]:
     found["embed_layernorm H=768 dropout=0.1"] = functools.partial(_embed_layernorm, 768, 0.1, dtype)
     found["bias_gelu I=3072 erf"] = functools.partial(_bias_gelu, 3072, "none", dtype)
     found["bias_gelu I=3072 tanh"] = functools.partial(_bias_gelu, 3072, "tanh", dtype)
-    for vocab_size in (8192, 30522):
-        found[f"masked_lm_loss V={vocab_size}"] = functools.partial(_masked_lm_loss, vocab_size, dtype)
-    found["masked_lm_loss V=30522 smoothing"] = functools.partial(_masked_lm_loss, 30522, dtype, label_smoothing=0.1)
-    found["masked_lm_loss V=30522 per row"] = functools.partial(_masked_lm_loss, 30522, dtype, reduction="none")
+    found |= aot_mlm_loss.cases(dtype)
     return found
 
 
