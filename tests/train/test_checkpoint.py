@@ -141,3 +141,17 @@ def test_leftovers_of_a_crash_are_removed_and_never_listed(tmp_path: Path) -> No
     assert list_checkpoints(tmp_path) == []
     save_checkpoint(tmp_path, *trained(seed=0), TrainerState(step=6))
     assert not leftover.exists()
+
+
+def test_versions(tmp_path: Path) -> None:
+    """The first had no lanes (one was read), and generators' states that nothing depends on any more."""
+    path = save_checkpoint(tmp_path, *trained(seed=0), TrainerState(step=1, lanes=4))
+    content = json.loads((path / "trainer.json").read_text())
+    content["version"] = 1
+    del content["state"]["lanes"]
+    (path / "trainer.json").write_text(json.dumps(content))
+    assert read_state(path) == TrainerState(step=1, lanes=1)
+    content["version"] = 99
+    (path / "trainer.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="format version 99"):
+        read_state(path)
