@@ -101,6 +101,20 @@ def test_what_is_skipped_stays_within_the_bound(tolerance):
     assert relative_error(skipped[3], full[3]) < 1e-6  # the bias's gradient leaves nothing out
 
 
+@pytest.mark.parametrize("tolerance", [0.5, 1.5])
+def test_the_bound_holds_where_it_is_tight(tolerance):
+    """One vector for every word: the error of dhidden is the mass left out, and each tile has a tenth of it."""
+    hidden, weight, bias, labels = problem(9, 640, ignored=())
+    weight, bias, labels = torch.ones_like(weight), torch.zeros_like(bias), torch.zeros_like(labels)
+    full, skipped = (
+        gradients(partial(lean_loss, reduction="sum", skip_tolerance=t), (hidden, weight, bias), labels, 1.0)[1]
+        for t in (0.0, tolerance)
+    )
+    left_out = (full - skipped).norm(dim=1) / weight[0].norm()
+    assert (left_out <= tolerance).all()
+    assert (left_out > 0.8).all() == (tolerance > 1)  # nine tiles of 0.1, or none
+
+
 def test_a_tile_is_skipped_only_if_every_row_allows_it():
     """Tolerance 3 exceeds Σ|G|, which is 2 at most, but a tile may hold no more than its share, of 3 / 10 or so."""
     inputs, labels = sharp_problem()
