@@ -17,12 +17,13 @@ from ._triton import triton
 
 
 class Config(NamedTuple):
-    """How one kernel is launched: BLOCK_M rows of queries against BLOCK_N keys."""
+    """How one kernel is launched: BLOCK_M rows of queries against BLOCK_N keys, of ``heads`` heads (short route)."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    heads: int = 1
 
 
 class Table(NamedTuple):
@@ -37,6 +38,8 @@ class Table(NamedTuple):
     long_backward_dq: dict[int, Config]
     long_backward_dk_dv: dict[int, Config]
 
+
+FULL_TILE = 64  # rows: what Hopper's matrix instruction wants, and four warps' worth of Ampere's
 
 # (architecture, bytes of an element); an architecture not listed takes the newest one listed below it.
 TABLES = {
@@ -140,21 +143,32 @@ def table(dtype: torch.dtype) -> Table:
     return TABLES[known, dtype.itemsize]
 
 
-def _short(longest: int, max_q: int, max_k: int) -> Config | None:
-    if max(max_q, max_k) > longest:
+def _short(longest: int, num_heads: int, max_q: int, max_k: int, dtype: torch.dtype) -> Config | None:
+    rows = max(max_q, max_k)
+    if rows > longest:
         return None
-    block_m, block_n = block(max_q), block(max_k)
-    return Config(block_m, block_n, 8 if max(block_m, block_n) > 64 else 4, 1)
+    block_m, block_n, heads = block(max_q), block(max_k), 1
+    # float32 has no matrix instruction to fill. num_heads: what a tile may gather.
+    full = min(FULL_TILE, longest) if dtype.itemsize == 2 else 0
+    while 2 * max(block_m, block_n) <= full and num_heads % (2 * heads) == 0:
+        block_m, block_n, heads = 2 * block_m, 2 * block_n, 2 * heads
+    return Config(block_m, block_n, 8 if max(block_m, block_n) > 64 else 4, 1, heads)
 
 
-def short_forward(head_dim: int, max_q: int, max_k: int, dtype: torch.dtype) -> Config | None:
+def short_forward(
+    head_dim: int, num_heads: int, max_q: int, max_k: int, groups: int, dtype: torch.dtype
+) -> Config | None:
     """None where the longest segment does not fit one tile."""
-    return _short(table(dtype).short_forward[block(head_dim)], max_q, max_k)
+    return _short(table(dtype).short_forward[block(head_dim)], num_heads if groups == 1 else 1, max_q, max_k, dtype)
 
 
-def short_backward(head_dim: int, max_q: int, max_k: int, groups: int, dtype: torch.dtype) -> Config | None:
+def short_backward(
+    head_dim: int, num_heads: int, max_q: int, max_k: int, groups: int, dtype: torch.dtype
+) -> Config | None:
     """None where the longest segment does not fit one tile, or heads share their keys."""
-    return None if groups > 1 else _short(table(dtype).short_backward[block(head_dim)], max_q, max_k)
+    if groups > 1:
+        return None
+    return _short(table(dtype).short_backward[block(head_dim)], num_heads, max_q, max_k, dtype)
 
 
 def long_forward(head_dim: int, dtype: torch.dtype) -> Config:

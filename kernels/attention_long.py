@@ -9,6 +9,7 @@ check no bounds: a ragged last tile is peeled. A window skips the tiles it canno
 from __future__ import annotations
 
 from ._triton import tl, triton
+from .attention_schedule import locate
 from .attention_tiles import (
     LOG2E,
     last_real_key,
@@ -99,6 +100,7 @@ def long_forward(
     stats_ptr,  # [2, origin, H, n_q] float32: m, log₂ l
     cu_seqlens_q_ptr,  # [S + 1] int32, VARLEN
     cu_seqlens_k_ptr,  # [S + 1] int32, VARLEN
+    slots_ptr,  # `schedule_tiles`, SCHEDULED
     key_mask_ptr,  # [B, n_k] uint8, MASKED
     seed_ptr,  # [1] int64, DROPOUT
     q_strides,  # (origin, row, head), elements
@@ -106,7 +108,7 @@ def long_forward(
     v_strides,
     out_strides,
     stats_strides,  # (m to l, origin, head)
-    num_tiles,
+    num_tiles,  # `locate`
     num_segments,
     num_heads,
     num_q,
@@ -123,16 +125,17 @@ def long_forward(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     VARLEN: tl.constexpr,
+    SCHEDULED: tl.constexpr,
     MASKED: tl.constexpr,
     WINDOW: tl.constexpr,
     DROPOUT: tl.constexpr,
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # Query tiles of one head run side by side, so that its K and V are read from L2.
-    start_m = tl.program_id(0) % num_tiles * BLOCK_M
-    plane = tl.program_id(0) // num_tiles
-    segment, head = plane // num_heads, plane % num_heads
+    segment, head, start_m = locate(
+        slots_ptr, num_tiles, cu_seqlens_q_ptr, num_segments, num_heads, num_q, BLOCK_M, VARLEN, SCHEDULED
+    )
+    plane = segment * num_heads + head
     if VARLEN and segment == num_segments:
         if start_m == 0:
             zero_rest(out_ptr, out_strides, head, cu_seqlens_q_ptr, num_segments, num_q, BLOCK_M, D, BLOCK_D)
@@ -236,6 +239,7 @@ def long_backward_dq(
     delta_ptr,  # [origin, H, n_q] float32, written
     cu_seqlens_q_ptr,  # [S + 1] int32, VARLEN
     cu_seqlens_k_ptr,  # [S + 1] int32, VARLEN
+    slots_ptr,  # `schedule_tiles`, SCHEDULED
     key_mask_ptr,  # [B, n_k] uint8, MASKED
     seed_ptr,  # [1] int64, DROPOUT
     q_strides,  # (origin, row, head), elements
@@ -245,7 +249,7 @@ def long_backward_dq(
     dout_strides,
     dq_strides,
     stats_strides,  # (m to l, origin, head)
-    num_tiles,
+    num_tiles,  # `locate`
     num_segments,
     num_heads,
     num_q,
@@ -260,15 +264,17 @@ def long_backward_dq(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     VARLEN: tl.constexpr,
+    SCHEDULED: tl.constexpr,
     MASKED: tl.constexpr,
     WINDOW: tl.constexpr,
     DROPOUT: tl.constexpr,
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    start_m = tl.program_id(0) % num_tiles * BLOCK_M
-    plane = tl.program_id(0) // num_tiles
-    segment, head = plane // num_heads, plane % num_heads
+    segment, head, start_m = locate(
+        slots_ptr, num_tiles, cu_seqlens_q_ptr, num_segments, num_heads, num_q, BLOCK_M, VARLEN, SCHEDULED
+    )
+    plane = segment * num_heads + head
     if VARLEN and segment == num_segments:
         if start_m == 0:
             zero_rest(dq_ptr, dq_strides, head, cu_seqlens_q_ptr, num_segments, num_q, BLOCK_M, D, BLOCK_D)
@@ -381,6 +387,7 @@ def long_backward_dk_dv(
     delta_ptr,  # [origin, H, n_q] float32
     cu_seqlens_q_ptr,  # [S + 1] int32, VARLEN
     cu_seqlens_k_ptr,  # [S + 1] int32, VARLEN
+    slots_ptr,  # `schedule_tiles`, SCHEDULED
     key_mask_ptr,  # [B, n_k] uint8, MASKED
     seed_ptr,  # [1] int64, DROPOUT
     q_strides,  # (origin, row, head), elements
@@ -390,7 +397,7 @@ def long_backward_dk_dv(
     dk_strides,
     dv_strides,
     stats_strides,  # (m to l, origin, head)
-    num_tiles,
+    num_tiles,  # `locate`
     num_segments,
     num_heads,
     num_q,
@@ -405,16 +412,16 @@ def long_backward_dk_dv(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     VARLEN: tl.constexpr,
+    SCHEDULED: tl.constexpr,
     MASKED: tl.constexpr,
     WINDOW: tl.constexpr,
     DROPOUT: tl.constexpr,
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    num_key_heads = num_heads // GROUPS
-    start_n = tl.program_id(0) % num_tiles * BLOCK_N
-    segment = tl.program_id(0) // num_tiles // num_key_heads
-    key_head = tl.program_id(0) // num_tiles % num_key_heads
+    segment, key_head, start_n = locate(
+        slots_ptr, num_tiles, cu_seqlens_k_ptr, num_segments, num_heads // GROUPS, num_k, BLOCK_N, VARLEN, SCHEDULED
+    )
     if VARLEN and segment == num_segments:
         if start_n == 0:
             zero_rest(dk_ptr, dk_strides, key_head, cu_seqlens_k_ptr, num_segments, num_k, BLOCK_N, D, BLOCK_D)
