@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from unittest import mock
 
 import torch
@@ -20,8 +20,15 @@ import torch
 from ..kernels import attention_config
 from ..kernels.attention_launch import NO_WINDOW, Problem, backward, forward, like_query, new_stats
 
+if TYPE_CHECKING:
+    from .aot import Resources
+
+# (architecture, kernel, bytes of an element, BLOCK_D) -> bytes spilled where no tile spills nothing, at its worst.
+SPILLS: dict[tuple[int, str, int, int], int] = {}
+
 LONG = 512  # rows: no tile of any table holds them
 HEADS = 4
+MATRIX_ROWS = 64  # of the left factor: Hopper's and Blackwell's matrix instructions; fewer take Ampere's
 
 
 class Variant(NamedTuple):
@@ -39,7 +46,8 @@ class Variant(NamedTuple):
 
 
 PLAIN = Variant()
-HEAVY = Variant(window=True, dropout=True)
+DROPOUT = Variant(dropout=True)
+WINDOW = Variant(window=True, dropout=True)
 MASKED = Variant("masked", window=True, dropout=True)
 GROUPED = MASKED._replace(groups=2)
 
@@ -75,12 +83,12 @@ def _of_table(arch: int, dtype: torch.dtype, heaviest: bool) -> Iterator[tuple[t
     for head_dim in table.long_forward:
         longest = {table.short_forward[head_dim], table.short_backward[head_dim]} - {0}
         for n in sorted(longest):
-            for variant in (HEAVY,) if heaviest else (PLAIN, HEAVY, MASKED):
+            for variant in (WINDOW,) if heaviest else (PLAIN, WINDOW, MASKED):
                 yield dtype, head_dim, n, n, variant
         shorter = (n for n in (16, 32, 64, 128) if n < max(longest, default=0) and n not in longest)
         for n in shorter if not heaviest else ():
-            yield dtype, head_dim, n, n, HEAVY
-        for variant in (GROUPED,) if heaviest else (PLAIN, HEAVY, GROUPED):
+            yield dtype, head_dim, n, n, WINDOW
+        for variant in (GROUPED,) if heaviest else (PLAIN, WINDOW, GROUPED):
             yield dtype, head_dim, LONG, LONG, variant
         if dtype == torch.float32 and not heaviest:
             yield dtype, head_dim, LONG, LONG, GROUPED._replace(tf32=True)
@@ -89,11 +97,11 @@ def _of_table(arch: int, dtype: torch.dtype, heaviest: bool) -> Iterator[tuple[t
 def _of_berts_head() -> Iterator[tuple[torch.dtype, int, int, int, Variant]]:
     """What `_of_table` leaves out, at D = 64."""
     for n in (16, 64, 128, LONG):
-        yield torch.float16, 64, n, n, HEAVY
-        yield torch.bfloat16, 48, n, n, HEAVY
-        yield torch.bfloat16, 64, n, n, HEAVY._replace(window=False)
-    yield torch.bfloat16, 64, 16, 128, HEAVY
-    yield torch.bfloat16, 64, 128, 16, HEAVY
+        yield torch.float16, 64, n, n, WINDOW
+        yield torch.bfloat16, 48, n, n, WINDOW
+        yield torch.bfloat16, 64, n, n, WINDOW._replace(window=False)
+    yield torch.bfloat16, 64, 16, 128, WINDOW
+    yield torch.bfloat16, 64, 128, 16, WINDOW
 
 
 def cases(arch: int, *, heaviest: bool = False) -> dict[str, Callable[[], None]]:
@@ -108,3 +116,25 @@ def cases(arch: int, *, heaviest: bool = False) -> dict[str, Callable[[], None]]
         )
         for dtype, d, n, m, variant in found
     }
+
+
+def problems(r: Resources, shared_limit: int, matrix: str) -> list[str]:
+    """What is wrong with a compiled kernel of attention, in words."""
+    constants = r.constants
+    size = 4 if constants["EXACT"] else 2
+    granted = SPILLS.get((r.arch, r.name, size, constants["BLOCK_D"]), 0)
+    found = []
+    if r.spill_bytes > granted:
+        found.append(f"spills {r.spill_bytes} bytes" + (f", {granted} granted" if granted else ""))
+    if r.shared_bytes > shared_limit:
+        found.append(f"takes {r.shared_bytes} bytes of shared memory; there are {shared_limit}")
+    # The rows of the left factors: of S and dQ queries, of dK and dV keys; of the short backward both.
+    rows = {"short_backward": min(constants["BLOCK_M"], constants["BLOCK_N"])}
+    rows |= {"long_backward_dk_dv": constants["BLOCK_N"]}
+    if size == 4 and constants["PRECISION"] == "ieee":
+        meant = None
+    else:
+        meant = matrix if rows.get(r.name, constants["BLOCK_M"]) >= MATRIX_ROWS else "HMMA"
+    if r.matrix_instruction != meant:
+        found.append(f"multiplies with {r.matrix_instruction}, not {meant}")
+    return found

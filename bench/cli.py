@@ -285,7 +285,8 @@ def tune(
 ) -> None:
     """Derive attention's launch table anew: by the clock on that GPU, elsewhere by the compiler alone.
 
-    Prints the entry for TABLES in kernels/attention_config.py. Takes minutes.
+    Prints the entries for TABLES and MASKED in kernels/attention_config.py.
+    Takes minutes.
     """
     import torch
 
@@ -297,8 +298,9 @@ def tune(
     if arch not in LIMITS:
         raise UserError(f"--arch {arch}: choose one of {', '.join(map(str, LIMITS))}")
     chosen = _dtype(dtype, torch.device("cpu"), TRAINING_DTYPES)
-    table = suite.derive(arch, chosen, lambda line: typer.echo(line, err=True))
+    table, masked = suite.derive(arch, chosen, lambda line: typer.echo(line, err=True))
     typer.echo(suite.as_code(arch, chosen, table))
+    typer.echo(suite.as_code(arch, chosen, masked))
 
 
 @app.command()

@@ -122,6 +122,12 @@ TABLES = {
 }
 
 
+NOTHING = Table({}, {}, {}, {}, {})
+
+# What differs under a padding mask, a window or grouped heads, which need more registers: an entry where TABLES' spills.
+MASKED: dict[tuple[int, int], Table] = {}
+
+
 def block(n: int) -> int:
     """The tile that holds n rows or columns: a power of two, at least 16 for the matrix instructions."""
     return max(16, triton.next_power_of_2(n))
@@ -136,11 +142,17 @@ def architecture() -> int:
     return 10 * major + minor
 
 
-def table(dtype: torch.dtype) -> Table:
-    """The table for ``dtype`` on this machine's GPU."""
+def _known(dtype: torch.dtype) -> tuple[int, int]:
     listed = sorted(arch for arch, size in TABLES if size == dtype.itemsize)
-    known = max((arch for arch in listed if arch <= architecture()), default=listed[0])
-    return TABLES[known, dtype.itemsize]
+    return max((arch for arch in listed if arch <= architecture()), default=listed[0]), dtype.itemsize
+
+
+def table(dtype: torch.dtype, masked: bool = False) -> Table:
+    """The table for ``dtype`` on this machine's GPU. masked: under a padding mask, a window or grouped heads."""
+    known = _known(dtype)
+    if not masked:
+        return TABLES[known]
+    return Table(*({**plain, **own} for plain, own in zip(TABLES[known], MASKED.get(known, NOTHING), strict=True)))
 
 
 def _short(longest: int, num_heads: int, max_q: int, max_k: int, dtype: torch.dtype) -> Config | None:
@@ -156,28 +168,29 @@ def _short(longest: int, num_heads: int, max_q: int, max_k: int, dtype: torch.dt
 
 
 def short_forward(
-    head_dim: int, num_heads: int, max_q: int, max_k: int, groups: int, dtype: torch.dtype
+    head_dim: int, num_heads: int, max_q: int, max_k: int, groups: int, dtype: torch.dtype, masked: bool
 ) -> Config | None:
     """None where the longest segment does not fit one tile."""
-    return _short(table(dtype).short_forward[block(head_dim)], num_heads if groups == 1 else 1, max_q, max_k, dtype)
+    longest = table(dtype, masked).short_forward[block(head_dim)]
+    return _short(longest, num_heads if groups == 1 else 1, max_q, max_k, dtype)
 
 
 def short_backward(
-    head_dim: int, num_heads: int, max_q: int, max_k: int, groups: int, dtype: torch.dtype
+    head_dim: int, num_heads: int, max_q: int, max_k: int, groups: int, dtype: torch.dtype, masked: bool
 ) -> Config | None:
     """None where the longest segment does not fit one tile, or heads share their keys."""
     if groups > 1:
         return None
-    return _short(table(dtype).short_backward[block(head_dim)], num_heads, max_q, max_k, dtype)
+    return _short(table(dtype, masked).short_backward[block(head_dim)], num_heads, max_q, max_k, dtype)
 
 
-def long_forward(head_dim: int, dtype: torch.dtype) -> Config:
-    return table(dtype).long_forward[block(head_dim)]
+def long_forward(head_dim: int, dtype: torch.dtype, masked: bool) -> Config:
+    return table(dtype, masked).long_forward[block(head_dim)]
 
 
-def long_backward_dq(head_dim: int, dtype: torch.dtype) -> Config:
-    return table(dtype).long_backward_dq[block(head_dim)]
+def long_backward_dq(head_dim: int, dtype: torch.dtype, masked: bool) -> Config:
+    return table(dtype, masked).long_backward_dq[block(head_dim)]
 
 
-def long_backward_dk_dv(head_dim: int, dtype: torch.dtype) -> Config:
-    return table(dtype).long_backward_dk_dv[block(head_dim)]
+def long_backward_dk_dv(head_dim: int, dtype: torch.dtype, masked: bool) -> Config:
+    return table(dtype, masked).long_backward_dk_dv[block(head_dim)]

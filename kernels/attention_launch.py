@@ -52,6 +52,11 @@ class Problem(NamedTuple):
         """Query heads that share a key head."""
         return self.q.shape[1] // self.k.shape[1]
 
+    @property
+    def masked(self) -> bool:
+        """It takes more registers than plain attention."""
+        return self.key_mask is not None or self.window != NO_WINDOW or self.groups > 1
+
     def query_tiles(self, block: int) -> tuple[int, dict[str, Any]]:
         """(programs, what they find their tile by) of a kernel that owns ``block`` queries."""
         return self._tiles(self.cu_seqlens_q, self.q, self.max_q, block)
@@ -66,11 +71,11 @@ class Problem(NamedTuple):
 
     def short_forward(self) -> attention_config.Config | None:
         shape = (self.q.shape[-1], self.q.shape[1], self.max_q, self.max_k, self.groups)
-        return attention_config.short_forward(*shape, self.q.dtype)
+        return attention_config.short_forward(*shape, self.q.dtype, self.masked)
 
     def short_backward(self) -> attention_config.Config | None:
         shape = (self.q.shape[-1], self.q.shape[1], self.max_q, self.max_k, self.groups)
-        return attention_config.short_backward(*shape, self.q.dtype)
+        return attention_config.short_backward(*shape, self.q.dtype, self.masked)
 
     def arguments(self, config: attention_config.Config) -> dict[str, Any]:
         """What every kernel takes."""
@@ -129,7 +134,7 @@ def forward(a: Problem, out: Tensor, stats: Tensor) -> None:
             *tensors, **strides, max_q=a.max_q, max_k=a.max_k, HEADS=config.heads, **a.arguments(config)
         )
     else:
-        config = attention_config.long_forward(a.q.shape[-1], a.q.dtype)
+        config = attention_config.long_forward(a.q.shape[-1], a.q.dtype, a.masked)
         programs, tiles = a.query_tiles(config.block_m)
         long_forward[(programs,)](*tensors, **strides, **tiles, max_q=a.max_q, max_k=a.max_k, **a.arguments(config))
 
@@ -148,13 +153,13 @@ def backward(a: Problem, out: Tensor, stats: Tensor, dout: Tensor, dq: Tensor, d
         )  # fmt: skip
         return
     delta = torch.empty_like(stats[0])
-    config = attention_config.long_backward_dq(a.q.shape[-1], a.q.dtype)
+    config = attention_config.long_backward_dq(a.q.shape[-1], a.q.dtype, a.masked)
     programs, tiles = a.query_tiles(config.block_m)
     long_backward_dq[(programs,)](
         a.q, a.k, a.v, out, dout, dq, stats, delta,
         out_strides=_strides(out), **tiles, **strides, **to_q, **a.arguments(config),
     )  # fmt: skip
-    config = attention_config.long_backward_dk_dv(a.q.shape[-1], a.q.dtype)
+    config = attention_config.long_backward_dk_dv(a.q.shape[-1], a.q.dtype, a.masked)
     programs, tiles = a.key_tiles(config.block_n)
     long_backward_dk_dv[(programs,)](
         a.q, a.k, a.v, dout, dk, dv, stats, delta, **tiles, **strides, **to_k, **a.arguments(config)

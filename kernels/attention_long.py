@@ -39,6 +39,16 @@ def _tile_range(start, rows, others, window, BLOCK: tl.constexpr, BLOCK_OTHER: t
 
 
 @triton.jit
+def _nothing(num_heads):
+    """0.0, which the compiler does not know.
+
+    Added to an operand in a loop, it keeps the compiler from taking the operand out of the loop. A float32 product on
+    the plain cores holds whole rows of both operands: beyond D = 32 the one that does not change would fill the registers.
+    """
+    return tl.minimum(num_heads, 0).to(tl.float32)
+
+
+@triton.jit
 def _forward_step(
     acc,
     l,
@@ -157,13 +167,18 @@ def long_forward(
     l = tl.zeros((BLOCK_M,), dtype=tl.float32)
     m = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     first, whole, end = _tile_range(start_m, n_q, n_k, window, BLOCK_M, BLOCK_N, WINDOW)
+    nothing = _nothing(num_heads)
+    if MASKED or WINDOW:
+        whole = end  # every tile is masked anyway: one loop
     for start_n in range(first, whole, BLOCK_N):
         acc, l, m = _forward_step(
             acc, l, m, q, k_ptr, v_ptr, key_mask_ptr, seed_ptr, k_strides, v_strides, k_origin, segment, head // GROUPS,
             rows, start_n, n_k, num_k, plane, window, qk_scale, p_threshold,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, MASKED, WINDOW, DROPOUT, False, EXACT, PRECISION,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, MASKED, WINDOW, DROPOUT, MASKED or WINDOW, EXACT, PRECISION,
         )  # fmt: skip
-    if whole < end:
+        if EXACT and BLOCK_D > 32:
+            q += nothing
+    if not (MASKED or WINDOW) and whole < end:
         acc, l, m = _forward_step(
             acc, l, m, q, k_ptr, v_ptr, key_mask_ptr, seed_ptr, k_strides, v_strides, k_origin, segment, head // GROUPS,
             rows, whole, n_k, num_k, plane, window, qk_scale, p_threshold,
@@ -298,13 +313,19 @@ def long_backward_dq(
 
     dq = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     first, whole, end = _tile_range(start_m, n_q, n_k, window, BLOCK_M, BLOCK_N, WINDOW)
+    nothing = _nothing(num_heads)
+    if MASKED or WINDOW:
+        whole = end
     for start_n in range(first, whole, BLOCK_N):
         dq = _dq_step(
             dq, q, dout, m, log2_l, delta, k_ptr, v_ptr, key_mask_ptr, seed_ptr, k_strides, v_strides, k_origin,
             segment, head // GROUPS, rows, start_n, n_k, num_k, plane, window, qk_scale, p_threshold,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, MASKED, WINDOW, DROPOUT, False, EXACT, PRECISION,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, MASKED, WINDOW, DROPOUT, MASKED or WINDOW, EXACT, PRECISION,
         )  # fmt: skip
-    if whole < end:
+        if EXACT and BLOCK_D > 32:
+            q += nothing
+            dout += nothing
+    if not (MASKED or WINDOW) and whole < end:
         dq = _dq_step(
             dq, q, dout, m, log2_l, delta, k_ptr, v_ptr, key_mask_ptr, seed_ptr, k_strides, v_strides, k_origin,
             segment, head // GROUPS, rows, whole, n_k, num_k, plane, window, qk_scale, p_threshold,
@@ -443,8 +464,9 @@ def long_backward_dk_dv(
 
     dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    for group in range(GROUPS):
-        head = key_head * GROUPS + group
+    nothing = _nothing(num_heads)
+    if GROUPS == 1:
+        head = key_head
         plane = segment * num_heads + head
         for start_m in range(first, whole, BLOCK_M):
             dk, dv = _dk_dv_step(
@@ -452,12 +474,29 @@ def long_backward_dk_dv(
                 q_origin, head, start_m, start_n, n_q, plane, window, qk_scale, p_threshold,
                 D, BLOCK_D, BLOCK_M, BLOCK_N, WINDOW, DROPOUT, False, EXACT, PRECISION,
             )  # fmt: skip
+            if EXACT and BLOCK_D > 32:
+                k += nothing
+                v += nothing
         if whole < end:
             dk, dv = _dk_dv_step(
                 dk, dv, k, v, q_ptr, dout_ptr, stats_ptr, delta_ptr, seed_ptr, q_strides, dout_strides, stats_strides,
                 q_origin, head, whole, start_n, n_q, plane, window, qk_scale, p_threshold,
                 D, BLOCK_D, BLOCK_M, BLOCK_N, WINDOW, DROPOUT, True, EXACT, PRECISION,
             )  # fmt: skip
+    else:
+        # One loop over all tiles of all heads: a loop within a loop, each tile peeled, would spill.
+        tiles = tl.cdiv(tl.maximum(end - first, 0), BLOCK_M)
+        for step in range(GROUPS * tiles):
+            head = key_head * GROUPS + step // tiles
+            plane = segment * num_heads + head
+            dk, dv = _dk_dv_step(
+                dk, dv, k, v, q_ptr, dout_ptr, stats_ptr, delta_ptr, seed_ptr, q_strides, dout_strides, stats_strides,
+                q_origin, head, first + step % tiles * BLOCK_M, start_n, n_q, plane, window, qk_scale, p_threshold,
+                D, BLOCK_D, BLOCK_M, BLOCK_N, WINDOW, DROPOUT, True, EXACT, PRECISION,
+            )  # fmt: skip
+            if EXACT and BLOCK_D > 32:
+                k += nothing
+                v += nothing
     if MASKED:
         # A key owns its rows of dK and dV, so padding needs no masking until here.
         dk = tl.where(real[:, None], dk, 0.0)
