@@ -6,8 +6,8 @@ launches nothing: outputs are whatever the allocator returned. The resources are
 that Triton's wheel carries.
 
 Run as a program it prints the table for every operator: ``python -m fusebert.bench.aot --arch 80 90 100``, and with
-``--out bench/results`` writes it there; attention in every way its tables allow (`aot_attention`). A kernel of attention
-that spills, does not fit or misses its chip's matrix instructions is named, and the status is 1.
+``--out bench/results`` writes it there; attention in every way its tables allow (`aot_attention`). A kernel of
+attention that spills, does not fit or misses its chip's matrix instructions is named, and the status is 1.
 Not under ``TRITON_INTERPRET=1``: that decides, at import, that nothing is ever compiled.
 """
 

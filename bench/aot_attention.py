@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 
 from ..kernels import attention_config
+from ..kernels.attention_config import Table
 from ..kernels.attention_launch import NO_WINDOW, Problem, backward, forward, like_query, new_stats
 
 if TYPE_CHECKING:
@@ -77,18 +78,32 @@ def call(dtype: torch.dtype, head_dim: int, n_q: int, n_k: int, variant: Variant
         torch.backends.cuda.matmul.fp32_precision = before
 
 
-def _of_table(arch: int, dtype: torch.dtype, heaviest: bool) -> Iterator[tuple[torch.dtype, int, int, int, Variant]]:
+def _tables(arch: int, dtype: torch.dtype) -> tuple[Table, Table]:
+    """What plain calls look up, and masked ones."""
     with mock.patch.object(attention_config, "architecture", return_value=arch):
-        table = attention_config.table(dtype)
-    for head_dim in table.long_forward:
-        longest = {table.short_forward[head_dim], table.short_backward[head_dim]} - {0}
-        for n in sorted(longest):
-            for variant in (WINDOW,) if heaviest else (PLAIN, WINDOW, MASKED):
+        return attention_config.table(dtype), attention_config.table(dtype, masked=True)
+
+
+def _longest(table: Table, head_dim: int) -> list[int]:
+    """The segment lengths at which one of the short kernels still takes the whole segment, and then does not."""
+    return sorted({table.short_forward[head_dim], table.short_backward[head_dim]} - {0})
+
+
+def _of_table(arch: int, dtype: torch.dtype, heaviest: bool) -> Iterator[tuple[torch.dtype, int, int, int, Variant]]:
+    plain, masked = _tables(arch, dtype)
+    for head_dim in plain.long_forward:
+        for n in _longest(masked, head_dim):
+            for variant in (WINDOW,) if heaviest else (WINDOW, MASKED, DROPOUT, PLAIN):
                 yield dtype, head_dim, n, n, variant
-        shorter = (n for n in (16, 32, 64, 128) if n < max(longest, default=0) and n not in longest)
-        for n in shorter if not heaviest else ():
-            yield dtype, head_dim, n, n, WINDOW
-        for variant in (GROUPED,) if heaviest else (PLAIN, WINDOW, GROUPED):
+        for n in _longest(plain, head_dim):
+            if n not in _longest(masked, head_dim):
+                yield dtype, head_dim, n, n, DROPOUT
+        if not heaviest:
+            for n in (16, 32, 64):
+                if n < max(_longest(plain, head_dim), default=0) and n not in _longest(masked, head_dim):
+                    yield dtype, head_dim, n, n, WINDOW
+        own = any(getattr(plain, name)[head_dim] != getattr(masked, name)[head_dim] for name in Table._fields)
+        for variant in (GROUPED, *([DROPOUT] if own else [])) if heaviest else (GROUPED, WINDOW, DROPOUT, PLAIN):
             yield dtype, head_dim, LONG, LONG, variant
         if dtype == torch.float32 and not heaviest:
             yield dtype, head_dim, LONG, LONG, GROUPED._replace(tf32=True)
@@ -99,7 +114,7 @@ def _of_berts_head() -> Iterator[tuple[torch.dtype, int, int, int, Variant]]:
     for n in (16, 64, 128, LONG):
         yield torch.float16, 64, n, n, WINDOW
         yield torch.bfloat16, 48, n, n, WINDOW
-        yield torch.bfloat16, 64, n, n, WINDOW._replace(window=False)
+        yield torch.bfloat16, 64, n, n, DROPOUT
     yield torch.bfloat16, 64, 16, 128, WINDOW
     yield torch.bfloat16, 64, 128, 16, WINDOW
 

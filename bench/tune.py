@@ -3,7 +3,7 @@
 For each head size it goes through candidate tiles of each kernel, drops those that spill registers or do not fit the
 shared memory (with or without dropout), and keeps the fastest on the GPU; where there is none, the first of the order
 below, the largest. A segment length takes the short route where its kernel compiles and, on a GPU, beats the long one.
-Where what was chosen spills under a mask, a window or grouped heads, `attention_config.MASKED` gets an entry of its own.
+Where what was chosen spills under a mask, a window or grouped heads, `attention_config.MASKED` gets its own entry.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Tile sizes, warps and pipeline stages of attention's kernels, by shape and architecture.
 
 The tables hold, for each kernel, the largest tiles that compile without spilling a register and fit the shared memory,
-with dropout and without: what a compiler can say (`bench.tune` derives them). They are not yet tuned by the clock.
-Where nothing is small enough not to spill, at D = 256 and in float32, they hold what spills least. Their keys are
-BLOCK_D, the head size rounded up to a power of two.
+with dropout and without: what a compiler can say (`bench.tune` derives them, tests/kernels/test_aot_attention.py
+compiles every entry). They are not yet tuned by the clock. Their keys are BLOCK_D, the head size rounded up to a power
+of two.
 """
 
 from __future__ import annotations
@@ -51,21 +51,21 @@ TABLES = {
             32: Config(128, 128, 8, 2),
             64: Config(128, 64, 8, 3),
             128: Config(32, 32, 4, 2),
-            256: Config(32, 16, 4, 1),
+            256: Config(32, 16, 8, 1),
         },
         long_backward_dq={
             16: Config(128, 64, 8, 2),
             32: Config(128, 64, 8, 2),
             64: Config(64, 32, 4, 2),
-            128: Config(32, 32, 4, 2),
-            256: Config(32, 16, 4, 1),
+            128: Config(32, 32, 8, 2),
+            256: Config(16, 16, 8, 1),
         },
         long_backward_dk_dv={
             16: Config(64, 128, 8, 2),
             32: Config(32, 128, 8, 2),
             64: Config(16, 64, 8, 2),
             128: Config(16, 16, 4, 1),
-            256: Config(16, 16, 4, 1),
+            256: Config(16, 32, 8, 1),
         },
     ),
     (90, 2): Table(
@@ -93,6 +93,31 @@ TABLES = {
             256: Config(16, 64, 8, 2),
         },
     ),
+    (100, 2): Table(
+        short_forward={16: 128, 32: 128, 64: 128, 128: 128, 256: 128},
+        short_backward={16: 128, 32: 128, 64: 128, 128: 128, 256: 32},
+        long_forward={
+            16: Config(128, 128, 8, 2),
+            32: Config(128, 128, 8, 2),
+            64: Config(128, 128, 8, 2),
+            128: Config(128, 64, 8, 3),
+            256: Config(64, 32, 8, 1),
+        },
+        long_backward_dq={
+            16: Config(128, 64, 8, 2),
+            32: Config(128, 64, 8, 2),
+            64: Config(128, 64, 8, 2),
+            128: Config(128, 64, 8, 2),
+            256: Config(64, 32, 8, 2),
+        },
+        long_backward_dk_dv={
+            16: Config(64, 128, 8, 2),
+            32: Config(64, 128, 8, 2),
+            64: Config(32, 128, 8, 2),
+            128: Config(32, 128, 8, 1),
+            256: Config(16, 64, 8, 2),
+        },
+    ),
     # float32 products run on the plain cores, unrolled: small tiles.
     (80, 4): Table(
         short_forward={16: 64, 32: 64, 64: 32, 128: 16, 256: 16},
@@ -100,14 +125,14 @@ TABLES = {
         long_forward={
             16: Config(32, 32, 4, 2),
             32: Config(32, 32, 4, 2),
-            64: Config(16, 16, 4, 2),
-            128: Config(16, 16, 8, 1),
+            64: Config(32, 32, 8, 1),
+            128: Config(32, 16, 8, 1),
             256: Config(16, 16, 8, 1),
         },
         long_backward_dq={
             16: Config(32, 32, 4, 2),
             32: Config(32, 16, 4, 2),
-            64: Config(16, 16, 8, 1),
+            64: Config(32, 16, 8, 1),
             128: Config(16, 16, 8, 1),
             256: Config(16, 16, 8, 1),
         },
@@ -124,8 +149,14 @@ TABLES = {
 
 NOTHING = Table({}, {}, {}, {}, {})
 
-# What differs under a padding mask, a window or grouped heads, which need more registers: an entry where TABLES' spills.
-MASKED: dict[tuple[int, int], Table] = {}
+# What differs under a padding mask, a window or grouped heads, which take more registers: entries that then spill.
+MASKED: dict[tuple[int, int], Table] = {
+    (80, 2): NOTHING._replace(short_forward={128: 32}),
+    (90, 2): NOTHING._replace(short_backward={128: 64}),
+    (100, 2): NOTHING._replace(
+        long_forward={16: Config(128, 64, 8, 3), 32: Config(128, 64, 8, 3), 64: Config(128, 64, 8, 3)}
+    ),
+}
 
 
 def block(n: int) -> int:
@@ -150,9 +181,10 @@ def _known(dtype: torch.dtype) -> tuple[int, int]:
 def table(dtype: torch.dtype, masked: bool = False) -> Table:
     """The table for ``dtype`` on this machine's GPU. masked: under a padding mask, a window or grouped heads."""
     known = _known(dtype)
+    plain, own = TABLES[known], MASKED.get(known, NOTHING)
     if not masked:
-        return TABLES[known]
-    return Table(*({**plain, **own} for plain, own in zip(TABLES[known], MASKED.get(known, NOTHING), strict=True)))
+        return plain
+    return Table(*({**getattr(plain, name), **getattr(own, name)} for name in Table._fields))
 
 
 def _short(longest: int, num_heads: int, max_q: int, max_k: int, dtype: torch.dtype) -> Config | None:

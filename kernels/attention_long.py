@@ -42,8 +42,8 @@ def _tile_range(start, rows, others, window, BLOCK: tl.constexpr, BLOCK_OTHER: t
 def _nothing(num_heads):
     """0.0, which the compiler does not know.
 
-    Added to an operand in a loop, it keeps the compiler from taking the operand out of the loop. A float32 product on
-    the plain cores holds whole rows of both operands: beyond D = 32 the one that does not change would fill the registers.
+    Added to an operand in a loop, it keeps the compiler from taking the operand out of it. A float32 product on the
+    plain cores holds whole rows of both operands: the one that does not change would fill the registers beyond D = 16.
     """
     return tl.minimum(num_heads, 0).to(tl.float32)
 
@@ -176,7 +176,7 @@ def long_forward(
             rows, start_n, n_k, num_k, plane, window, qk_scale, p_threshold,
             D, BLOCK_D, BLOCK_M, BLOCK_N, MASKED, WINDOW, DROPOUT, MASKED or WINDOW, EXACT, PRECISION,
         )  # fmt: skip
-        if EXACT and BLOCK_D > 32:
+        if EXACT and BLOCK_D > 16:
             q += nothing
     if not (MASKED or WINDOW) and whole < end:
         acc, l, m = _forward_step(
@@ -322,7 +322,7 @@ def long_backward_dq(
             segment, head // GROUPS, rows, start_n, n_k, num_k, plane, window, qk_scale, p_threshold,
             D, BLOCK_D, BLOCK_M, BLOCK_N, MASKED, WINDOW, DROPOUT, MASKED or WINDOW, EXACT, PRECISION,
         )  # fmt: skip
-        if EXACT and BLOCK_D > 32:
+        if EXACT and BLOCK_D > 16:
             q += nothing
             dout += nothing
     if not (MASKED or WINDOW) and whole < end:
@@ -465,7 +465,7 @@ def long_backward_dk_dv(
     dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     nothing = _nothing(num_heads)
-    if GROUPS == 1:
+    if GROUPS == 1 and BLOCK_D <= 128:
         head = key_head
         plane = segment * num_heads + head
         for start_m in range(first, whole, BLOCK_M):
@@ -474,7 +474,7 @@ def long_backward_dk_dv(
                 q_origin, head, start_m, start_n, n_q, plane, window, qk_scale, p_threshold,
                 D, BLOCK_D, BLOCK_M, BLOCK_N, WINDOW, DROPOUT, False, EXACT, PRECISION,
             )  # fmt: skip
-            if EXACT and BLOCK_D > 32:
+            if EXACT and BLOCK_D > 16:
                 k += nothing
                 v += nothing
         if whole < end:
@@ -484,7 +484,7 @@ def long_backward_dk_dv(
                 D, BLOCK_D, BLOCK_M, BLOCK_N, WINDOW, DROPOUT, True, EXACT, PRECISION,
             )  # fmt: skip
     else:
-        # One loop over all tiles of all heads: a loop within a loop, each tile peeled, would spill.
+        # One loop over all tiles of all heads, every one masked: a loop within a loop, or a peeled tile, would spill.
         tiles = tl.cdiv(tl.maximum(end - first, 0), BLOCK_M)
         for step in range(GROUPS * tiles):
             head = key_head * GROUPS + step // tiles
@@ -494,7 +494,7 @@ def long_backward_dk_dv(
                 q_origin, head, first + step % tiles * BLOCK_M, start_n, n_q, plane, window, qk_scale, p_threshold,
                 D, BLOCK_D, BLOCK_M, BLOCK_N, WINDOW, DROPOUT, True, EXACT, PRECISION,
             )  # fmt: skip
-            if EXACT and BLOCK_D > 32:
+            if EXACT and BLOCK_D > 16:
                 k += nothing
                 v += nothing
     if MASKED:

@@ -1,4 +1,4 @@
-"""What attention's tests share: inputs, the comparison with float64, and a long route in tiles that fit small shapes."""
+"""What attention's tests share: inputs, the comparison with float64, a long route in small tiles."""
 
 from __future__ import annotations
 
