@@ -247,7 +247,7 @@ def _summary(case: str, r: Resources) -> dict[str, Any]:
         "matrix": f"{r.count(matrix)} {matrix}" if matrix else None,
         "loads_128": r.count_wide("LDG"),
         "stores_128": r.count_wide("STG"),
-        "problems": aot_attention.problems(r, LIMITS[r.arch][2], MATRIX[r.arch]) if "BLOCK_D" in r.constants else [],
+        "problems": aot_attention.problems(r, LIMITS[r.arch][2], MATRIX[r.arch]) if "PRECISION" in r.constants else [],
     }
 
 

@@ -151,7 +151,7 @@ NOTHING = Table({}, {}, {}, {}, {})
 
 # What differs under a padding mask, a window or grouped heads, which take more registers: entries that then spill.
 MASKED: dict[tuple[int, int], Table] = {
-    (80, 2): NOTHING._replace(short_forward={128: 32}),
+    (80, 2): NOTHING._replace(short_forward={128: 32}, long_forward={32: Config(128, 64, 8, 3)}),
     (90, 2): NOTHING._replace(short_backward={128: 64}),
     (100, 2): NOTHING._replace(
         long_forward={16: Config(128, 64, 8, 3), 32: Config(128, 64, 8, 3), 64: Config(128, 64, 8, 3)}

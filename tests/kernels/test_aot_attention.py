@@ -31,10 +31,8 @@ def compiled(tmp_path_factory):
 
 def entries(arch: int) -> set[tuple[str, tuple[int, int], int]]:
     """(kernel, tile, BLOCK_D) of every long entry that the launcher can look up on sm_<arch>."""
-    import torch
-
     found = set()
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in aot_attention.dtypes(arch, heaviest=True):
         for table in aot_attention._tables(arch, dtype):
             for kernel in ("long_forward", "long_backward_dq", "long_backward_dk_dv"):
                 for head_dim, config in getattr(table, kernel).items():
