@@ -119,14 +119,9 @@ def _of_berts_head() -> Iterator[tuple[torch.dtype, int, int, int, Variant]]:
     yield torch.bfloat16, 64, 128, 16, WINDOW
 
 
-def dtypes(arch: int, heaviest: bool) -> list[torch.dtype]:
-    """float32's plain multiplications are sm_90's on sm_100: ``heaviest`` leaves them out there."""
-    return [torch.bfloat16] if heaviest and arch == 100 else [torch.bfloat16, torch.float32]
-
-
 def cases(arch: int, *, heaviest: bool = False) -> dict[str, Callable[[], None]]:
     """Name -> a call to make within `compiled_kernels`."""
-    found = [case for dtype in dtypes(arch, heaviest) for case in _of_table(arch, dtype, heaviest)]
+    found = [case for dtype in (torch.bfloat16, torch.float32) for case in _of_table(arch, dtype, heaviest)]
     if not heaviest:
         found += _of_berts_head()
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
