@@ -36,7 +36,6 @@ from unittest import mock
 import torch
 
 from ..kernels import (
-    attention_config,
     backend,
     bias_gelu,
     dropout_add_layernorm,
@@ -181,7 +180,7 @@ def compiled_kernels(arch: int = 90) -> Iterator[list[Resources]]:
         mock.patch.object(triton.runtime.driver, "_active", _AbsentGPU(arch)),
         mock.patch.object(triton.runtime.JITFunction, "run", compile_only),
         mock.patch.object(backend, "interpreting", return_value=True),  # CPU tensors may take the Triton path
-        mock.patch.object(attention_config, "architecture", return_value=arch),
+        mock.patch.object(backend, "architecture", return_value=arch),
         use_backend("triton"),
     ):
         yield found
@@ -249,7 +248,7 @@ def _summary(case: str, r: Resources) -> dict[str, Any]:
         "matrix": f"{r.count(matrix)} {matrix}" if matrix else None,
         "loads_128": r.count_wide("LDG"),
         "stores_128": r.count_wide("STG"),
-        "problems": aot_attention.problems(r, LIMITS[r.arch][2], MATRIX[r.arch]) if "BLOCK_D" in r.constants else [],
+        "problems": aot_attention.problems(r, LIMITS[r.arch][2], MATRIX[r.arch]) if "EXACT" in r.constants else [],
     }
 
 

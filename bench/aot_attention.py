@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 
-from ..kernels import attention_config
+from ..kernels import attention_config, backend
 from ..kernels.attention_config import Table
 from ..kernels.attention_launch import NO_WINDOW, Problem, backward, forward, like_query, new_stats
 
@@ -80,7 +80,7 @@ def call(dtype: torch.dtype, head_dim: int, n_q: int, n_k: int, variant: Variant
 
 def _tables(arch: int, dtype: torch.dtype) -> tuple[Table, Table]:
     """What plain calls look up, and masked ones."""
-    with mock.patch.object(attention_config, "architecture", return_value=arch):
+    with mock.patch.object(backend, "architecture", return_value=arch):
         return attention_config.table(dtype), attention_config.table(dtype, masked=True)
 
 
@@ -121,7 +121,7 @@ def _of_berts_head() -> Iterator[tuple[torch.dtype, int, int, int, Variant]]:
 
 def cases(arch: int, *, heaviest: bool = False) -> dict[str, Callable[[], None]]:
     """Name -> a call to make within `compiled_kernels`."""
-    found = [*_of_table(arch, torch.bfloat16, heaviest), *_of_table(arch, torch.float32, heaviest)]
+    found = [case for dtype in (torch.bfloat16, torch.float32) for case in _of_table(arch, dtype, heaviest)]
     if not heaviest:
         found += _of_berts_head()
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}

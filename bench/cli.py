@@ -290,11 +290,11 @@ def tune(
     """
     import torch
 
-    from ..kernels import attention_config
+    from ..kernels import backend
     from . import tune as suite
     from .aot import LIMITS
 
-    arch = attention_config.architecture() if arch is None else arch
+    arch = backend.architecture() if arch is None else arch
     if arch not in LIMITS:
         raise UserError(f"--arch {arch}: choose one of {', '.join(map(str, LIMITS))}")
     chosen = _dtype(dtype, torch.device("cpu"), TRAINING_DTYPES)

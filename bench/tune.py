@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 
-from ..kernels import attention_config
+from ..kernels import attention_config, backend
 from ..kernels._triton import triton
 from ..kernels.attention_config import Config, Table
 from ..kernels.attention_launch import Problem, backward, forward, new_stats
@@ -93,7 +93,7 @@ def derive(
     Args:
         report: gets a line a decision.
     """
-    timed = torch.cuda.is_available() and attention_config.architecture() == arch
+    timed = torch.cuda.is_available() and backend.architecture() == arch
     found, masked = (Table({}, {}, {}, {}, {}) for _ in range(2))
 
     def keep(kernel: str, head_dim: int, best: Any, under_a_mask: Any, words: str) -> None:

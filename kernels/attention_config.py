@@ -8,11 +8,11 @@ of two.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
 
+from . import backend
 from ._triton import triton
 
 
@@ -108,7 +108,7 @@ TABLES = {
             32: Config(128, 64, 8, 2),
             64: Config(128, 64, 8, 2),
             128: Config(128, 64, 8, 2),
-            256: Config(64, 32, 8, 2),
+            256: Config(64, 32, 8, 1),
         },
         long_backward_dk_dv={
             16: Config(64, 128, 8, 2),
@@ -146,12 +146,17 @@ TABLES = {
     ),
 }
 
+# From 64 rows on Triton (3.7.1) multiplies float32 in TF32 on sm_100, whatever precision is asked for: smaller tiles.
+TABLES[100, 4] = TABLES[80, 4]._replace(
+    short_forward={16: 32, 32: 32, 64: 32, 128: 16, 256: 16},
+    short_backward={16: 32, 32: 32, 64: 32, 128: 16, 256: 16},
+)
 
 NOTHING = Table({}, {}, {}, {}, {})
 
 # What differs under a padding mask, a window or grouped heads, which take more registers: entries that then spill.
 MASKED: dict[tuple[int, int], Table] = {
-    (80, 2): NOTHING._replace(short_forward={128: 32}),
+    (80, 2): NOTHING._replace(short_forward={128: 32}, long_forward={32: Config(128, 64, 8, 3)}),
     (90, 2): NOTHING._replace(short_backward={128: 64}),
     (100, 2): NOTHING._replace(
         long_forward={16: Config(128, 64, 8, 3), 32: Config(128, 64, 8, 3), 64: Config(128, 64, 8, 3)}
@@ -164,18 +169,9 @@ def block(n: int) -> int:
     return max(16, triton.next_power_of_2(n))
 
 
-@functools.cache
-def architecture() -> int:
-    """Compute capability of the current GPU, 90 for 9.0; where there is none, Hopper's."""
-    if not torch.cuda.is_available():
-        return 90
-    major, minor = torch.cuda.get_device_capability()
-    return 10 * major + minor
-
-
 def _known(dtype: torch.dtype) -> tuple[int, int]:
     listed = sorted(arch for arch, size in TABLES if size == dtype.itemsize)
-    return max((arch for arch in listed if arch <= architecture()), default=listed[0]), dtype.itemsize
+    return max((arch for arch in listed if arch <= backend.architecture()), default=listed[0]), dtype.itemsize
 
 
 def table(dtype: torch.dtype, masked: bool = False) -> Table:

@@ -16,6 +16,7 @@ from ._triton import triton
 from .attention_long import long_backward_dk_dv, long_backward_dq, long_forward
 from .attention_schedule import grid
 from .attention_short import short_backward, short_forward
+from .backend import dot_precision
 from .dropout import keep_threshold
 
 NO_WINDOW = -1  # what the operators take for window=None
@@ -81,8 +82,6 @@ class Problem(NamedTuple):
         """What every kernel takes."""
         rows = 0 if self.cu_seqlens_q is not None else 2
         head_dim = self.q.shape[-1]
-        # Not allow_tf32: reading that raises where the program has set fp32_precision, which follows either.
-        tf32 = self.q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
         return {
             "cu_seqlens_q_ptr": self.cu_seqlens_q,
             "cu_seqlens_k_ptr": self.cu_seqlens_k,
@@ -106,7 +105,7 @@ class Problem(NamedTuple):
             "WINDOW": self.window != NO_WINDOW,
             "DROPOUT": self.dropout_p > 0.0,
             "EXACT": self.q.dtype == torch.float32,
-            "PRECISION": "tf32" if tf32 else "ieee",
+            "PRECISION": dot_precision(self.q.dtype),
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
         }

@@ -9,6 +9,7 @@ The choice is made once a call, in the forward; the backward follows it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 
@@ -44,6 +45,22 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _override = previous
+
+
+@functools.cache
+def architecture() -> int:
+    """Compute capability of the current GPU, 90 for 9.0; where there is none, Hopper's."""
+    if not torch.cuda.is_available():
+        return 90
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of ``tl.dot`` for operands of ``dtype``: float32 is multiplied in TF32 where torch would."""
+    # Not allow_tf32: reading that raises where the program has set fp32_precision, which follows either.
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if dtype == torch.float32 and allowed else "ieee"
 
 
 def choose_backend(x: torch.Tensor) -> str:

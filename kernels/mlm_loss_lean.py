@@ -22,7 +22,7 @@ into shared memory (H ≤ 1024 in 16 bits) a visited vector is loaded once for b
 
 Logits are made three times and have to be the same bits: p of the largest is 1 − (something small) only if its x is the
 x that m was taken from. They are: each is a sum over H in ascending order in fp32, whatever the tile and its
-orientation. fp32 inputs take the ordinary cores (tf32 where ``torch.backends.cuda.matmul.allow_tf32`` says so).
+orientation. fp32 inputs take the ordinary cores (tf32 where torch would, see `backend.dot_precision`).
 
 Skipping: where the softmax is sharp most tiles of G are nearly zero, and their second product, up to 4 of the 10 MHV,
 changes nothing. A tile is skipped if each of its rows has Σ|G| ≤ tolerance / (number of tiles in a row) in it, so what
@@ -42,7 +42,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import attention_config
+from . import backend
 from ._triton import tl, triton
 from .cross_entropy_rows import (
     LOWEST,
@@ -313,10 +313,6 @@ def _owned_gradient(
 MOST_PROGRAMS = 1024  # of the forward: enough for eight on each multiprocessor of the largest chips
 
 
-def _precision(x: Tensor) -> str:
-    return "tf32" if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
 def _launch_statistics(
     hidden: Tensor,
     weight: Tensor,
@@ -333,7 +329,7 @@ def _launch_statistics(
     if not rows:
         return losses, row_max, row_sum, correct
     block_m, block_n, block_k = (128, 128, 64) if hidden.element_size() == 2 else (64, 64, 32)
-    if attention_config.architecture() >= 100:
+    if backend.architecture() >= 100:
         block_n = 64  # with 128 the tile, read from tensor memory whole, spills
     block_k = min(block_k, max(triton.next_power_of_2(hidden_size), 16))
     tiles, word_blocks = triton.cdiv(rows, block_m), triton.cdiv(vocab_size, block_n)
@@ -345,7 +341,8 @@ def _launch_statistics(
     _statistics_of_share[(tiles * shares,)](
         hidden, weight, bias, labels, floats[0], floats[1], floats[2], logit_sum, best, hidden.stride(0),
         weight.stride(0), rows, vocab_size, share, H=hidden_size, SMOOTHING=label_smoothing > 0,
-        PRECISION=_precision(hidden), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=8, num_stages=3,
+        PRECISION=backend.dot_precision(hidden.dtype), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=8,
+        num_stages=3,
     )  # fmt: skip
     _merge_shares[(triton.cdiv(rows, 128),)](
         labels, floats[0], floats[1], floats[2], logit_sum, best, losses, row_max, row_sum, correct, rows, shares,
@@ -360,7 +357,7 @@ def _tiling(own: Tensor, skip: bool) -> tuple[bool, int, int, int, int]:
     The sums, at most 1024 columns by 32 vectors, are half of the register file; on Blackwell they lie in tensor memory.
     Chosen by what the compiler makes of them (`fusebert.bench.aot`): no spills. Not yet timed on a GPU.
     """
-    hidden_size, arch = own.shape[1], attention_config.architecture()
+    hidden_size, arch = own.shape[1], backend.architecture()
     whole = max(triton.next_power_of_2(hidden_size), 16)
     if own.element_size() == 4:
         return False, 256, 32, 16, min(64, whole)
@@ -389,7 +386,7 @@ def _launch_gradient(
     """Writes ``out``, the gradient of ``own``, and ``bias_grad``; (own, visited) is (weight, hidden) or the reverse."""
     (num_own, hidden_size), num_visited = own.shape, visited.shape[0]
     # Triton 3.7 cannot take sums in tensor memory through a branch: on Blackwell nothing is skipped.
-    skip = tolerance > 0 and attention_config.architecture() < 100
+    skip = tolerance > 0 and backend.architecture() < 100
     resident, most, block_own, block_visited, block_h = _tiling(own, skip)
     slices = triton.cdiv(min(hidden_size, most), block_h)
     word_tiles = triton.cdiv(num_own, block_own) if owns_words else triton.cdiv(num_visited, block_visited)
@@ -397,7 +394,7 @@ def _launch_gradient(
     _owned_gradient[(triton.cdiv(num_own, block_own), groups)](
         own, visited, bias, labels, row_max, row_sum, row_grad, factor, out, bias_grad, own.stride(0),
         visited.stride(0), num_own, num_visited, label_smoothing, z_loss, tolerance / word_tiles,
-        H=hidden_size, OWNS_WORDS=owns_words, Z_LOSS=z_loss > 0, SKIP=skip, PRECISION=_precision(own),
+        H=hidden_size, OWNS_WORDS=owns_words, Z_LOSS=z_loss > 0, SKIP=skip, PRECISION=backend.dot_precision(own.dtype),
         RESIDENT=resident, SLICES=slices, BLOCK_OWN=block_own, BLOCK_VISITED=block_visited, BLOCK_H=block_h,
         BLOCK_K=min(64, block_h), num_warps=8, num_stages=1 if resident else 3,
     )  # fmt: skip

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -31,8 +32,6 @@ def compiled(tmp_path_factory):
 
 def entries(arch: int) -> set[tuple[str, tuple[int, int], int]]:
     """(kernel, tile, BLOCK_D) of every long entry that the launcher can look up on sm_<arch>."""
-    import torch
-
     found = set()
     for dtype in (torch.bfloat16, torch.float32):
         for table in aot_attention._tables(arch, dtype):

@@ -11,7 +11,7 @@ from oracle import DEVICE, DOT_DTYPES, relative_error
 
 import fusebert.kernels.mlm_loss as public
 import fusebert.kernels.mlm_loss_lean as module
-from fusebert.kernels import attention_config, masked_lm_loss
+from fusebert.kernels import backend, masked_lm_loss
 
 lean_loss = partial(masked_lm_loss, lean=True)
 
@@ -28,7 +28,7 @@ def test_several_tiles_of_rows_words_and_hidden(hidden_size, dtype):
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("dtype", DOT_DTYPES, ids=str)
 def test_the_tiling_of_every_architecture(monkeypatch, arch, dtype):
-    monkeypatch.setattr(attention_config, "architecture", lambda: arch)
+    monkeypatch.setattr(backend, "architecture", lambda: arch)
     *inputs, labels = problem(70, 130, dtype, hidden_size=70, ignored=(3,))
     compare(inputs, labels, "none", lean=True)
 
