@@ -31,6 +31,7 @@ from .fused_hf import (
     set_attention,
     why_not_attention,
 )
+from .fused_hf4 import FusedMaskModel, FusedSelfAttention
 from .hf_attention import NAME
 
 
@@ -138,17 +139,24 @@ def fuse(
             if isinstance(module, kind) and module not in inside:
                 swap(name, module, template)
 
+    def swap_found(template: Any) -> None:
+        for name, module in modules:
+            if template.is_one(module):
+                swap(name, module, template)
+
     inside: set[Any] = set()  # norms whose work is done by the module around them
     if attention:
+        swap_found(FusedSelfAttention)
+        swap_found(FusedMaskModel)
         for name, hf_model in pretrained:
+            if any(map(FusedMaskModel.is_one, hf_model.modules())):
+                continue
             reason = why_not_attention(hf_model)
             was = set_attention(hf_model) if reason is None else ""
             note(name, hf_model, f"attn_implementation {NAME!r}, was {was!r}", reason)
         swap_all(nn.MultiheadAttention, FusedMultiheadAttention)
     if layernorm:
-        for name, module in modules:
-            if isinstance(module, FusedPostNorm) or FusedPostNorm.is_one(module):
-                swap(name, module, FusedPostNorm)
+        swap_found(FusedPostNorm)
         inside = {module.LayerNorm for _, module in modules if isinstance(module, FusedPostNorm)}
         swap_all(nn.LayerNorm, FusedNorm)
     if attention:

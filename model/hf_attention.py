@@ -50,7 +50,8 @@ def register_attention() -> str:
     on a model, runs `fusebert.kernels.attention` in every encoder that goes through Transformers' attention interface,
     with padding masks, bidirectional sliding windows and dropout. A query whose keys are all padding gets zeros.
     Causal masks and 4-D masks made by the caller run on SDPA, with a warning; ``output_attentions=True`` runs the
-    model's eager attention, with a warning. Transformers 4 makes most encoders' padding a 4-D mask: right, on SDPA.
+    model's eager attention, with a warning. In Transformers 4 BERT and its like have no attention interface: loading
+    one by this name is Transformers' error, and `fuse` is the way.
 
     Returns:
         ``"fusebert"``.
@@ -166,7 +167,7 @@ def attention_forward(
     _check_mask(attention_mask, query.shape[2], key.shape[0], key.shape[2])
     if kwargs.pop("output_attentions", False):
         _warn(f"output_attentions=True: {NAME} never forms the attention weights, so the model's eager attention runs")
-        mask = _additive(_four_dimensional(attention_mask, query.shape[2]), query.dtype)
+        mask = additive_mask(_four_dimensional(attention_mask, query.shape[2]), query.dtype)
         return _eager(module)(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
     reason = _why_sdpa(module, query, key, value, attention_mask, causal, kwargs.get("position_bias"))
     if reason is not None:
@@ -257,7 +258,8 @@ def _four_dimensional(mask: Tensor | None, n_q: int) -> Tensor | None:
     return mask[:, None, :1] & near
 
 
-def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def additive_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What eager attention adds to the scores, from a mask that is True where a query attends."""
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
