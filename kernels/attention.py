@@ -248,7 +248,7 @@ def _check_cu_seqlens(
         raise ValueError(f"{name} must have shape [S + 1], S at least 1; got {tuple(cu_seqlens.shape)}")
     if cu_seqlens.device != device:
         raise ValueError(f"{name} must be on {device}; got {cu_seqlens.device}")
-    if not isinstance(max_seqlen, int) or isinstance(max_seqlen, bool) or max_seqlen < 1:
+    if not isinstance(max_seqlen, int | torch.SymInt) or isinstance(max_seqlen, bool) or max_seqlen < 1:
         raise ValueError(f"{max_name} must be an int of at least 1; got {max_seqlen!r}")
     if device.type != "cpu" or torch.compiler.is_compiling() or isinstance(cu_seqlens, torch._subclasses.FakeTensor):
         return

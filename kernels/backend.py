@@ -51,8 +51,19 @@ def choose_backend(x: torch.Tensor) -> str:
 
     Raises:
         TypeError: ``triton`` was asked for and ``x`` has a dtype the kernels do not take.
-        RuntimeError: ``triton`` was asked for and cannot run where ``x`` is.
+        RuntimeError: ``triton`` was asked for and cannot run where ``x`` is, or would run inside a torch.func transform.
     """
+    backend = _choose(x)
+    if backend == "triton" and not torch.compiler.is_compiling():
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise RuntimeError(
+                "the Triton kernels do not run inside torch.vmap, torch.func.grad and the like: call the operator "
+                'within use_backend("reference") there'
+            )
+    return backend
+
+
+def _choose(x: torch.Tensor) -> str:
     if _override == "reference":
         return "reference"
     if _override == "auto":

@@ -147,7 +147,8 @@ def attention_forward(
         scaling: 1/√D when None.
         is_causal: counts only without a mask, as in SDPA's; the module's attribute when None.
         kwargs: ``output_attentions``, ``position_bias`` and the segments of a packed batch (``cu_seq_lens_q``,
-            ``max_length_q``, and ``…_k``) are heeded; a ``sliding_window`` is in the mask already.
+            ``max_length_q``, and ``…_k``) are heeded; a ``sliding_window`` too, where the batch is packed: else it is
+            in the mask already.
 
     Returns:
         (out [B, N_q, H, D], the weights [B, H, N_q, N_k] for ``output_attentions=True``, else None).
@@ -200,9 +201,13 @@ def _packed(
     max_length_k: int | None = None,
     output_attentions: bool | None = None,
     position_bias: Tensor | None = None,
+    sliding_window: int | None = None,
     **_: Any,
 ) -> Tensor:
-    """[1, T, H, D] from query [1, H, T, D], …: a batch of one row that holds segments, as Transformers packs them."""
+    """[1, T, H, D] from query [1, H, T, D], …: a batch of one row that holds segments, as Transformers packs them.
+
+    ``sliding_window`` counts as in Transformers' flash attention: query i attends to key j where |i − j| < it.
+    """
     if query.shape[0] != 1 or causal or mask is not None or output_attentions or position_bias is not None:
         raise ValueError(
             "cu_seq_lens_q describes a packed batch of one row, bidirectional, without attention_mask, a window, "
@@ -210,9 +215,9 @@ def _packed(
             f"{None if mask is None else list(mask.shape)}, output_attentions={output_attentions}"
         )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D)
-    return attention_varlen_separate(
-        q, k, v, cu_seq_lens_q, max_length_q, cu_seq_lens_k, max_length_k, scale=scaling, dropout_p=dropout
-    )[None]
+    lengths = (cu_seq_lens_q, max_length_q, cu_seq_lens_k, max_length_k)
+    window = None if sliding_window is None else sliding_window - 1
+    return attention_varlen_separate(q, k, v, *lengths, scale=scaling, dropout_p=dropout, window=window)[None]
 
 
 def _check_mask(mask: Tensor | None, n_q: int, batch: int, n_k: int) -> None:
