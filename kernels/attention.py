@@ -151,10 +151,13 @@ for _schema, _run, _fake in (
 
 
 class _Attention(torch.autograd.Function):
-    """(out, stats) of separate q, k, v, packed or padded. Takes the fields of `Problem`."""
+    """(out, stats) of separate q, k, v, packed or padded. Takes the fields of `Problem`; cu_seqlens_k None stands for
+    cu_seqlens_q: Dynamo does not trace a Function that is given one tensor twice."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        if inputs[4] is None:
+            inputs = (*inputs[:4], inputs[3], *inputs[5:])
         out, stats = torch.ops.fusebert.attention(*inputs)
         ctx.save_for_backward(*inputs[:7], out, stats)
         ctx.options = inputs[7:]
@@ -530,7 +533,8 @@ def attention_varlen_separate(
     else:
         drawn = resolve_seed(seed, q.device) if dropout_p > 0.0 else None
         limit = NO_WINDOW if window is None else window
-        of_q, of_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+        of_q = cu_seqlens_q.contiguous()
+        of_k = None if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k.contiguous()
         out, stats = _Attention.apply(
             q, k, v, of_q, of_k, None, drawn, max_seqlen_q, max_seqlen_k, scale, dropout_p, limit
         )

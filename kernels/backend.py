@@ -51,15 +51,15 @@ def choose_backend(x: torch.Tensor) -> str:
 
     Raises:
         TypeError: ``triton`` was asked for and ``x`` has a dtype the kernels do not take.
-        RuntimeError: ``triton`` was asked for and cannot run where ``x`` is, or would run inside a torch.func transform.
+        RuntimeError: ``triton`` was asked for and cannot run where ``x`` is; or inside a torch.func transform.
     """
     backend = _choose(x)
-    if backend == "triton" and not torch.compiler.is_compiling():
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            raise RuntimeError(
-                "the Triton kernels do not run inside torch.vmap, torch.func.grad and the like: call the operator "
-                'within use_backend("reference") there'
-            )
+    transformed = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    if backend == "triton" and transformed:
+        raise RuntimeError(
+            "the Triton kernels do not run inside torch.vmap, torch.func.grad and the like: call the operator within "
+            'use_backend("reference") there'
+        )
     return backend
 
 

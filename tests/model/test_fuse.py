@@ -14,7 +14,7 @@ from torch import nn
 from fusebert.kernels import use_backend
 from fusebert.model.fuse import fuse, unfuse
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5")
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 

@@ -14,6 +14,7 @@ from fusebert.model import fuse, hf_attention
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
+DISTIL_DROPOUTS = ("dropout", "attention_dropout", "seq_classif_dropout")
 BERT = {**TEXT, **NO_DROPOUT}
 # class, configuration, whether attention is fused too
 OTHERS = [
@@ -154,7 +155,7 @@ def test_packed_modernbert_takes_positions_and_embeddings():
         torch.testing.assert_close(x[mask.bool()], y[mask.bool()], rtol=1e-4, atol=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------- PyTorch's machinery
+# -------------------------------------------------------------------------------------------------- PyTorch's machinery
 
 
 @pytest.mark.parametrize("family", ["bert", "modernbert", "vit"])
