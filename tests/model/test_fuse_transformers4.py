@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from hf_families import DISTIL, NO_DROPOUT, SIZES, TEXT, VIT, batch, flat, randomised
+from hf_families import DISTIL, FAMILIES, NO_DROPOUT, SIZES, TEXT, VIT, batch, flat, output_and_gradients, randomised
+from hf_families import build as build_family
 from oracle import DEVICE, assert_as_good_as_torch
 
 from fusebert.kernels import use_backend
@@ -81,15 +82,17 @@ def test_what_the_kernel_does_not_take_is_transformers(other):
 
 
 def test_gradient_checkpointing_and_dropout():
-    model = build("BertModel", **dict.fromkeys(NO_DROPOUT, 0.2)).train()
+    model = build("BertModel", attention_probs_dropout_prob=0.2).train()
     fuse(model)
-    gradients = []
+    without, gradients = run(model.eval())[1], []
+    model.train()
     for checkpointing in (False, True):
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         torch.manual_seed(3)
         gradients.append(run(model)[1])
     assert torch.equal(*gradients)
+    assert (gradients[0] - without).norm() > 0.01 * without.norm()
 
 
 @pytest.mark.parametrize(
@@ -116,3 +119,21 @@ def test_vit_by_the_interface(recwarn):
         assert "attn_implementation 'fusebert'" in str(fuse(model))
         torch.testing.assert_close(model(**inputs)[0], theirs, rtol=1e-4, atol=1e-5)
     assert not [str(w.message) for w in recwarn if "fusebert" in str(w.message)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_in_float64(family):
+    """Attention fused or left, the results and every gradient stay; the masked-language loss too."""
+    model, inputs = build_family(family).double().train(), batch(family)
+    labelled = FAMILIES[family][0].endswith("ForMaskedLM")
+    if labelled:
+        inputs["labels"] = inputs["input_ids"].masked_fill(inputs["input_ids"] % 3 > 0, -100)
+    plain = copy.deepcopy(model)
+    fuse(model, mlm_loss=True)
+    if labelled:
+        losses = [m(**inputs).loss for m in (model, plain)]
+        torch.testing.assert_close(losses[0].double(), losses[1].double(), rtol=1e-6, atol=0)
+        del inputs["labels"]
+    (ours, our_grads), (theirs, their_grads) = (output_and_gradients(family, m, inputs) for m in (model, plain))
+    assert (ours - theirs).norm() <= 1e-12 * theirs.norm()
+    assert (flat(our_grads) - flat(their_grads)).norm() <= 1e-12 * flat(their_grads).norm()
