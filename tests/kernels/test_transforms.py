@@ -18,6 +18,7 @@ from fusebert.kernels import (
     embed_layernorm,
     layernorm,
     masked_lm_loss,
+    rmsnorm,
     use_backend,
 )
 
@@ -63,6 +64,7 @@ OPERATORS = {
     "attention_varlen": _varlen,
     "attention_varlen_separate": _varlen_separate,
     "layernorm": lambda x: layernorm(x, WEIGHT, BIAS),
+    "rmsnorm": lambda x: rmsnorm(x, WEIGHT),
     "dropout_add_layernorm": lambda x: dropout_add_layernorm(x, 2 * x, WEIGHT, BIAS),
     "bias_gelu": lambda x: bias_gelu(x, BIAS),
     "embed_layernorm": _embed,
