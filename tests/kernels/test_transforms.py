@@ -69,6 +69,7 @@ OPERATORS = {
     "bias_gelu": lambda x: bias_gelu(x, BIAS),
     "embed_layernorm": _embed,
     "masked_lm_loss": lambda x: masked_lm_loss(x.flatten(0, 1), TABLE, None, _labels(x, 31)),
+    "masked_lm_loss, lean": lambda x: masked_lm_loss(x.flatten(0, 1), TABLE, None, _labels(x, 31), lean=True),
     "cross_entropy": lambda x: cross_entropy(x.flatten(0, 1), _labels(x, H)),
 }
 OPERATOR = pytest.mark.parametrize("name", OPERATORS)
