@@ -15,7 +15,7 @@ $(BIN)/python:
 
 # What training needs, and what developing needs on top. The stamps make each install happen once.
 $(VENV)/.train: setup.py constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[plot]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,plot]'
 	@touch $@
 $(VENV)/.dev: $(VENV)/.train
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'

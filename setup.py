@@ -11,6 +11,24 @@ from setuptools import setup
 
 PACKAGES = ["kernels", "model", "train", "bench"]
 
+# What the kernels, the encoder and `fuse` need is PyTorch and Triton; what turns text into a model needs these too.
+TRAIN = [
+    "numpy>=1.26",
+    "safetensors>=0.4.3",
+    # WordPiece training and encoding in Rust, and the tokenizer.json every Hugging Face tool reads.
+    "tokenizers>=0.20",
+    # Command line driven by type hints, and the progress bar.
+    "typer>=0.12",
+    "tqdm>=4.66",
+    # Sentence boundaries at 12-21 MB/s a core; the Python splitters reach 0.1-0.4 MB/s. Linux wheels are x86-64.
+    "blingfire>=0.1.8; platform_machine == 'x86_64' or platform_machine == 'AMD64'",
+    # .zst input; in the standard library only from Python 3.14.
+    "zstandard>=0.22",
+]
+TRANSFORMERS = ["transformers>=4.56"]
+PLOT = ["matplotlib>=3.8"]
+BENCH = [*TRAIN, *TRANSFORMERS, *PLOT, "pytest>=8", "pytest-benchmark>=4"]
+
 setup(
     name="fusebert",
     version="0.1.0",
@@ -21,36 +39,14 @@ setup(
     packages=[f"fusebert.{name}" for name in PACKAGES],
     package_dir={f"fusebert.{name}": name for name in PACKAGES},
     package_data={"fusebert.bench": ["campaign.sh"]},
-    install_requires=[
-        "torch>=2.11",
-        "triton>=3.6; sys_platform == 'linux'",
-        "numpy>=1.26",
-        "safetensors>=0.4.3",
-        # WordPiece training and encoding in Rust, and the tokenizer.json every Hugging Face tool reads.
-        "tokenizers>=0.20",
-        # Command line driven by type hints, and the progress bar.
-        "typer>=0.12",
-        "tqdm>=4.66",
-        # Sentence boundaries at 12-21 MB/s a core; the Python splitters reach 0.1-0.4 MB/s. Linux wheels are x86-64.
-        "blingfire>=0.1.8; platform_machine == 'x86_64' or platform_machine == 'AMD64'",
-        # .zst input; in the standard library only from Python 3.14.
-        "zstandard>=0.22",
-    ],
+    install_requires=["torch>=2.11", "triton>=3.6; sys_platform == 'linux'"],
     extras_require={
-        "hf": ["transformers>=4.56"],
-        "bench": ["transformers>=4.56", "matplotlib>=3.8", "pytest>=8", "pytest-benchmark>=4"],
-        "plot": ["matplotlib>=3.8"],
+        "train": TRAIN,
+        "hf": [*TRANSFORMERS, "safetensors>=0.4.3"],
+        "bench": BENCH,
+        "plot": PLOT,
         "tensorboard": ["tensorboard>=2.16"],
-        "dev": [
-            "transformers>=4.56",
-            "matplotlib>=3.8",
-            "pytest>=8",
-            "pytest-benchmark>=4",
-            "pytest-xdist>=3.5",
-            "hypothesis>=6.100",
-            "ruff>=0.9",
-            "mypy>=1.14",
-        ],
+        "dev": [*BENCH, "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14"],
     },
-    entry_points={"console_scripts": ["fusebert = fusebert.train.cli:main"]},
+    entry_points={"console_scripts": ["fusebert = fusebert.train.__main__:main"]},
 )

@@ -151,10 +151,13 @@ for _schema, _run, _fake in (
 
 
 class _Attention(torch.autograd.Function):
-    """(out, stats) of separate q, k, v, packed or padded. Takes the fields of `Problem`."""
+    """(out, stats) of separate q, k, v, packed or padded. Takes the fields of `Problem`; cu_seqlens_k None stands for
+    cu_seqlens_q: Dynamo does not trace a Function that is given one tensor twice."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        if inputs[4] is None:
+            inputs = (*inputs[:4], inputs[3], *inputs[5:])
         out, stats = torch.ops.fusebert.attention(*inputs)
         ctx.save_for_backward(*inputs[:7], out, stats)
         ctx.options = inputs[7:]
@@ -248,7 +251,7 @@ def _check_cu_seqlens(
         raise ValueError(f"{name} must have shape [S + 1], S at least 1; got {tuple(cu_seqlens.shape)}")
     if cu_seqlens.device != device:
         raise ValueError(f"{name} must be on {device}; got {cu_seqlens.device}")
-    if not isinstance(max_seqlen, int) or isinstance(max_seqlen, bool) or max_seqlen < 1:
+    if not isinstance(max_seqlen, int | torch.SymInt) or isinstance(max_seqlen, bool) or max_seqlen < 1:
         raise ValueError(f"{max_name} must be an int of at least 1; got {max_seqlen!r}")
     if device.type != "cpu" or torch.compiler.is_compiling() or isinstance(cu_seqlens, torch._subclasses.FakeTensor):
         return
@@ -530,7 +533,8 @@ def attention_varlen_separate(
     else:
         drawn = resolve_seed(seed, q.device) if dropout_p > 0.0 else None
         limit = NO_WINDOW if window is None else window
-        of_q, of_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+        of_q = cu_seqlens_q.contiguous()
+        of_k = None if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k.contiguous()
         out, stats = _Attention.apply(
             q, k, v, of_q, of_k, None, drawn, max_seqlen_q, max_seqlen_k, scale, dropout_p, limit
         )

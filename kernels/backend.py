@@ -68,8 +68,19 @@ def choose_backend(x: torch.Tensor) -> str:
 
     Raises:
         TypeError: ``triton`` was asked for and ``x`` has a dtype the kernels do not take.
-        RuntimeError: ``triton`` was asked for and cannot run where ``x`` is.
+        RuntimeError: ``triton`` was asked for and cannot run where ``x`` is; or inside a torch.func transform.
     """
+    backend = _choose(x)
+    transformed = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    if backend == "triton" and transformed:
+        raise RuntimeError(
+            "the Triton kernels do not run inside torch.vmap, torch.func.grad and the like: call the operator within "
+            'use_backend("reference") there'
+        )
+    return backend
+
+
+def _choose(x: torch.Tensor) -> str:
     if _override == "reference":
         return "reference"
     if _override == "auto":

@@ -25,12 +25,13 @@ from .fused import (
 from .fused_hf import (
     DeferredDecoder,
     MaskedLanguageModel,
-    PackedEncoder,
     pretrained_models,
     restore_attention,
     set_attention,
     why_not_attention,
 )
+from .fused_hf4 import FusedMaskModel, FusedSelfAttention
+from .fused_unpad import PackedEncoder, PackedModernBert
 from .hf_attention import NAME
 
 
@@ -97,10 +98,10 @@ def fuse(
         mlm_loss: in training, compute the masked-language loss of the models in `fused_hf.MLM_LOGITS` on the labelled
             rows alone. The output then has a loss (float32) and *no logits*, so it is not done unasked. In eval,
             without labels, and with labels as a positional argument, nothing changes.
-        unpad: take the padding out of each batch before the layers, where the encoder is one of `fused_hf.PACKABLE`;
-            behind them the rows of padding are zeros (so a label on padding, which should be −100, gives another
-            loss). Costs one wait for the device a batch. With recorded hidden states or attentions, and under
-            ``torch.compile``, the batch stays padded.
+        unpad: take the padding out of each batch before the layers, where the encoder is one of
+            `fused_unpad.PACKABLE` or ModernBERT; behind them the rows of padding are zeros (so a label on padding,
+            which should be −100, gives another loss). Costs one wait for the device a batch. With recorded hidden
+            states or attentions, and under ``torch.compile``, the batch stays padded.
 
     Returns:
         What was replaced and what was left, and why.
@@ -138,27 +139,33 @@ def fuse(
             if isinstance(module, kind) and module not in inside:
                 swap(name, module, template)
 
+    def swap_found(template: Any) -> None:
+        for name, module in modules:
+            if template.is_one(module):
+                swap(name, module, template)
+
     inside: set[Any] = set()  # norms whose work is done by the module around them
     if attention:
+        swap_found(FusedSelfAttention)
+        swap_found(FusedMaskModel)
         for name, hf_model in pretrained:
+            if any(map(FusedMaskModel.is_one, hf_model.modules())):
+                continue
             reason = why_not_attention(hf_model)
             was = set_attention(hf_model) if reason is None else ""
             note(name, hf_model, f"attn_implementation {NAME!r}, was {was!r}", reason)
         swap_all(nn.MultiheadAttention, FusedMultiheadAttention)
     if layernorm:
-        for name, module in modules:
-            if isinstance(module, FusedPostNorm) or FusedPostNorm.is_one(module):
-                swap(name, module, FusedPostNorm)
+        swap_found(FusedPostNorm)
         inside = {module.LayerNorm for _, module in modules if isinstance(module, FusedPostNorm)}
         swap_all(nn.LayerNorm, FusedNorm)
     if attention:
         swap_all(nn.TransformerEncoderLayer, FusedEncoderLayer)
         swap_all(nn.TransformerEncoder, FusedEncoder)
     if unpad:
-        encoders = [(name, module) for name, module in modules if PackedEncoder.is_one(module)]
-        for name, module in encoders:
-            swap(name, module, PackedEncoder)
-        if not encoders:
+        swap_found(PackedEncoder)
+        swap_found(PackedModernBert)
+        if not any(PackedEncoder.is_one(module) or PackedModernBert.is_one(module) for _, module in modules):
             note("", model, "", "unpad: it has no encoder that fuse can pack")
     if mlm_loss:
         for name, hf_model in pretrained:

@@ -1,4 +1,4 @@
-"""Whole Transformers models for `fuse`: their attention, their padding, and their masked-language loss."""
+"""Whole Transformers models for `fuse`: their attention and their masked-language loss."""
 
 from __future__ import annotations
 
@@ -16,15 +16,6 @@ from .hf_attention import NAME, register_attention
 
 # Left on a Transformers model: the attention implementation that each of its sub-models had.
 PREVIOUS_ATTENTION = "_fusebert_previous_attention"
-# Encoders that add positions before their layers, so that these need not know where a row stands.
-PACKABLE = (
-    "transformers.models.bert.modeling_bert.BertEncoder",
-    "transformers.models.camembert.modeling_camembert.CamembertEncoder",
-    "transformers.models.distilbert.modeling_distilbert.Transformer",
-    "transformers.models.electra.modeling_electra.ElectraEncoder",
-    "transformers.models.roberta.modeling_roberta.RobertaEncoder",
-    "transformers.models.xlm_roberta.modeling_xlm_roberta.XLMRobertaEncoder",
-)
 # The name under which a model returns the logits, for the models whose loss is known: the mean cross entropy over the
 # labels that are not IGNORE_INDEX.
 MLM_LOGITS = {
@@ -88,50 +79,6 @@ def restore_attention(model: Any) -> None:
     """Undo `set_attention`; nothing where there is nothing to undo."""
     for name, implementation in vars(model).pop(PREVIOUS_ATTENTION, {}).items():
         model.get_submodule(name).config._attn_implementation = implementation
-
-
-# -------------------------------------------------------------------------------------------------------------- padding
-
-
-class PackedEncoder(Fused):
-    """An encoder whose layers see the real rows of a padded batch one behind the other, and no padding at all."""
-
-    by = "packed: padding is taken out before the layers and comes back as zeros"
-
-    @staticmethod
-    def is_one(module: nn.Module) -> bool:
-        cls = module.original if isinstance(module, Fused) else type(module)
-        return f"{cls.__module__}.{cls.__qualname__}" in PACKABLE
-
-    @classmethod
-    def why_not(cls, module: Any) -> str | None:
-        config = _config(module)
-        if config._attn_implementation != NAME:
-            return "its attention is not fused"
-        if config.chunk_size_feed_forward:
-            return "its feed-forward works in chunks of the sequence (chunk_size_feed_forward)"
-        return None
-
-    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        mask: Any = kwargs.get("attention_mask")
-        # A compiled graph cannot know how many rows are real; a recorded layer would show packed ones.
-        packable = isinstance(mask, Tensor) and mask.dim() == 2 and not args and not torch.compiler.is_compiling()
-        recorded = any(kwargs.get(name) for name in ("output_hidden_states", "output_attentions"))
-        others = any(kwargs.get(name) is not None for name in ("encoder_hidden_states", "cache", "past_key_values"))
-        rows = mask.flatten().nonzero().squeeze(-1) if packable and not recorded and not others else None
-        if rows is None or rows.numel() == 0 or _config(self).output_hidden_states:
-            return self.original.forward(self, hidden_states, *args, **kwargs)
-        padded = hidden_states.flatten(0, 1)  # (B·N, H)
-        cu_seqlens = F.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
-        kwargs |= {"attention_mask": None, "cu_seq_lens_q": cu_seqlens, "max_length_q": mask.shape[1]}
-        output = self.original.forward(self, padded[rows][None], **kwargs)
-        real = output.last_hidden_state[0]  # (T, H)
-        output.last_hidden_state = real.new_zeros(padded.shape).index_copy(0, rows, real).view(hidden_states.shape)
-        return output
-
-
-def _config(encoder: Any) -> Any:
-    return encoder.config if hasattr(encoder, "config") else encoder.layer[0].attention.config
 
 
 # -------------------------------------------------------------------------------------------- masked-language modelling

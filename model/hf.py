@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import BertConfig
@@ -207,17 +205,27 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
             f"{directory} has its weights in pytorch_model.bin, a pickle, which can run code and is not opened here: "
             "convert it with Transformers, BertForPreTraining.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
+    safetensors = _safetensors()
     tensors: dict[str, Tensor] = {}
     for name in files:
         path = directory / name
         if not path.is_file():
             raise ValueError(f"{path} is missing: the model's weights are not, or not all, in the folder")
         try:
-            with safe_open(path, framework="pt") as opened:
+            with safetensors.safe_open(path, framework="pt") as opened:
                 tensors.update({key: opened.get_tensor(key) for key in opened.keys()})  # noqa: SIM118 (not a dict)
-        except SafetensorError as error:
+        except safetensors.SafetensorError as error:
             raise ValueError(f"{path} is damaged: {error}") from None
     return tensors
+
+
+def _safetensors() -> Any:
+    """The library, when a file is to be read or written: the kernels and `fuse` are installed without it."""
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{WEIGHTS_FILE} needs a package: pip install safetensors") from error
+    return safetensors
 
 
 def _canonical(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -295,12 +303,13 @@ def save_hf(model: BertForPreTraining, directory: str | Path, tokenizer: str | P
     files = {} if tokenizer is None else _tokenizer_files(Path(tokenizer), model.config)
     files[CONFIG_FILE] = _json(_hf_settings(model.config))
 
+    safetensors = _safetensors()
     partial = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.partial")
     partial.mkdir(parents=True)
     try:
         try:
-            save_file(_hf_tensors(model), partial / WEIGHTS_FILE, metadata={"format": "pt"})
-        except SafetensorError as error:  # how the library reports a full disk
+            safetensors.torch.save_file(_hf_tensors(model), partial / WEIGHTS_FILE, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:  # how the library reports a full disk
             raise OSError(f"cannot write {directory / WEIGHTS_FILE}: {error}") from None
         for name, content in files.items():
             (partial / name).write_bytes(content)

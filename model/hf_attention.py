@@ -50,7 +50,8 @@ def register_attention() -> str:
     on a model, runs `fusebert.kernels.attention` in every encoder that goes through Transformers' attention interface,
     with padding masks, bidirectional sliding windows and dropout. A query whose keys are all padding gets zeros.
     Causal masks and 4-D masks made by the caller run on SDPA, with a warning; ``output_attentions=True`` runs the
-    model's eager attention, with a warning. Transformers 4 makes most encoders' padding a 4-D mask: right, on SDPA.
+    model's eager attention, with a warning. In Transformers 4 BERT and its like have no attention interface: loading
+    one by this name is Transformers' error, and `fuse` is the way.
 
     Returns:
         ``"fusebert"``.
@@ -146,7 +147,8 @@ def attention_forward(
         scaling: 1/√D when None.
         is_causal: counts only without a mask, as in SDPA's; the module's attribute when None.
         kwargs: ``output_attentions``, ``position_bias`` and the segments of a packed batch (``cu_seq_lens_q``,
-            ``max_length_q``, and ``…_k``) are heeded; a ``sliding_window`` is in the mask already.
+            ``max_length_q``, and ``…_k``) are heeded; a ``sliding_window`` too, where the batch is packed: else it is
+            in the mask already.
 
     Returns:
         (out [B, N_q, H, D], the weights [B, H, N_q, N_k] for ``output_attentions=True``, else None).
@@ -166,7 +168,7 @@ def attention_forward(
     _check_mask(attention_mask, query.shape[2], key.shape[0], key.shape[2])
     if kwargs.pop("output_attentions", False):
         _warn(f"output_attentions=True: {NAME} never forms the attention weights, so the model's eager attention runs")
-        mask = _additive(_four_dimensional(attention_mask, query.shape[2]), query.dtype)
+        mask = additive_mask(_four_dimensional(attention_mask, query.shape[2]), query.dtype)
         return _eager(module)(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
     reason = _why_sdpa(module, query, key, value, attention_mask, causal, kwargs.get("position_bias"))
     if reason is not None:
@@ -199,9 +201,13 @@ def _packed(
     max_length_k: int | None = None,
     output_attentions: bool | None = None,
     position_bias: Tensor | None = None,
+    sliding_window: int | None = None,
     **_: Any,
 ) -> Tensor:
-    """[1, T, H, D] from query [1, H, T, D], …: a batch of one row that holds segments, as Transformers packs them."""
+    """[1, T, H, D] from query [1, H, T, D], …: a batch of one row that holds segments, as Transformers packs them.
+
+    ``sliding_window`` counts as in Transformers' flash attention: query i attends to key j where |i − j| < it.
+    """
     if query.shape[0] != 1 or causal or mask is not None or output_attentions or position_bias is not None:
         raise ValueError(
             "cu_seq_lens_q describes a packed batch of one row, bidirectional, without attention_mask, a window, "
@@ -209,9 +215,9 @@ def _packed(
             f"{None if mask is None else list(mask.shape)}, output_attentions={output_attentions}"
         )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D)
-    return attention_varlen_separate(
-        q, k, v, cu_seq_lens_q, max_length_q, cu_seq_lens_k, max_length_k, scale=scaling, dropout_p=dropout
-    )[None]
+    lengths = (cu_seq_lens_q, max_length_q, cu_seq_lens_k, max_length_k)
+    window = None if sliding_window is None else sliding_window - 1
+    return attention_varlen_separate(q, k, v, *lengths, scale=scaling, dropout_p=dropout, window=window)[None]
 
 
 def _check_mask(mask: Tensor | None, n_q: int, batch: int, n_k: int) -> None:
@@ -257,7 +263,8 @@ def _four_dimensional(mask: Tensor | None, n_q: int) -> Tensor | None:
     return mask[:, None, :1] & near
 
 
-def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def additive_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What eager attention adds to the scores, from a mask that is True where a query attends."""
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)

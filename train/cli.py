@@ -289,8 +289,8 @@ def main() -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         _fail(f"{error.filename}: {reason}" if error.filename else reason, 1)
-    except ImportError as error:
-        _fail(str(error), 1)
+    except ImportError as error:  # ours say what to install; Python's own names the module
+        _fail(f"{error}: pip install 'fusebert[train]'" if error.name else str(error), 1)
     except Exception as error:
         # A wrong option: typer's own class for it is not public, and moved between versions.
         if not hasattr(error, "format_message"):

@@ -7,93 +7,16 @@ import sys
 
 import pytest
 import torch
+from hf_families import FAMILIES, NO_DROPOUT, TEXT, batch, build, flat, output_and_gradients, output_of, randomised
 from oracle import DEVICE, assert_as_good_as_torch
 from torch import nn
 
 from fusebert.kernels import use_backend
 from fusebert.model.fuse import fuse, unfuse
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5")
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-TEXT = {**SIZES, "vocab_size": 61, "max_position_embeddings": 40}
-DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
-DISTIL = {"vocab_size": 61, "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48, "max_position_embeddings": 40}
-MODERN = {
-    "global_attn_every_n_layers": 2,
-    "local_attention": 6,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "cls_token_id": 1,
-    "sep_token_id": 2,
-}
-VIT = {"image_size": 8, "patch_size": 2, "num_channels": 3}
-NO_DROPOUT = dict.fromkeys(DROPOUTS, 0.0)
-# class, configuration, what one forward returns that is compared, modules fused for two layers
-FAMILIES = {
-    "bert": ("BertModel", {**TEXT, **NO_DROPOUT}, "last_hidden_state", 1 + 4 + 1),
-    "bert-mlm": ("BertForMaskedLM", {**TEXT, **NO_DROPOUT}, "logits", 1 + 4 + 2),
-    "bert-pretraining": ("BertForPreTraining", {**TEXT, **NO_DROPOUT}, "prediction_logits", 1 + 4 + 2),
-    "bert-classification": ("BertForSequenceClassification", {**TEXT, **NO_DROPOUT}, "logits", 1 + 4 + 1),
-    "roberta": ("RobertaForMaskedLM", {**TEXT, **NO_DROPOUT, "pad_token_id": 0}, "logits", 1 + 4 + 2),
-    "electra": ("ElectraModel", {**TEXT, **NO_DROPOUT, "embedding_size": 16}, "last_hidden_state", 1 + 4 + 1),
-    "distilbert": ("DistilBertForMaskedLM", {**DISTIL, "dropout": 0.0, "attention_dropout": 0.0}, "logits", 1 + 4 + 2),
-    "modernbert": ("ModernBertForMaskedLM", {**TEXT, **MODERN}, "logits", 1 + 3 + 3),
-    "vit": ("ViTModel", {**SIZES, **VIT, **NO_DROPOUT}, "last_hidden_state", 1 + 4 + 1),
-}
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
-
-
-def build(family: str, seed: int = 0, **settings) -> nn.Module:
-    """A random model in which no parameter has a special value (biases are not 0, nor norms 1 and 0)."""
-    name, fields, _, _ = FAMILIES[family]
-    cls = getattr(transformers, name)
-    torch.manual_seed(seed)
-    model = cls(cls.config_class(**{**fields, **settings}))
-    return randomised(model)
-
-
-def randomised(model: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.to(DEVICE)
-
-
-def batch(family: str, lengths: tuple[int, ...] = (17, 3, 11), seed: int = 0) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    if family == "vit":
-        inputs = {"pixel_values": torch.randn(3, 3, 8, 8, generator=generator)}
-    else:
-        shape = (len(lengths), max(lengths))
-        mask = torch.arange(shape[1]) < torch.tensor(lengths)[:, None]
-        ids = torch.randint(3, 61, shape, generator=generator)
-        inputs = {"input_ids": ids * mask, "attention_mask": mask.long()}
-    return {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
-
-
-def output_of(family: str, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The family's output, its padding left out: [rows, features]."""
-    dtype = next(model.parameters()).dtype
-    inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
-    out = model(**inputs)[FAMILIES[family][2]]
-    if out.dim() == 3 and "attention_mask" in inputs:
-        out = out[inputs["attention_mask"].bool()]
-    return out
-
-
-def output_and_gradients(family, model, inputs):
-    """(output, {parameter: gradient}) of a random linear functional of the output."""
-    out = output_of(family, model, inputs)
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    model.zero_grad()
-    (out * weights.to(out)).sum().backward()
-    return out.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def flat(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
-    return torch.cat([gradient.flatten() for gradient in gradients.values()])
 
 
 def assert_parity(family, backend, dtype, training):
@@ -152,7 +75,7 @@ def test_the_warnings_of_a_fallback_do_not_occur(recwarn):
 # -------------------------------------------------------------------------------------------------------------- dropout
 
 
-@pytest.mark.parametrize("dropout", DROPOUTS)
+@pytest.mark.parametrize("dropout", NO_DROPOUT)
 def test_dropout_in_training_alone(dropout):
     """Of the attention weights, and of what the fused sub-layers add: each by itself."""
     family, model = "bert", build("bert", **{dropout: 0.3})
@@ -182,7 +105,7 @@ def test_a_dropout_of_one_is_pytorchs():
 # -------------------------------------------------------------------------------------------------------------- padding
 
 
-@pytest.mark.parametrize("family", ["bert-pretraining", "roberta", "electra", "distilbert"])
+@pytest.mark.parametrize("family", ["bert-pretraining", "roberta", "electra", "distilbert", "modernbert"])
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_padding_taken_out(family, backend):
     """Packed through the layers: the real rows and every gradient as before; behind them padding is zeros."""
@@ -193,7 +116,7 @@ def test_padding_taken_out(family, backend):
     report = fuse(model, unpad=True)
     assert any("packed" in entry.by for entry in report.replaced)
     widths = []
-    dense = next(m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 48)
+    dense = next(m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features in (48, 2 * 48))
     dense.register_forward_hook(lambda module, args, out: widths.append(out.shape[:-1]))
     with use_backend(backend):
         ours, our_grads = output_and_gradients(family, model, inputs)

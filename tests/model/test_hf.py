@@ -189,7 +189,7 @@ def test_a_save_that_fails_leaves_the_old_model_and_no_rubbish(model, folder, mo
     def disk_full(*args, **kwargs):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("fusebert.model.hf.save_file", disk_full)
+    monkeypatch.setattr("safetensors.torch.save_file", disk_full)
     for target in (folder, folder.parent / "other"):
         with pytest.raises(OSError, match=r"cannot write .*model\.safetensors: .*No space left"):
             save_hf(model, target)

@@ -13,7 +13,7 @@ from fusebert.kernels import use_backend
 from fusebert.model import hf_attention
 from fusebert.model.hf_attention import attention_forward, register_attention
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5")
 masking_utils = pytest.importorskip("transformers.masking_utils")
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
