@@ -11,6 +11,8 @@ import torch
 
 from ..model.config import PRESETS, BertConfig
 from .errors import UserError
+from .optim import OPTIMIZERS
+from .precision import COMPUTE_DTYPES, PRECISIONS, check_precision, default_precision
 
 # Devlin et al. 2018 for base and large; the small ones by measurement: short runs want the highest rate that is stable.
 LEARNING_RATES = {"tiny": 2e-3, "mini": 1e-3, "small": 5e-4, "base": 1e-4, "large": 1e-4}
@@ -34,7 +36,10 @@ class PretrainSettings:
         tokens_per_batch: T, tokens of a micro-batch. batch_tokens: tokens of an optimisation step, a multiple of T.
         lr: peak learning rate. warmup: share of the run in which it rises.
         weight_decay, clip, dropout: AdamW's decay; bound of the gradient's norm; both dropout probabilities.
-        precision: "auto", "bf16" or "fp32". device: "auto", "cpu" or "cuda".
+        optimizer: "adamw" or "lamb".
+        precision: "auto" or one of `precision.PRECISIONS`. device: "auto", "cpu" or "cuda".
+        graph: on a GPU, capture the step as CUDA graphs. compile: run the model under torch.compile.
+        checkpoint_activations: keep a layer's input alone for the backward.
         seed: of the initialisation, dropout and data order.
         nsp: sentence pairs with next-sentence prediction, or full sentences. whole_word: mask whole words.
         mlm_probability: share of the tokens to predict.
@@ -58,9 +63,13 @@ class PretrainSettings:
     warmup: float = 0.1
     weight_decay: float = 0.01
     clip: float = 1.0
+    optimizer: str = "adamw"
     dropout: float = 0.1
     precision: str = "auto"
     device: str = "auto"
+    graph: bool = True
+    compile: bool = False
+    checkpoint_activations: bool = False
     seed: int = 0
     nsp: bool = True
     whole_word: bool = False
@@ -80,13 +89,14 @@ class Plan:
 
     Attributes:
         model: a preset's name; with ``init_from`` it is not used.
-        device, compute_dtype: where it runs, and the matrix products' dtype there (bfloat16: under autocast).
+        device: where it runs. precision: one of `precision.PRECISIONS`. compute_dtype: its matrix products' dtype.
         tokens_per_batch: T. accumulation: micro-batches of T tokens in an optimisation step.
         lr: peak learning rate. workers: processes that make batches. log_every: steps between log lines.
     """
 
     model: str
     device: torch.device
+    precision: str
     compute_dtype: torch.dtype
     tokens_per_batch: int
     accumulation: int
@@ -105,10 +115,12 @@ def resolve(settings: PretrainSettings) -> Plan:
     device = _device(settings.device)
     on_gpu = device.type == "cuda"
     model = settings.model if settings.model != "auto" else GPU_MODEL if on_gpu else CPU_MODEL
-    bf16 = on_gpu and torch.cuda.is_bf16_supported() if settings.precision == "auto" else settings.precision == "bf16"
+    precision = settings.precision if settings.precision != "auto" else default_precision(device)
+    check_precision(precision, device)
+    compute_dtype = COMPUTE_DTYPES[precision]
     tokens = settings.tokens_per_batch
     if tokens is None:
-        tokens = _gpu_tokens(model, bf16) if on_gpu else CPU_TOKENS_PER_BATCH
+        tokens = _gpu_tokens(model, compute_dtype) if on_gpu else CPU_TOKENS_PER_BATCH
         tokens = max(min(tokens, settings.batch_tokens or tokens), -(-settings.seqlen // 8) * 8)
     if tokens < settings.seqlen:
         raise UserError(
@@ -130,7 +142,8 @@ def resolve(settings: PretrainSettings) -> Plan:
     return Plan(
         model=model,
         device=device,
-        compute_dtype=torch.bfloat16 if bf16 else torch.float32,
+        precision=precision,
+        compute_dtype=compute_dtype,
         tokens_per_batch=tokens,
         accumulation=batch_tokens // tokens,
         lr=settings.lr if settings.lr is not None else LEARNING_RATES["base" if settings.init_from else model],
@@ -165,7 +178,11 @@ def _check(settings: PretrainSettings) -> None:
         raise UserError(f"--mlm-probability must be between 0 and 1; got {settings.mlm_probability}")
     if settings.seqlen < 8:
         raise UserError(f"--seqlen must be at least 8, room for a pair of sentences; got {settings.seqlen}")
-    for name, allowed in (("precision", ("auto", "bf16", "fp32")), ("device", ("auto", "cpu", "cuda"))):
+    for name, allowed in (
+        ("precision", ("auto", *PRECISIONS)),
+        ("device", ("auto", "cpu", "cuda")),
+        ("optimizer", OPTIMIZERS),
+    ):
         if getattr(settings, name) not in allowed:
             raise UserError(
                 f"{_option(name)} {getattr(settings, name)!r} is not known: choose one of {', '.join(allowed)}"
@@ -185,11 +202,11 @@ def _device(name: str) -> torch.device:
     return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _gpu_tokens(model: str, bf16: bool) -> int:
+def _gpu_tokens(model: str, compute_dtype: torch.dtype) -> int:
     """The largest power of two of tokens whose activations fit in half of the GPU's memory, GPU_TOKENS_PER_BATCH at
     most. 17·H·L scalars are kept for the backward a token (Korthikanti et al. 2022, without attention matrices)."""
     config = BertConfig.preset(model, vocab_size=2)
-    bytes_a_token = 17 * config.hidden_size * config.num_hidden_layers * (2 if bf16 else 4)
+    bytes_a_token = 17 * config.hidden_size * config.num_hidden_layers * compute_dtype.itemsize
     fits = int(0.5 * torch.cuda.get_device_properties(0).total_memory / bytes_a_token)
     return min(GPU_TOKENS_PER_BATCH, 1 << max(fits.bit_length() - 1, 7))
 

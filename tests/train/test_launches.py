@@ -1,0 +1,114 @@
+"""What the step asks of a GPU, counted on a CPU: every operator it dispatches, and that it never asks for a value.
+
+The whole step runs under PyTorch's fake tensors with the Triton operators chosen: the code path of a GPU, without one. A
+fake tensor has no values, so anything that would have to wait for one raises.
+"""
+
+import collections
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from oracle import DEVICE
+from steps import random_batch, small_model
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fusebert.kernels import use_backend
+from fusebert.model.pretraining import BertForPreTraining
+from fusebert.train.optim import make_optimizer
+from fusebert.train.step import TrainingStep
+
+# Kernels that each of our operators launches (forward and backward of it counted where they are called).
+OURS = {
+    "embed_layernorm": 1,
+    "attention_qkv": 1,
+    "dropout_add_layernorm": 1,
+    "bias_gelu": 1,
+}
+
+
+class Count(TorchDispatchMode):
+    """Counts operators, but for those that only make a view or take memory: what is left launches something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        makes_a_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if not makes_a_view and not name.startswith(("aten::empty", "aten::new_empty", "aten::detach")):
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(autouse=True)
+def _triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    import fusebert.kernels.mlm_loss
+
+    # On the CPU it looks at the labels; on a GPU, which is meant here, it does not.
+    monkeypatch.setattr(fusebert.kernels.mlm_loss, "_check_labels", lambda *_: None)
+    with use_backend("triton"):
+        yield
+
+
+def fake_step(mode: FakeTensorMode, layers: int, dtype: torch.dtype, **options: Any) -> tuple[TrainingStep, list[Any]]:
+    """A step whose every tensor is fake, and its window of two micro-batches."""
+    model: BertForPreTraining = small_model(dropout=0.1, layers=layers).to(DEVICE).train()
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                module._parameters[name] = torch.nn.Parameter(mode.from_tensor(p.detach()))
+    generator = torch.Generator().manual_seed(0)
+    window = [random_batch(generator, [9, 4], masked=7, pairs=2).to(DEVICE) for _ in range(2)]
+    with mode:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        step = TrainingStep(model, optimizer, clip=1.0, compute_dtype=dtype, **options)
+        return step, [batch._map(mode.from_tensor) for batch in window]
+
+
+def count(layers: int, dtype: torch.dtype, **options: Any) -> collections.Counter[str]:
+    mode = FakeTensorMode()
+    step, window = fake_step(mode, layers, dtype, **options)
+    with mode:
+        step(window, 1e-3)  # makes the optimiser's state
+        with Count() as counted:
+            step(window, 1e-3)
+    return counted.found
+
+
+def a_layer(dtype: torch.dtype, **options: Any) -> dict[str, int]:
+    """What one more layer adds, in a step of two micro-batches."""
+    more, less = count(4, dtype, **options), count(3, dtype, **options)
+    more.subtract(less)
+    return {name: n for name, n in sorted(more.items()) if n}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_step_never_asks_for_a_value(dtype: torch.dtype, graph: bool) -> None:
+    mode = FakeTensorMode()
+    step, window = fake_step(mode, 2, dtype, graph=graph)
+    with mode:
+        for _ in range(2):
+            result = step(window, 1e-3)
+    assert result.sums.shape == (4,)
+
+
+@pytest.mark.parametrize("waiting", ["item", "nonzero"])
+def test_and_one_that_did_would_be_noticed(waiting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mode = FakeTensorMode()
+    step, window = fake_step(mode, 2, torch.float32)
+    update = step.update
+    monkeypatch.setattr(step, "update", lambda: (getattr(step._sums, waiting if waiting != "item" else "tolist")(), update()))
+    with mode, pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+        step(window, 1e-3)
+
+
+def test_launches_of_a_layer() -> None:
+    found = {dtype: a_layer(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    for f in found.values():
+        print(sum(f.values()), f)
+    assert 0
