@@ -93,8 +93,8 @@ class LAMB(torch.optim.Optimizer):
             lr = lr * (1.0 - found_inf)
         torch._foreach_lerp_(m, grads, 1.0 - beta1)
         torch._foreach_lerp_(v, squares, 1.0 - beta2)
-        # 1 − β^step, the same for all; before the first step that counts, m = 0 is divided by something, not by 0.
-        step = steps[0].clamp(min=1.0)
+        # 1 − β^step, the same for all, in float64, for it begins near 0; and not 0 when the very first step overflows.
+        step = steps[0].double().clamp(min=1.0)
         update = torch._foreach_div(v, 1.0 - beta2**step)
         torch._foreach_sqrt_(update)
         torch._foreach_add_(update, group["eps"])
