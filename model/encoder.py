@@ -151,20 +151,23 @@ class BertLayer(nn.Module):
     def _add_norm(
         self, linear: nn.Linear, norm: nn.LayerNorm, x: Tensor, residual: Tensor, p: float, seed: Tensor | None
     ) -> Tensor:
-        """norm(residual + Dropout(linear(x))). On a GPU the norm's kernel adds the linear's bias, and sums its gradient."""
+        """norm(residual + Dropout(linear(x))). A GPU's norm kernel adds the linear's bias, and sums its gradient."""
         if choose_backend(x) == "reference":  # a CPU's product adds the bias in passing
             x, bias = self.linear(x, linear.weight, linear.bias), None
         else:
             x, bias = self.linear(x, linear.weight), linear.bias
-        return dropout_add_layernorm(x, residual, norm.weight, norm.bias, linear_bias=bias, eps=norm.eps, p=p, seed=seed)
+        return dropout_add_layernorm(
+            x, residual, norm.weight, norm.bias, linear_bias=bias, eps=norm.eps, p=p, seed=seed
+        )
 
 
 class BertEncoder(nn.Module):
     """Embeddings and L layers.
 
     Attributes:
-        checkpoint_activations: a layer keeps its input alone, H elements a token, and its backward runs its forward anew,
-            under the same dropout masks: the same gradients, to the bit, for a third more matrix work (Chen et al. 2016).
+        checkpoint_activations: a layer keeps its input alone, H elements a token, and its backward runs its forward
+            anew, under the same dropout masks: the same gradients, to the bit, for a third more matrix work (Chen et
+            al. 2016).
     """
 
     def __init__(self, config: BertConfig) -> None:

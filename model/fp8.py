@@ -3,13 +3,13 @@
     y = x Wᵀ + b            x, W in e4m3 (4 exponent bits, 3 of mantissa, up to 448)
     dx = dy W, dW = dyᵀ x   dy in e5m2 (up to 57344): gradients need range more than precision
 
-Each tensor is divided by one scale, its largest magnitude over the format's, so nothing overflows; products accumulate in
-float32 and leave in the activations' dtype. Weights come from float32 masters, through the 16-bit copy.
+Each tensor is divided by one scale, its largest magnitude over the format's, so nothing overflows; products accumulate
+in float32 and leave in the activations' dtype. Weights come from float32 masters, through the 16-bit copy.
 
 The tensor cores take A by rows and B by columns, contraction along both: of x, W and dy the backward also needs the
-transpose, which is a copy. Bytes beside the products, a 16-bit element: x 2 (largest) + 2 + 1 (cast) + 2 (transposed), the
-same for dy and W. At K = 768 these passes eat much of what the products win; whether anything is left on a GPU is not yet
-measured, nor is the loss curve: keep to bf16 until both are.
+transpose, which is a copy. Bytes beside the products, a 16-bit element: x 2 (largest) + 2 + 1 (cast) + 2 (transposed),
+the same for dy and W. At K = 768 these passes eat much of what the products win; whether anything is left on a GPU is
+not yet measured, nor is the loss curve: keep to bf16 until both are.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def fp8_obstacle(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < NEEDED_CAPABILITY:
         name = torch.cuda.get_device_name(device)
-        return f"it needs compute capability 8.9 or more (H100, L40, RTX 40); {name} has {'.'.join(map(str, capability))}"
+        return (
+            f"it needs compute capability 8.9 or more (H100, L40, RTX 40); {name} has {'.'.join(map(str, capability))}"
+        )
     return None
 
 

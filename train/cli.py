@@ -211,7 +211,7 @@ def pretrain_command(
         bool,
         typer.Option(
             "--checkpoint-activations",
-            help="Keep a layer's input alone and compute the rest again: a fraction of the memory for a third more work.",
+            help="Keep a layer's input alone and compute the rest again: far less memory, a third more work.",
             rich_help_panel=MACHINE,
         ),
     ] = False,

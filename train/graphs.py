@@ -45,6 +45,7 @@ class StepGraphs:
         self._steps = 0
         self._stream = torch.cuda.Stream(step.device) if self._on_gpu else None
         self._graphs: dict[str, torch.cuda.CUDAGraph] | None = None
+        self._gradients: list[torch.Tensor | None] = []
 
     @property
     def captured(self) -> bool:
@@ -78,7 +79,7 @@ class StepGraphs:
         self._step.optimizer.zero_grad(set_to_none=True)
 
     def _capture(self, static: StaticBatch) -> None:
-        """Captures all three. The gradients of the first stay where they come to be: nothing sets them to None again."""
+        """Captures all three. The gradients stay where the first makes them: nothing sets them to None again."""
 
         parts: dict[str, Callable[[], None]] = {
             "first": lambda: self._step.micro_batch(static.batch, first=True),
@@ -105,6 +106,8 @@ class StepGraphs:
             )
             return
         self._graphs = graphs
+        # Whoever else sets them to None must not give their memory back: the graphs write there.
+        self._gradients = [p.grad for group in self._step.optimizer.param_groups for p in group["params"]]
 
 
 __all__ = ["StepGraphs"]

@@ -1,12 +1,13 @@
-"""LAMB (You et al. 2019, algorithm 2): Adam's step, its length a matrix' own: for batches of tens of thousands of examples.
+"""LAMB (You et al. 2019, algorithm 2): Adam's step, its length a matrix' own: for batches of tens of thousands of
+examples.
 
     m ← β₁m + (1 − β₁)g      v ← β₂v + (1 − β₂)g²      r = m̂ / (√v̂ + ε) + λw
     w ← w − lr · (‖w‖ / ‖r‖) · r
 
 The ratio is 1 where ‖w‖ or ‖r‖ is 0, and for what does not decay (biases, LayerNorms), as in the authors' code.
 PyTorch has no LAMB; those of timm and pytorch-optimizer read the step count and the loss scale on the host, so a CUDA
-graph cannot hold them. Multi-tensor kernels of PyTorch do the work here: about 80 bytes a parameter, where a single fused
-pass (as AdamW's, 28) cannot be had, since the norms stand between.
+graph cannot hold them. Multi-tensor kernels of PyTorch do the work here: about 80 bytes a parameter, where a single
+fused pass (as AdamW's, 28) cannot be had, since the norms stand between.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class LAMB(torch.optim.Optimizer):
         return loss
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        grads = [p.grad for p in params if p.grad is not None]
+        grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
         for p in params:
             if not self.state[p]:
                 self.state[p] = {
@@ -81,7 +82,7 @@ class LAMB(torch.optim.Optimizer):
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if grad_scale is not None:
             torch._foreach_div_(grads, grad_scale)
-        squares = torch._foreach_mul(grads, grads)
+        squares: list[Tensor] = list(torch._foreach_mul(grads, grads))
         if found_inf is None:
             torch._foreach_add_(steps, 1)
         else:

@@ -47,7 +47,7 @@ from .log import RunLog, read_log
 from .optim import learning_rate, make_optimizer
 from .packing import BatchShape, PackedExamples
 from .precision import set_float32_products
-from .readback import Readback, Stopwatch
+from .readback import Leash, Readback, Stopwatch
 from .report import Report, guess_masked_words, plot_loss_curve
 from .settings import Plan, PretrainSettings, resolve
 from .step import StepResult, TrainingStep
@@ -272,6 +272,7 @@ class Run:
         self.stop.armed = True
         interval = Interval(plan.device)
         closed: list[Interval] = []  # whose figures are on their way
+        leash = Leash(plan.device)
         evaluate_at = self._next_evaluation()
         saved_at = time.perf_counter()
         with tqdm(total=settings.steps, initial=state.step, unit="step", dynamic_ncols=True, disable=None) as bar:
@@ -280,6 +281,7 @@ class Run:
                 window = [next(source) for _ in range(plan.accumulation)]
                 lr = learning_rate(plan.lr, self.progress(), settings.warmup)
                 interval.add(self.model.config, window, self.step(window, lr))
+                leash.step()
                 state.step += 1
                 state.batches += len(window)
                 state.tokens += sum(batch.num_tokens for batch in window)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import time
 
 import torch
@@ -31,6 +32,26 @@ class Readback:
         return self._host.tolist()
 
 
+class Leash:
+    """Keeps the host at most ``steps`` steps ahead of the device: enough that it never waits for the host, and few
+    enough that the clock, a signal or a loss that is not finite is not seen a minute late."""
+
+    def __init__(self, device: torch.device, steps: int = 8) -> None:
+        self._steps = steps
+        self._on_gpu = device.type == "cuda"
+        self._events: collections.deque[torch.cuda.Event] = collections.deque()
+
+    def step(self) -> None:
+        """After each step. Waits only for one that lies ``steps`` back."""
+        if not self._on_gpu:
+            return
+        event = torch.cuda.Event()
+        event.record()
+        self._events.append(event)
+        if len(self._events) > self._steps:
+            self._events.popleft().synchronize()
+
+
 class Stopwatch:
     """Seconds of the device between two points of its stream; of the host on a CPU."""
 
@@ -57,4 +78,4 @@ class Stopwatch:
         return event
 
 
-__all__ = ["Readback", "Stopwatch"]
+__all__ = ["Leash", "Readback", "Stopwatch"]

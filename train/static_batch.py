@@ -37,8 +37,7 @@ class StaticBatch:
         def empty() -> PackedBatch:
             return like._map(lambda x: torch.empty_like(x, device=device, pin_memory=False))
 
-        unknown = {"num_tokens": UNKNOWN, "num_masked": UNKNOWN, "num_pairs": UNKNOWN}
-        self.batch = dataclasses.replace(empty(), **unknown)
+        self.batch = dataclasses.replace(empty(), num_tokens=UNKNOWN, num_masked=UNKNOWN, num_pairs=UNKNOWN)
         self._loads = 0
         self._on_gpu = device.type == "cuda"
         if self._on_gpu:

@@ -5,8 +5,8 @@ returns sums, and the counts are known on the host before the step starts, so ea
 Nothing here waits for the device.
 
 The step is two functions of tensors that stay where they are: `TrainingStep.micro_batch`, which reads a batch and adds
-to gradients and sums, and `TrainingStep.update`, which changes weights. What the host decides anew at each step (counts,
-learning rate, the batch) it writes into such tensors. So the two run as they are, or captured as CUDA graphs
+to gradients and sums, and `TrainingStep.update`, which changes weights. What the host decides anew at each step
+(counts, learning rate, the batch) it writes into such tensors. So the two run as they are, or captured as CUDA graphs
 (`graphs.StepGraphs`), and compute the same.
 """
 

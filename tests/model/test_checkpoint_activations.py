@@ -26,8 +26,9 @@ def run(backend: str, dtype: torch.dtype, keep: bool) -> tuple[list[torch.Tensor
 
     torch.manual_seed(5)
     with use_backend(backend):
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast(
-            DEVICE, dtype, enabled=dtype != torch.float32
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
+            torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32),
         ):
             out = model(batch)
         (out.mlm_loss_sum + out.nsp_loss_sum).backward()
@@ -46,8 +47,8 @@ def test_the_gradients_are_the_same_to_the_bit(backend: str, dtype: torch.dtype)
 
 
 def test_a_layer_keeps_its_input_alone() -> None:
-    """float32, T = 24: of the 8H + 2I elements and the statistics (`encoder`), all but H go, in every layer but the last,
-    which has fewer rows to keep."""
+    """float32, T = 24: of the 8H + 2I elements and the statistics (`encoder`), all but H go, in every layer but the
+    last, which has fewer rows to keep."""
     (_, plain), (_, again) = run("triton", torch.float32, keep=True), run("triton", torch.float32, keep=False)
     tokens, heads = 24, 2
     a_layer = tokens * 4 * (8 * H + 2 * INNER + 2 * heads + 2 * 2)

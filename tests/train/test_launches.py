@@ -1,7 +1,7 @@
 """What the step asks of a GPU, counted on a CPU: every operator it dispatches, and that it never asks for a value.
 
-The whole step runs under PyTorch's fake tensors with the Triton operators chosen: the code path of a GPU, without one. A
-fake tensor has no values, so anything that would have to wait for one raises.
+The whole step runs under PyTorch's fake tensors with the Triton operators chosen: the code path of a GPU, without one.
+A fake tensor has no values, so anything that would have to wait for one raises.
 """
 
 import collections
@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusebert.kernels import use_backend
 from fusebert.model.pretraining import BertForPreTraining
-from fusebert.train.optim import make_optimizer
 from fusebert.train.step import TrainingStep
+
 
 class Count(TorchDispatchMode):
     """Counts operators, but for those that only make a view or take memory: what is left launches something."""
@@ -102,8 +102,8 @@ def test_and_one_that_did_would_be_noticed(waiting: str, monkeypatch: pytest.Mon
         step(window, 1e-3)
 
 
-# Forward and backward of a layer. A product for each matrix, and two in the backward; the sum is qkv's bias gradient, the
-# adds are where a residual's gradient meets its sub-layer's.
+# Forward and backward of a layer. A product for each matrix, and two in the backward; the sum is qkv's bias gradient,
+# the adds are where a residual's gradient meets its sub-layer's.
 ONCE = {
     "mm": 11,
     "addmm": 1,
@@ -126,8 +126,8 @@ def test_launches_of_a_layer_in_float32(first: bool) -> None:
 
 @pytest.mark.parametrize("first", [True, False])
 def test_launches_of_a_layer_in_bf16(first: bool) -> None:
-    """Beside them: qkv's bias cast and its gradient cast back; the matrices' gradients into float32, cast or added. (The
-    matrices themselves are cast by one multi-tensor copy a step, which fake tensors show as none of a layer's.)"""
+    """Beside them: qkv's bias cast and its gradient cast back; the matrices' gradients into float32, cast or added.
+    (The matrices themselves are cast by one multi-tensor copy a step, which fake tensors show as none of a layer's.)"""
     found = a_layer(torch.bfloat16, first=first)
     found.pop("copy_", None)
     casts = {"_to_copy": 2 + 4} if first else {"_to_copy": 2, "add_": PARAMETERS}

@@ -21,7 +21,7 @@ from small_corpus import make_corpus
 from fusebert.model.config import BertConfig
 from fusebert.model.hf import from_hf, save_hf
 from fusebert.model.pretraining import BertForPreTraining
-from fusebert.train import checkpoint
+from fusebert.train import checkpoint, readback
 from fusebert.train import pretrain as pretrain_module
 from fusebert.train.corpus import Corpus
 from fusebert.train.errors import UserError
@@ -192,7 +192,8 @@ def test_minutes_end_on_time_with_the_rate_at_zero(
         now[0] += 1.0 if now[0] < 30 else 2.0
         return original(self, window, lr)
 
-    monkeypatch.setattr(pretrain_module, "time", Clock)
+    for module in (pretrain_module, readback):
+        monkeypatch.setattr(module, "time", Clock)
     monkeypatch.setattr(TrainingStep, "__call__", slow)
     settings = {"minutes": 1.0, "lr": 1e-3, "eval_every": None}
     report = run(corpus, tmp_path / "run", **settings)

@@ -219,9 +219,7 @@ def test_a_capture_that_fails_is_said_once_and_the_run_goes_on() -> None:
         weights, _ = train(step, given)
     assert len(said) == 1
     plain.model = small_model(dropout=0.0).cuda()
-    plain = TrainingStep(
-        plain.model, make_optimizer(plain.model, 1e-3, 0.01), clip=0.5, compute_dtype=torch.float32
-    )
+    plain = TrainingStep(plain.model, make_optimizer(plain.model, 1e-3, 0.01), clip=0.5, compute_dtype=torch.float32)
     expected, _ = train(plain, given)
     for name in weights:
         torch.testing.assert_close(weights[name], expected[name], rtol=1e-5, atol=1e-7)
