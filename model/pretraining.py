@@ -108,7 +108,7 @@ class BertForPreTraining(nn.Module):
         """The word embeddings' rows if they are to be looked up here, [T, H], and the decoder's weight, [V, H]."""
         weight = self.decoder_weight
         wanted = torch.is_grad_enabled() and weight.requires_grad and not torch.compiler.is_compiling()
-        if not wanted or choose_backend(weight) == "triton":
+        if not wanted or weight.is_cuda or choose_backend(weight) == "triton":  # a GPU would add rows in any order
             return None, weight
         return tied_rows(weight, input_ids, self.encoder.embeddings.word_embeddings.padding_idx)
 

@@ -41,6 +41,8 @@ def test_the_gradients_are_the_same_to_the_bit(backend: str, dtype: torch.dtype)
     """Dropout included: by seed on the Triton path, by PyTorch's generator on the other."""
     if backend == "triton" and DEVICE == "cpu" and dtype == torch.bfloat16:
         pytest.skip("the interpreter multiplies bf16 wrongly")
+    if backend == "reference" and DEVICE == "cuda":
+        pytest.skip("PyTorch's own operators are not all deterministic there")
     (plain, _), (again, _) = run(backend, dtype, keep=True), run(backend, dtype, keep=False)
     assert len(plain) == len(again)
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
