@@ -38,6 +38,7 @@ class Twin:
     """
 
     def __init__(self, model: BertForPreTraining, dtype: torch.dtype) -> None:
+        self._master = model
         self._masters: list[Tensor] = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
         self._copies: list[Tensor] = [nn.Parameter(p.detach().to(dtype)) for p in self._masters]
         # deepcopy takes what it finds in its memo for the copy: masters become their copies, the rest remains itself.
@@ -49,8 +50,10 @@ class Twin:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Takes over the masters' values, once a step: whatever changed them, the optimiser or a checkpoint."""
+        """Takes over the masters' values and the model's mode, once a step: whatever changed them."""
         torch._foreach_copy_(self._copies, self._masters)
+        if self.model.training != self._master.training:
+            self.model.train(self._master.training)
 
 
 def _add_into(master: Tensor) -> Callable[[Tensor], None]:

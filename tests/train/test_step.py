@@ -92,7 +92,9 @@ def test_the_twin_shares_all_but_the_matrices_and_follows_them() -> None:
     with torch.no_grad():
         for p in model.parameters():
             p.add_(1.0)
+    model.eval()
     twin.refresh()
+    assert not twin.model.encoder.training
     assert all(torch.equal(copies[n], p.to(copies[n].dtype)) for n, p in masters.items())
 
 
