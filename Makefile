@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # Never put the working directory on sys.path: our folder kernels/ would shadow Hugging Face's package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: help pretrain test bench lint format clean
+.PHONY: help pretrain test bench figures readme lint format clean
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -33,6 +33,20 @@ test: $(VENV)/.dev  ## install and run the tests
 bench: $(VENV)/.dev  ## every operator and the training step against reference and peers
 	$(BIN)/fusebert bench kernels --minutes 5
 	$(BIN)/fusebert bench step --minutes 5
+
+# On a quiet machine, with everything committed: each file keeps the commit that it measured.
+RESULT := bench/results/$(shell date +%F)-cpu
+figures: $(VENV)/.dev data/pydocs/manifest.json  ## take the CPU figures anew (ten minutes) and write them into README.md
+	for model in mini small; do for lengths in equal ragged; do \
+		$(BIN)/fusebert bench step --device cpu --model $$model --$$lengths --tokens 1024 \
+			--out $(RESULT)-step-$$model-$$lengths.json || exit 1; \
+	done; done
+	$(BIN)/fusebert pretrain --device cpu --data data/pydocs --out runs/figures-$(shell date +%F) --minutes 5
+	$(BIN)/python -m fusebert.bench.record runs/figures-$(shell date +%F) --out $(RESULT)-pretrain.json
+	$(BIN)/python -m fusebert.bench.readme
+
+readme: $(VENV)/.dev  ## write the figures in README.md and docs/ from bench/results/
+	$(BIN)/python -m fusebert.bench.readme
 
 # mypy must see the folders under their import name.
 lint: $(VENV)/.dev  ## style, format and types

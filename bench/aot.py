@@ -5,7 +5,9 @@ compiles, for the architecture named, exactly what its launcher would launch the
 launches nothing: outputs are whatever the allocator returned. The resources are read from the cubin with the tools
 that Triton's wheel carries.
 
-Run as a program it prints the table for every operator: ``python -m fusebert.bench.aot --arch 90``.
+Run as a program it prints the table for every operator: ``python -m fusebert.bench.aot --arch 80 90 100``, and with
+``--out bench/results`` writes it there; attention in every way its tables allow (`aot_attention`). A kernel of
+attention that spills, does not fit or misses its chip's matrix instructions is named, and the status is 1.
 Not under ``TRITON_INTERPRET=1``: that decides, at import, that nothing is ever compiled.
 """
 
@@ -13,14 +15,18 @@ from __future__ import annotations
 
 import argparse
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
 import functools
 import itertools
 import json
+import multiprocessing
+import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,19 +37,21 @@ import torch
 
 from ..kernels import (
     attention_config,
-    attention_varlen,
     backend,
     bias_gelu,
     dropout_add_layernorm,
     embed_layernorm,
     layernorm,
-    masked_lm_loss,
     use_backend,
 )
 from ..kernels._triton import interpreting, triton
+from . import aot_attention, aot_mlm_loss
 
 # Per multiprocessor: registers, warps, shared memory a block may have (CUDA C programming guide, compute capabilities).
 LIMITS = {80: (65536, 64, 163 * 1024), 90: (65536, 64, 227 * 1024), 100: (65536, 64, 227 * 1024)}
+MAX_BLOCKS = 32
+TENSOR_MEMORY_COLUMNS = 512  # sm_100's, of a multiprocessor (PTX ISA, tcgen05)
+MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,18 +65,34 @@ class Resources:
     registers: int
     spill_bytes: int
     shared_bytes: int
+    tensor_memory_columns: int  # sm_100; a power of two
     instructions: dict[str, int]  # SASS opcode -> how often it stands in the code
     constants: dict[str, Any]
 
+    def _blocks(self) -> dict[str, int]:
+        """Resident blocks of a multiprocessor, by what runs out."""
+        registers, warps, shared = LIMITS[self.arch]
+        a_warp = -(-self.registers * 32 // 256) * 256  # registers are handed out by warp in units of 256
+        return {
+            "registers": registers // (a_warp * self.num_warps),
+            "shared memory": shared // max(self.shared_bytes, 1),
+            "warps": warps // self.num_warps,
+            "tensor memory": TENSOR_MEMORY_COLUMNS // max(self.tensor_memory_columns, 1),
+            "blocks": MAX_BLOCKS,
+        }
+
     @property
     def blocks_per_multiprocessor(self) -> int:
-        """Resident blocks that registers, warps and shared memory allow."""
-        registers, warps, shared = LIMITS[self.arch]
-        # Registers are handed out by warp in units of 256.
-        a_warp = -(-self.registers * 32 // 256) * 256
-        by_registers = registers // (a_warp * self.num_warps)
-        by_shared = shared // max(self.shared_bytes, 1)
-        return min(by_registers, warps // self.num_warps, by_shared, 32)
+        return min(self._blocks().values())
+
+    @property
+    def limited_by(self) -> str:
+        blocks = self._blocks()
+        return min(blocks, key=lambda resource: blocks[resource])
+
+    @property
+    def matrix_instruction(self) -> str | None:
+        return next((op for op in ("UTCHMMA", "HGMMA", "HMMA") if self.count(op)), None)
 
     def count(self, prefix: str) -> int:
         """Instructions whose opcode starts with ``prefix``, e.g. "HGMMA" or "LDG"."""
@@ -145,6 +169,7 @@ def compiled_kernels(arch: int = 90) -> Iterator[list[Resources]]:
                 registers=registers,
                 spill_bytes=spills,
                 shared_bytes=kernel.metadata.shared,
+                tensor_memory_columns=getattr(kernel.metadata, "tmem_size", None) or 0,
                 instructions=dict(instructions),
                 constants=constants,
             )
@@ -162,30 +187,17 @@ def compiled_kernels(arch: int = 90) -> Iterator[list[Resources]]:
         yield found
 
 
-def _attention(seqlen: int, head_dim: int, dropout_p: float, dtype: torch.dtype) -> None:
-    qkv = torch.randn(2 * seqlen, 3, 2, head_dim, dtype=dtype, requires_grad=True)
-    cu_seqlens = torch.tensor([0, seqlen, 2 * seqlen], dtype=torch.int32)
-    attention_varlen(qkv, cu_seqlens, seqlen, dropout_p=dropout_p, seed=1).sum().backward()
-
-
-def _dropout_add_layernorm(hidden_size: int, p: float, dtype: torch.dtype) -> None:
+def _dropout_add_layernorm(hidden_size: int, p: float, biased: bool, dtype: torch.dtype) -> None:
     x, residual = (torch.randn(64, hidden_size, dtype=dtype, requires_grad=True) for _ in range(2))
-    weight, bias = (torch.randn(hidden_size, requires_grad=True) for _ in range(2))
-    dropout_add_layernorm(x, residual, weight, bias, p=p, seed=1).sum().backward()
+    weight, bias, of_linear = (torch.randn(hidden_size, requires_grad=True) for _ in range(3))
+    y = dropout_add_layernorm(x, residual, weight, bias, linear_bias=of_linear if biased else None, p=p, seed=1)
+    y.sum().backward()
 
 
 def _layernorm(hidden_size: int, dtype: torch.dtype) -> None:
     x = torch.randn(64, hidden_size, dtype=dtype, requires_grad=True)
     weight, bias = (torch.randn(hidden_size, requires_grad=True) for _ in range(2))
     layernorm(x, weight, bias).sum().backward()
-
-
-def _masked_lm_loss(vocab_size: int, dtype: torch.dtype, **options: Any) -> None:
-    hidden = torch.randn(32, 64, dtype=dtype, requires_grad=True)
-    weight = torch.randn(vocab_size, 64, dtype=dtype, requires_grad=True)
-    bias = torch.zeros(vocab_size, dtype=dtype, requires_grad=True)
-    loss: Any = masked_lm_loss(hidden, weight, bias, torch.arange(32), **options)
-    loss.sum().backward()
 
 
 def _bias_gelu(width: int, approximate: Literal["none", "tanh"], dtype: torch.dtype) -> None:
@@ -202,73 +214,94 @@ def _embed_layernorm(hidden_size: int, p: float, dtype: torch.dtype) -> None:
     out.sum().backward()
 
 
-def cases(dtype: torch.dtype = torch.bfloat16) -> dict[str, Callable[[], None]]:
-    """Name -> a call of an operator, forward and backward, at the shapes that matter."""
-    found: dict[str, Callable[[], None]] = {}
-    for seqlen, head_dims in ((64, (64, 128)), (128, (16, 32, 48, 64, 80, 96, 128)), (512, (32, 64, 128))):
-        for head_dim, p in itertools.product(head_dims, (0.0, 0.1)):
-            name = f"attention N={seqlen} D={head_dim} dropout={p}"
-            found[name] = functools.partial(_attention, seqlen, head_dim, p, dtype)
+def cases(arch: int, dtype: torch.dtype = torch.bfloat16, *, heaviest: bool = False) -> dict[str, Callable[[], None]]:
+    """Name -> a call of an operator, forward and backward, at the shapes that matter.
+
+    heaviest: of attention, one variant for each entry of its tables.
+    """
+    found: dict[str, Callable[[], None]] = aot_attention.cases(arch, heaviest=heaviest)
     for hidden_size in (256, 768, 1024, 4096):
-        for p in (0.0, 0.1):
-            name = f"dropout_add_layernorm H={hidden_size} dropout={p}"
-            found[name] = functools.partial(_dropout_add_layernorm, hidden_size, p, dtype)
+        for p, biased in itertools.product((0.0, 0.1), (False, True)):
+            name = f"dropout_add_layernorm H={hidden_size} dropout={p}" + (" linear_bias" if biased else "")
+            found[name] = functools.partial(_dropout_add_layernorm, hidden_size, p, biased, dtype)
         found[f"layernorm H={hidden_size}"] = functools.partial(_layernorm, hidden_size, dtype)
     found["embed_layernorm H=768 dropout=0.1"] = functools.partial(_embed_layernorm, 768, 0.1, dtype)
     found["bias_gelu I=3072 erf"] = functools.partial(_bias_gelu, 3072, "none", dtype)
     found["bias_gelu I=3072 tanh"] = functools.partial(_bias_gelu, 3072, "tanh", dtype)
-    for vocab_size in (8192, 30522):
-        found[f"masked_lm_loss V={vocab_size}"] = functools.partial(_masked_lm_loss, vocab_size, dtype)
-    found["masked_lm_loss V=30522 smoothing"] = functools.partial(_masked_lm_loss, 30522, dtype, label_smoothing=0.1)
-    found["masked_lm_loss V=30522 per row"] = functools.partial(_masked_lm_loss, 30522, dtype, reduction="none")
+    found |= aot_mlm_loss.cases(dtype)
     return found
 
 
 def _summary(case: str, r: Resources) -> dict[str, Any]:
-    matrix = next((op for op in ("UTCHMMA", "HGMMA", "HMMA") if r.count(op)), None)
+    matrix = r.matrix_instruction
     return {
         "case": case,
         "kernel": r.name,
+        "tile": [r.constants[name] for name in ("BLOCK_M", "BLOCK_N") if name in r.constants] or None,
         "warps": r.num_warps,
         "stages": r.num_stages,
         "registers": r.registers,
         "spill_bytes": r.spill_bytes,
         "shared_bytes": r.shared_bytes,
+        "tensor_memory_columns": r.tensor_memory_columns,
         "blocks_per_multiprocessor": r.blocks_per_multiprocessor,
+        "limited_by": r.limited_by,
         "matrix": f"{r.count(matrix)} {matrix}" if matrix else None,
         "loads_128": r.count_wide("LDG"),
         "stores_128": r.count_wide("STG"),
+        "problems": aot_attention.problems(r, LIMITS[r.arch][2], MATRIX[r.arch]) if "BLOCK_D" in r.constants else [],
     }
+
+
+def _rows(arch: int, name: str, heaviest: bool) -> list[dict[str, Any]]:
+    """One case's kernels, in a process of the pool."""
+    with compiled_kernels(arch) as found:
+        cases(arch, heaviest=heaviest)[name]()
+    return [_summary(name, r) for r in found]
+
+
+def _print(row: dict[str, Any]) -> None:
+    print(
+        f"{row['case']:58} {row['kernel']:20} {row['tile'] or ''!s:10} {row['warps']:2} {row['registers']:4} "
+        f"{row['spill_bytes']:5} {row['shared_bytes']:6} {row['blocks_per_multiprocessor']:3} {row['limited_by']:13} "
+        f"{row['matrix'] or '-':9} {row['loads_128']:4} {row['stores_128']:4} {'; '.join(row['problems'])}",
+        flush=True,
+    )
+
+
+def _write(out: Path, arch: int, rows: list[dict[str, Any]]) -> None:
+    about = {"date": f"{datetime.date.today()}", "arch": f"sm_{arch}", "triton": triton.__version__}
+    about |= {"torch": torch.__version__, "timed": "nothing: compiled without a GPU"}
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    path = out / f"{about['date']}-aot-sm_{arch}.json"
+    path.write_text(f'{{"about": {json.dumps(about)}, "kernels": [\n{lines}\n]}}\n')
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Resources of every kernel, compiled for a GPU that need not be here.")
     parser.add_argument(
-        "--arch", type=int, default=90, choices=sorted(LIMITS), help="compute capability, e.g. 90 for Hopper"
+        "--arch", type=int, nargs="+", default=[90], choices=sorted(LIMITS), help="compute capabilities, 90 for Hopper"
     )
     parser.add_argument("--only", default="", help="only the cases whose name contains this")
-    parser.add_argument("--out", type=Path, help="also write the table as JSON")
+    parser.add_argument("--heaviest", action="store_true", help="of attention, one variant an entry of its tables")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
+    parser.add_argument("--out", type=Path, help="also write a table for each architecture to this folder, as JSON")
     args = parser.parse_args()
-    rows = []
-    print(f"{'case':44} {'kernel':22} warps regs spill shared blocks  matrix   ld128 st128")
-    for name, call in cases().items():
-        if args.only not in name:
-            continue
-        with compiled_kernels(args.arch) as found:
-            call()
-        for row in (_summary(name, r) for r in found):
-            rows.append(row)
-            print(
-                f"{name:44} {row['kernel']:22} {row['warps']:5} {row['registers']:4} {row['spill_bytes']:5} "
-                f"{row['shared_bytes']:6} {row['blocks_per_multiprocessor']:6}  {row['matrix'] or '-':9} "
-                f"{row['loads_128']:4} {row['stores_128']:5}",
-                flush=True,
-            )
-    if args.out:
-        about = {"date": f"{datetime.date.today()}", "arch": f"sm_{args.arch}", "dtype": "bfloat16"}
-        about |= {"triton": triton.__version__, "torch": torch.__version__, "timed": "nothing: compiled without a GPU"}
-        lines = ",\n".join(json.dumps(row) for row in rows)
-        args.out.write_text(f'{{"about": {json.dumps(about)}, "kernels": [\n{lines}\n]}}\n')
+    print(f"{'case':58} kernel               tile       warps regs spill shared blocks of     matrix   ld128 st128")
+    wrong = 0
+    spawn = multiprocessing.get_context("spawn")  # Triton and fork() do not mix
+    with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=spawn) as pool:
+        for arch in args.arch:
+            names = [name for name in cases(arch, heaviest=args.heaviest) if args.only in name]
+            rows = []
+            for found in pool.map(functools.partial(_rows, arch, heaviest=args.heaviest), names):
+                rows += found
+                for row in found:
+                    _print(row)
+            wrong += sum(bool(row["problems"]) for row in rows)
+            if args.out:
+                _write(args.out, arch, rows)
+    sys.exit(1 if wrong else 0)
 
 
 if __name__ == "__main__":

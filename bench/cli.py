@@ -290,7 +290,8 @@ def tune(
 ) -> None:
     """Derive attention's launch table anew: by the clock on that GPU, elsewhere by the compiler alone.
 
-    Prints the entry for TABLES in kernels/attention_config.py. Takes minutes.
+    Prints the entries for TABLES and MASKED in kernels/attention_config.py.
+    Takes minutes.
     """
     import torch
 
@@ -302,8 +303,47 @@ def tune(
     if arch not in LIMITS:
         raise UserError(f"--arch {arch}: choose one of {', '.join(map(str, LIMITS))}")
     chosen = _dtype(dtype, torch.device("cpu"), TRAINING_DTYPES)
-    table = suite.derive(arch, chosen, lambda line: typer.echo(line, err=True))
+    table, masked = suite.derive(arch, chosen, lambda line: typer.echo(line, err=True))
     typer.echo(suite.as_code(arch, chosen, table))
+    typer.echo(suite.as_code(arch, chosen, masked))
+
+
+@app.command()
+def report(
+    results: Annotated[list[Path], typer.Argument(help="Files that the other commands wrote with --out.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.html, report.md and the plots.")],
+) -> None:
+    """Turn result files into one page that can be mailed, the same as Markdown, and a PNG for every plot.
+
+    The page loads nothing from elsewhere. Plots need matplotlib; without it
+    there are tables alone.
+    """
+    from .report import write_report
+
+    write_report(results, out, say=typer.echo)
+
+
+@app.command()
+def compare(
+    old: Annotated[Path, typer.Argument(help="Result file of kernels, step or train: what was.")],
+    new: Annotated[Path, typer.Argument(help="The same measured again: what is.")],
+    threshold: Annotated[
+        float, typer.Option(help="Slower by no more than this share of the time is let pass.", min=0.0)
+    ] = 0.03,
+) -> None:
+    """Is anything of ours slower than it was? Ends with status 1 if so.
+
+    Each pass of each case: new time / old time with its interval, from the
+    stored samples; 95 % for all rows together. Where PyTorch and the peers
+    are the same versions, what slowed them down as well is the machine, and
+    is divided out. Slower: the whole interval lies above 1 + threshold. A
+    contestant of ours that was right and is not any more also ends with
+    status 1; files that can not be compared (another GPU, no case in common)
+    with status 2.
+    """
+    from . import compare as gate
+
+    _fail_unless(gate.run(old, new, threshold=threshold, say=typer.echo), [])
 
 
 def main(args: list[str] | None = None) -> Any:

@@ -99,6 +99,11 @@ def _torch_linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, la
     return F.linear_cross_entropy(hidden, weight, labels, linear_bias=bias, ignore_index=IGNORE, options=options)
 
 
+def _lean_skipping(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Any:
+    roundoff = torch.finfo(hidden.dtype).eps / 2
+    return masked_lm_loss(hidden, weight, bias, labels, lean=True, skip_tolerance=roundoff)
+
+
 def _liger(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
@@ -121,6 +126,8 @@ def _contestants(compile_peers: bool) -> tuple[list[Contestant], list[Missing]]:
 
     found = [
         contestant("fusebert", masked_lm_loss, role=OURS),
+        contestant("fusebert, lean", functools.partial(masked_lm_loss, lean=True), role=OURS),
+        contestant("fusebert, lean, skipping", _lean_skipping, role=OURS),
         contestant("its matrix products", _ItsMatrixProducts.apply, role=BOUND),
         contestant("torch eager", _eager),
         contestant("torch eager, fp32 logits", _eager_fp32),

@@ -1,4 +1,4 @@
-"""Result files: JSON, written whole or not at all."""
+"""Result files: JSON, written whole or not at all, read only where this version knows what the fields mean."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
+
+from ..train.errors import UserError
 
 SCHEMA = 1  # of the result files; raise it when a field changes its meaning
 
@@ -36,4 +39,42 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
         raise
 
 
-__all__ = ["SCHEMA", "write_json"]
+def _kind(result: Any) -> str | None:
+    """What a file says it is; two of the first kinds say it by their fields alone."""
+    if not isinstance(result, dict):
+        return None
+    for kind, fields in (("aot", ("about", "kernels")), ("campaign", ("stages", "seconds"))):
+        if "kind" not in result and all(name in result for name in fields):
+            return kind
+    return result.get("kind")
+
+
+def read_result(path: Path, kinds: Collection[str]) -> dict[str, Any]:
+    """The result in ``path``, with its "kind" filled in.
+
+    Args:
+        kinds: those that the caller can use.
+
+    Raises:
+        UserError: there is no such file, it is no result file, of another kind, or of another version.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give a file that fusebert bench ... --out wrote") from error
+    except ValueError as error:  # not UTF-8, not JSON
+        raise UserError(f"{path}: not JSON ({error}); give a file that fusebert bench ... --out wrote") from error
+    kind = _kind(result)
+    if kind is None:
+        raise UserError(f"{path}: not a result file; give one that fusebert bench ... --out wrote")
+    if kind not in kinds:
+        raise UserError(f"{path}: holds a result of kind {kind!r}; this takes {', '.join(sorted(kinds))}")
+    schema = result.get("schema", SCHEMA)
+    if schema != SCHEMA:
+        raise UserError(
+            f"{path}: written as version {schema!r} of the result files; this fusebert reads version {SCHEMA}"
+        )
+    return {**result, "kind": kind}
+
+
+__all__ = ["SCHEMA", "read_result", "write_json"]

@@ -7,30 +7,7 @@ from typing import Any
 
 from .cases import OURS, PEER, Missing
 from .clocks import clock_lines
-
-
-def _milliseconds(ms: float) -> str:
-    return f"{ms:.3f} ms" if ms >= 0.1 else f"{1e3 * ms:.1f} µs"
-
-
-def _bytes(n: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if n < 1000:
-            return f"{n:.0f} {unit}"
-        n /= 1000
-    return f"{n:.2f} GB"
-
-
-def _rate(limit: str, row: dict[str, Any]) -> str:
-    """In the unit of what limits the operator."""
-    if limit == "matmul":
-        return f"{row['flops_per_s'] / 1e12:.4g} TFLOP/s"
-    return f"{row['bytes_per_s'] / 1e9:.4g} GB/s"
-
-
-def interval(against: dict[str, float] | None) -> str:
-    """A ratio and its 95 % interval."""
-    return "" if against is None else f"{against['median']:.2f} [{against['low']:.2f}, {against['high']:.2f}]"
+from .units import interval, milliseconds, rate, size
 
 
 def columns(rows: list[list[str]], *, left: int = 1) -> list[str]:
@@ -71,7 +48,7 @@ def case_lines(measured: dict[str, Any]) -> list[str]:
     lines = [
         "",
         f"{measured['op']} {measured['case']} {measured['dtype']}, {measured['pass']}: at least "
-        f"{_milliseconds(measured['floor_ms'])} ({limit}; {measured['flops']:.3g} FLOPs, {_bytes(measured['bytes'])})",
+        f"{milliseconds(measured['floor_ms'])} ({limit}; {measured['flops']:.3g} FLOPs, {size(measured['bytes'])})",
         f"  {shape}",
     ]
     table = [["", "error", "× torch", "median", "spread", "time / ours [95 %]", "rate", "roofline", "peak memory"]]
@@ -89,12 +66,12 @@ def case_lines(measured: dict[str, Any]) -> list[str]:
         else:
             bound = row["role"] == "bound"
             cells += [
-                _milliseconds(timing["median_ms"]),
+                milliseconds(timing["median_ms"]),
                 f"{100 * timing['spread']:.1f} %",
                 interval(row["ratio_to_ours"]),
-                "" if bound else _rate(limit, row),
+                "" if bound else rate(limit, row),
                 "" if bound else f"{100 * row['roofline']:.0f} %",
-                "" if row["peak_bytes"] is None else _bytes(row["peak_bytes"]),
+                "" if row["peak_bytes"] is None else size(row["peak_bytes"]),
             ]
             if timing["host_bound"]:
                 remarks.append(
@@ -118,7 +95,7 @@ def summary_lines(results: Sequence[dict[str, Any]]) -> list[str]:
         table.append(
             [
                 name,
-                _milliseconds(ours["timing"]["median_ms"]) if ours else "NOT TIMED",
+                milliseconds(ours["timing"]["median_ms"]) if ours else "NOT TIMED",
                 f"{100 * ours['roofline']:.0f} %" if ours else "",
                 best["name"] if best else "",
                 interval(best["ratio_to_ours"]) if best else "",
@@ -153,11 +130,11 @@ def step_lines(result: dict[str, Any]) -> list[str]:
         else:
             cells += [
                 f"{row['tokens_per_s']:,.0f}",
-                _milliseconds(timing["median_ms"]),
+                milliseconds(timing["median_ms"]),
                 f"{100 * timing['spread']:.1f} %",
                 interval(row["ratio_to_ours"]),
                 f"{100 * row['mfu']:.1f} %",
-                "" if row["peak_bytes"] is None else _bytes(row["peak_bytes"]),
+                "" if row["peak_bytes"] is None else size(row["peak_bytes"]),
             ]
             if timing["host_bound"]:
                 remarks.append(f"  {row['name']}: limited by the host, which needs as long to issue the step")
@@ -213,7 +190,7 @@ def train_lines(result: dict[str, Any]) -> list[str]:
                 f"{row['tokens']:,}",
                 f"{row['loss_at_same_step']['loss']:.4f}",
                 f"{row['heldout_loss']:.4f}",
-                "" if row["peak_bytes"] is None else _bytes(row["peak_bytes"]),
+                "" if row["peak_bytes"] is None else size(row["peak_bytes"]),
             ]
         if verdict["detail"]:
             remarks.append(f"  {row['name']}: {verdict['status']}: {verdict['detail']}")
@@ -234,7 +211,6 @@ __all__ = [
     "ceiling_lines",
     "columns",
     "drift_line",
-    "interval",
     "missing_lines",
     "parity_lines",
     "step_lines",

@@ -3,12 +3,14 @@
 For each head size it goes through candidate tiles of each kernel, drops those that spill registers or do not fit the
 shared memory (with or without dropout), and keeps the fastest on the GPU; where there is none, the first of the order
 below, the largest. A segment length takes the short route where its kernel compiles and, on a GPU, beats the long one.
+Where what was chosen spills under a mask, a window or grouped heads, `attention_config.MASKED` gets its own entry.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 from unittest import mock
 
 import torch
@@ -17,7 +19,8 @@ from ..kernels import attention_config
 from ..kernels._triton import triton
 from ..kernels.attention_config import Config, Table
 from ..kernels.attention_launch import Problem, backward, forward, new_stats
-from .aot import LIMITS, Resources, compiled_kernels
+from . import aot_attention
+from .aot import LIMITS, compiled_kernels
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 SHORT_LENGTHS = (16, 32, 64, 128)
@@ -80,45 +83,57 @@ CANDIDATES: dict[int, dict[str, list[Config]]] = {
 }
 
 
-def derive(arch: int, dtype: torch.dtype, report: Callable[[str], None], head_dims: Sequence[int] = HEAD_DIMS) -> Table:
-    """The table for ``sm_<arch>`` and ``dtype``, by the clock where this machine has that GPU, else by the compiler.
+def derive(
+    arch: int, dtype: torch.dtype, report: Callable[[str], None], head_dims: Sequence[int] = HEAD_DIMS
+) -> tuple[Table, Table]:
+    """(table, what differs under a mask) for ``sm_<arch>`` and ``dtype``: by the clock where this machine has that GPU.
 
-    Where every candidate of a kernel spills, the one that spills least is taken.
+    Elsewhere by the compiler. Where every candidate of a kernel spills, the one that spills least is taken.
 
     Args:
         report: gets a line a decision.
     """
     timed = torch.cuda.is_available() and attention_config.architecture() == arch
-    found = Table({}, {}, {}, {}, {})
+    found, masked = (Table({}, {}, {}, {}, {}) for _ in range(2))
+
+    def keep(kernel: str, head_dim: int, best: Any, under_a_mask: Any, words: str) -> None:
+        getattr(found, kernel)[head_dim] = best
+        if under_a_mask != best:
+            getattr(masked, kernel)[head_dim] = under_a_mask
+        report(f"{kernel} D={head_dim}: {words}")
+
     for head_dim in head_dims:
         for kernel, candidates in CANDIDATES[dtype.itemsize].items():
-            best, spills = _best(kernel, candidates, head_dim, arch, dtype, timed)
-            getattr(found, kernel)[head_dim] = best
-            report(f"{kernel} D={head_dim}: {tuple(best)}" + (f", spills {spills} bytes" if spills else ""))
+            best, spills = _best(kernel, candidates, head_dim, arch, dtype, timed, False)
+            other, more = _best(kernel, [best, *candidates], head_dim, arch, dtype, timed, True)
+            words = f"{tuple(best)}" + (f", spills {spills} bytes" if spills else "")
+            words += f"; masked {tuple(other)}" + (f", spills {more} bytes" if more else "") if other != best else ""
+            keep(kernel, head_dim, best, other, words)
         for kernel in ("short_forward", "short_backward"):
-            longest = 0
-            for length in SHORT_LENGTHS:
-                if _spills(kernel, None, head_dim, length, arch, dtype):
-                    break
-                if timed and not _short_is_faster(kernel, head_dim, length, dtype, found):
-                    break
-                longest = length
-            getattr(found, kernel)[head_dim] = longest
-            report(f"{kernel} D={head_dim}: up to {longest}")
-    return found
+            longest = [0, 0]
+            for masked_too in (False, True):
+                for length in SHORT_LENGTHS:
+                    if _spills(kernel, None, head_dim, length, arch, dtype, masked_too):
+                        break
+                    if timed and not _short_is_faster(kernel, head_dim, length, dtype, found):
+                        break
+                    longest[masked_too] = length
+            plain, other_length = longest[0], min(longest)
+            keep(kernel, head_dim, plain, other_length, f"up to {plain}; masked {other_length}")
+    return found, masked
 
 
 def _best(
-    kernel: str, candidates: list[Config], head_dim: int, arch: int, dtype: torch.dtype, timed: bool
+    kernel: str, candidates: list[Config], head_dim: int, arch: int, dtype: torch.dtype, timed: bool, masked: bool
 ) -> tuple[Config, float]:
     """(configuration, bytes that it spills)."""
     spills: dict[Config, float] = {}
     for config in candidates:
-        spills[config] = _spills(kernel, config, head_dim, LONG_LENGTH, arch, dtype)
+        spills[config] = _spills(kernel, config, head_dim, LONG_LENGTH, arch, dtype, masked)
         if spills[config] == 0 and not timed:
             return config, 0
     least = min(spills.values())
-    left = [config for config in candidates if spills[config] == least]
+    left = [config for config in spills if spills[config] == least]
     if timed:
         left.sort(key=lambda config: _milliseconds(kernel, config, head_dim, LONG_LENGTH, dtype))
     return left[0], least
@@ -149,22 +164,25 @@ def _calls(kernel: str, problem: Problem) -> Callable[[], None]:
     return lambda: backward(problem, out, stats, out, dq, dk, dv)
 
 
-def _resources(
-    kernel: str, config: Config | None, head_dim: int, seqlen: int, arch: int, dtype: torch.dtype
-) -> Iterator[Resources]:
-    for p in (DROPOUT_P, 0.0):
+def _variants(kernel: str, masked: bool) -> tuple[aot_attention.Variant, ...]:
+    if not masked:
+        return aot_attention.DROPOUT, aot_attention.PLAIN
+    heads = aot_attention.GROUPED if kernel.startswith("long") else aot_attention.MASKED
+    return heads, aot_attention.WINDOW
+
+
+def _spills(
+    kernel: str, config: Config | None, head_dim: int, seqlen: int, arch: int, dtype: torch.dtype, masked: bool
+) -> float:
+    """Bytes of registers it spills, the worst of its variants; infinite where it does not fit."""
+    worst = 0.0
+    for variant in _variants(kernel, masked):
         with (
             compiled_kernels(arch) as found,
             mock.patch.object(attention_config, "table", return_value=_only(kernel, config, head_dim)),
         ):
-            _calls(kernel, _problem(head_dim, seqlen, 2 * seqlen, 2, p, dtype, "cpu"))()
-        yield next(r for r in found if r.name == kernel)
-
-
-def _spills(kernel: str, config: Config | None, head_dim: int, seqlen: int, arch: int, dtype: torch.dtype) -> float:
-    """Bytes of registers it spills, the worse of with and without dropout; infinite where it does not fit."""
-    worst = 0.0
-    for r in _resources(kernel, config, head_dim, seqlen, arch, dtype):
+            aot_attention.call(dtype, head_dim, seqlen, seqlen, variant)
+        r = next(r for r in found if r.name == kernel)
         worst = max(worst, r.spill_bytes if r.shared_bytes <= LIMITS[arch][2] else math.inf)
         if worst:
             break
@@ -186,13 +204,13 @@ def _short_is_faster(kernel: str, head_dim: int, seqlen: int, dtype: torch.dtype
 
 
 def as_code(arch: int, dtype: torch.dtype, table: Table) -> str:
-    """The entry for ``attention_config.TABLES``, as Python."""
+    """The entry for ``attention_config.TABLES`` or ``MASKED``, as Python."""
     lines = [f"    ({arch}, {dtype.itemsize}): Table("]
     for name, values in table._asdict().items():
-        if name.startswith("short"):
+        if name.startswith("short") or not values:
             lines.append(f"        {name}={values},")
         else:
             lines.append(f"        {name}={{")
-            lines += [f"            {d}: Config({', '.join(map(str, c))})," for d, c in values.items()]
+            lines += [f"            {d}: Config({', '.join(map(str, c[:4]))})," for d, c in values.items()]
             lines.append("        },")
     return "\n".join([*lines, "    ),"])

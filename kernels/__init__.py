@@ -3,10 +3,11 @@
 from .attention import attention, attention_varlen, attention_varlen_separate
 from .backend import use_backend
 from .bias_gelu import FusedLinearGELU, bias_gelu
+from .cross_entropy_rows import cross_entropy
 from .dropout import dropout_mask
 from .embed_layernorm import embed_layernorm
 from .layernorm import FusedDropoutAddLayerNorm, FusedLayerNorm, FusedRMSNorm, dropout_add_layernorm, layernorm, rmsnorm
-from .mlm_loss import cross_entropy, masked_lm_loss
+from .mlm_loss import masked_lm_loss
 
 __all__ = [
     "FusedDropoutAddLayerNorm",

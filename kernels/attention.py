@@ -12,19 +12,30 @@ rounds at the size of the scores: in float32 that is a larger error than PyTorch
 c leaves every loop: with dP' = Z ∘ (dO Vᵀ) and δ' = δ / c, dS = c P ∘ (dP' − δ'), so c and scale multiply the finished
 sums. Exponentials are base 2, with log₂e folded into the scale, because that is the instruction the hardware has.
 
-Two routes, by shape: `attention_short` and `attention_long`. N rows a segment, D a head, e bytes an element; per
-segment and head:
+Two routes, by shape: `attention_short` and `attention_long`. N rows a segment, D a head, e bytes an element, B rows a
+tile, h heads a tile; per segment and head:
 
-    route                 programs over                  FLOPs      bytes through HBM              the floor
-    short forward         (segment, head)                 4 N²D      4 NDe + 8 N                    the same
-    short backward        (segment, head)                10 N²D      7 NDe + 8 N                    the same
-    long forward          (query tile, segment, head)     4 N²D      4 NDe + 8 N                    the same
-    long backward, dQ     (query tile, segment, head)     6 N²D      6 NDe + 12 N }                 10 N²D FLOPs,
-    long backward, dK dV  (key tile, segment, key head)   8 N²D      6 NDe + 12 N }                  7 NDe + 8 N
+    route                 programs   FLOPs       bytes through HBM   L2 → tiles     the floor
+    short forward         1 / h       4 h N²D    4 NDe + 8 N         the same       4 N²D, the same
+    short backward        1 / h      10 h N²D    7 NDe + 8 N         the same       10 N²D, the same
+    long forward          N / B       4 N²D      4 NDe + 8 N         2 (N/B) NDe    4 N²D, the same
+    long backward, dQ     N / B       6 N²D      6 NDe + 12 N }      2 (N/B) NDe    10 N²D FLOPs,
+    long backward, dK dV  N / B       8 N²D      6 NDe + 12 N }      2 (N/B) NDe    7 NDe + 8 N
 
-(the long route reads K and V, or Q and dO, once a tile more, from L2). Short is for segments that fit in one tile,
-which BERT's often do; the long backward trades two more matrix products for the same absence of atomics. Either
-way every gradient has one owner, so the same inputs give the same bits.
+Short is for segments that fit in one tile, which BERT's often do; h = 1 but for N ≤ 32, where the products are free:
+h N / 2 FLOPs a byte, at most 32. The long backward trades two more matrix products, and a second read of Q, K, V and
+dO, for the same absence of atomics. Either way every gradient has one owner, so the same inputs give the same bits.
+Full tiles of the long route are not masked; the last, ragged one is peeled (under a mask or window all are masked).
+
+Considered for 128 < N ≤ 512 and left out: one backward program a (segment, head), key tile by key tile, adding dQ into
+fp32 scratch of its own. 10 N²D FLOPs and 7 NDe through HBM; but dK and dV of 512 rows at D = 64 are 256 kB, all the
+registers of a multiprocessor, so it must loop over key tiles, reading Q and dO for each, 2 (N/B) NDe, and the scratch,
+(8 N/B − 4) ND: at N = 512, B = 128, e = 2 that is 44 ND through L2 against the split's 32 ND, in a quarter of the
+programs, each four times as long. Fewer products for more traffic and less to run at once: only a clock can choose.
+
+float32 is multiplied on the plain cores, in full, unless PyTorch allows TF32. Three TF32 products ("tf32x3") would use
+the matrix units, but tiles of 64 rows then spill at D = 64 on sm_90 (88 bytes forward, 288 and 848 backward), and
+whether they keep to twice PyTorch's float32 error only a GPU can show.
 """
 
 from __future__ import annotations

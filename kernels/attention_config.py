@@ -1,9 +1,9 @@
 """Tile sizes, warps and pipeline stages of attention's kernels, by shape and architecture.
 
 The tables hold, for each kernel, the largest tiles that compile without spilling a register and fit the shared memory,
-with dropout and without: what a compiler can say (`bench.tune` derives them). They are not yet tuned by the clock.
-Where nothing is small enough not to spill, at D = 256 and in float32, they hold what spills least. Their keys are
-BLOCK_D, the head size rounded up to a power of two.
+with dropout and without: what a compiler can say (`bench.tune` derives them, tests/kernels/test_aot_attention.py
+compiles every entry). They are not yet tuned by the clock. Their keys are BLOCK_D, the head size rounded up to a power
+of two.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from ._triton import triton
 
 
 class Config(NamedTuple):
-    """How one kernel is launched: BLOCK_M rows of queries against BLOCK_N keys."""
+    """How one kernel is launched: BLOCK_M rows of queries against BLOCK_N keys, of ``heads`` heads (short route)."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    heads: int = 1
 
 
 class Table(NamedTuple):
@@ -38,6 +39,8 @@ class Table(NamedTuple):
     long_backward_dk_dv: dict[int, Config]
 
 
+FULL_TILE = 64  # rows: what Hopper's matrix instruction wants, and four warps' worth of Ampere's
+
 # (architecture, bytes of an element); an architecture not listed takes the newest one listed below it.
 TABLES = {
     (80, 2): Table(
@@ -48,21 +51,21 @@ TABLES = {
             32: Config(128, 128, 8, 2),
             64: Config(128, 64, 8, 3),
             128: Config(32, 32, 4, 2),
-            256: Config(32, 16, 4, 1),
+            256: Config(32, 16, 8, 1),
         },
         long_backward_dq={
             16: Config(128, 64, 8, 2),
             32: Config(128, 64, 8, 2),
             64: Config(64, 32, 4, 2),
-            128: Config(32, 32, 4, 2),
-            256: Config(32, 16, 4, 1),
+            128: Config(32, 32, 8, 2),
+            256: Config(16, 16, 8, 1),
         },
         long_backward_dk_dv={
             16: Config(64, 128, 8, 2),
             32: Config(32, 128, 8, 2),
             64: Config(16, 64, 8, 2),
             128: Config(16, 16, 4, 1),
-            256: Config(16, 16, 4, 1),
+            256: Config(16, 32, 8, 1),
         },
     ),
     (90, 2): Table(
@@ -90,6 +93,31 @@ TABLES = {
             256: Config(16, 64, 8, 2),
         },
     ),
+    (100, 2): Table(
+        short_forward={16: 128, 32: 128, 64: 128, 128: 128, 256: 128},
+        short_backward={16: 128, 32: 128, 64: 128, 128: 128, 256: 32},
+        long_forward={
+            16: Config(128, 128, 8, 2),
+            32: Config(128, 128, 8, 2),
+            64: Config(128, 128, 8, 2),
+            128: Config(128, 64, 8, 3),
+            256: Config(64, 32, 8, 1),
+        },
+        long_backward_dq={
+            16: Config(128, 64, 8, 2),
+            32: Config(128, 64, 8, 2),
+            64: Config(128, 64, 8, 2),
+            128: Config(128, 64, 8, 2),
+            256: Config(64, 32, 8, 2),
+        },
+        long_backward_dk_dv={
+            16: Config(64, 128, 8, 2),
+            32: Config(64, 128, 8, 2),
+            64: Config(32, 128, 8, 2),
+            128: Config(32, 128, 8, 1),
+            256: Config(16, 64, 8, 2),
+        },
+    ),
     # float32 products run on the plain cores, unrolled: small tiles.
     (80, 4): Table(
         short_forward={16: 64, 32: 64, 64: 32, 128: 16, 256: 16},
@@ -97,14 +125,14 @@ TABLES = {
         long_forward={
             16: Config(32, 32, 4, 2),
             32: Config(32, 32, 4, 2),
-            64: Config(16, 16, 4, 2),
-            128: Config(16, 16, 8, 1),
+            64: Config(32, 32, 8, 1),
+            128: Config(32, 16, 8, 1),
             256: Config(16, 16, 8, 1),
         },
         long_backward_dq={
             16: Config(32, 32, 4, 2),
             32: Config(32, 16, 4, 2),
-            64: Config(16, 16, 8, 1),
+            64: Config(32, 16, 8, 1),
             128: Config(16, 16, 8, 1),
             256: Config(16, 16, 8, 1),
         },
@@ -115,6 +143,18 @@ TABLES = {
             128: Config(16, 16, 8, 1),
             256: Config(16, 16, 8, 1),
         },
+    ),
+}
+
+
+NOTHING = Table({}, {}, {}, {}, {})
+
+# What differs under a padding mask, a window or grouped heads, which take more registers: entries that then spill.
+MASKED: dict[tuple[int, int], Table] = {
+    (80, 2): NOTHING._replace(short_forward={128: 32}),
+    (90, 2): NOTHING._replace(short_backward={128: 64}),
+    (100, 2): NOTHING._replace(
+        long_forward={16: Config(128, 64, 8, 3), 32: Config(128, 64, 8, 3), 64: Config(128, 64, 8, 3)}
     ),
 }
 
@@ -133,37 +173,56 @@ def architecture() -> int:
     return 10 * major + minor
 
 
-def table(dtype: torch.dtype) -> Table:
-    """The table for ``dtype`` on this machine's GPU."""
+def _known(dtype: torch.dtype) -> tuple[int, int]:
     listed = sorted(arch for arch, size in TABLES if size == dtype.itemsize)
-    known = max((arch for arch in listed if arch <= architecture()), default=listed[0])
-    return TABLES[known, dtype.itemsize]
+    return max((arch for arch in listed if arch <= architecture()), default=listed[0]), dtype.itemsize
 
 
-def _short(longest: int, max_q: int, max_k: int) -> Config | None:
-    if max(max_q, max_k) > longest:
+def table(dtype: torch.dtype, masked: bool = False) -> Table:
+    """The table for ``dtype`` on this machine's GPU. masked: under a padding mask, a window or grouped heads."""
+    known = _known(dtype)
+    plain, own = TABLES[known], MASKED.get(known, NOTHING)
+    if not masked:
+        return plain
+    return Table(*({**getattr(plain, name), **getattr(own, name)} for name in Table._fields))
+
+
+def _short(longest: int, num_heads: int, max_q: int, max_k: int, dtype: torch.dtype) -> Config | None:
+    rows = max(max_q, max_k)
+    if rows > longest:
         return None
-    block_m, block_n = block(max_q), block(max_k)
-    return Config(block_m, block_n, 8 if max(block_m, block_n) > 64 else 4, 1)
+    block_m, block_n, heads = block(max_q), block(max_k), 1
+    # float32 has no matrix instruction to fill. num_heads: what a tile may gather.
+    full = min(FULL_TILE, longest) if dtype.itemsize == 2 else 0
+    while 2 * max(block_m, block_n) <= full and num_heads % (2 * heads) == 0:
+        block_m, block_n, heads = 2 * block_m, 2 * block_n, 2 * heads
+    return Config(block_m, block_n, 8 if max(block_m, block_n) > 64 else 4, 1, heads)
 
 
-def short_forward(head_dim: int, max_q: int, max_k: int, dtype: torch.dtype) -> Config | None:
+def short_forward(
+    head_dim: int, num_heads: int, max_q: int, max_k: int, groups: int, dtype: torch.dtype, masked: bool
+) -> Config | None:
     """None where the longest segment does not fit one tile."""
-    return _short(table(dtype).short_forward[block(head_dim)], max_q, max_k)
+    longest = table(dtype, masked).short_forward[block(head_dim)]
+    return _short(longest, num_heads if groups == 1 else 1, max_q, max_k, dtype)
 
 
-def short_backward(head_dim: int, max_q: int, max_k: int, groups: int, dtype: torch.dtype) -> Config | None:
+def short_backward(
+    head_dim: int, num_heads: int, max_q: int, max_k: int, groups: int, dtype: torch.dtype, masked: bool
+) -> Config | None:
     """None where the longest segment does not fit one tile, or heads share their keys."""
-    return None if groups > 1 else _short(table(dtype).short_backward[block(head_dim)], max_q, max_k)
+    if groups > 1:
+        return None
+    return _short(table(dtype, masked).short_backward[block(head_dim)], num_heads, max_q, max_k, dtype)
 
 
-def long_forward(head_dim: int, dtype: torch.dtype) -> Config:
-    return table(dtype).long_forward[block(head_dim)]
+def long_forward(head_dim: int, dtype: torch.dtype, masked: bool) -> Config:
+    return table(dtype, masked).long_forward[block(head_dim)]
 
 
-def long_backward_dq(head_dim: int, dtype: torch.dtype) -> Config:
-    return table(dtype).long_backward_dq[block(head_dim)]
+def long_backward_dq(head_dim: int, dtype: torch.dtype, masked: bool) -> Config:
+    return table(dtype, masked).long_backward_dq[block(head_dim)]
 
 
-def long_backward_dk_dv(head_dim: int, dtype: torch.dtype) -> Config:
-    return table(dtype).long_backward_dk_dv[block(head_dim)]
+def long_backward_dk_dv(head_dim: int, dtype: torch.dtype, masked: bool) -> Config:
+    return table(dtype, masked).long_backward_dk_dv[block(head_dim)]

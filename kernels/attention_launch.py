@@ -14,6 +14,7 @@ from torch import Tensor
 from . import attention_config
 from ._triton import triton
 from .attention_long import long_backward_dk_dv, long_backward_dq, long_forward
+from .attention_schedule import grid
 from .attention_short import short_backward, short_forward
 from .dropout import keep_threshold
 
@@ -37,7 +38,7 @@ class Problem(NamedTuple):
     window: int
 
     @property
-    def programs(self) -> int:
+    def segments(self) -> int:
         """Segments that get programs: packed, one more, for the rows behind the last."""
         return self.q.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.numel()
 
@@ -46,18 +47,42 @@ class Problem(NamedTuple):
         """Nothing to compute or to write."""
         return self.q.numel() + self.k.numel() == 0
 
+    @property
+    def groups(self) -> int:
+        """Query heads that share a key head."""
+        return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def masked(self) -> bool:
+        """It takes more registers than plain attention."""
+        return self.key_mask is not None or self.window != NO_WINDOW or self.groups > 1
+
+    def query_tiles(self, block: int) -> tuple[int, dict[str, Any]]:
+        """(programs, what they find their tile by) of a kernel that owns ``block`` queries."""
+        return self._tiles(self.cu_seqlens_q, self.q, self.max_q, block)
+
+    def key_tiles(self, block: int) -> tuple[int, dict[str, Any]]:
+        return self._tiles(self.cu_seqlens_k, self.k, self.max_k, block)
+
+    def _tiles(self, cu_seqlens: Tensor | None, x: Tensor, longest: int, block: int) -> tuple[int, dict[str, Any]]:
+        num_tiles, slots = grid(cu_seqlens, self.segments, longest, x.shape[0], block)
+        programs = num_tiles * x.shape[1] * (1 if slots is not None else self.segments)
+        return programs, {"num_tiles": num_tiles, "slots_ptr": slots, "SCHEDULED": slots is not None}
+
     def short_forward(self) -> attention_config.Config | None:
-        return attention_config.short_forward(self.q.shape[-1], self.max_q, self.max_k, self.q.dtype)
+        shape = (self.q.shape[-1], self.q.shape[1], self.max_q, self.max_k, self.groups)
+        return attention_config.short_forward(*shape, self.q.dtype, self.masked)
 
     def short_backward(self) -> attention_config.Config | None:
-        groups = self.q.shape[1] // self.k.shape[1]
-        return attention_config.short_backward(self.q.shape[-1], self.max_q, self.max_k, groups, self.q.dtype)
+        shape = (self.q.shape[-1], self.q.shape[1], self.max_q, self.max_k, self.groups)
+        return attention_config.short_backward(*shape, self.q.dtype, self.masked)
 
     def arguments(self, config: attention_config.Config) -> dict[str, Any]:
         """What every kernel takes."""
         rows = 0 if self.cu_seqlens_q is not None else 2
         head_dim = self.q.shape[-1]
-        precision = "tf32" if self.q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+        # Not allow_tf32: reading that raises where the program has set fp32_precision, which follows either.
+        tf32 = self.q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
         return {
             "cu_seqlens_q_ptr": self.cu_seqlens_q,
             "cu_seqlens_k_ptr": self.cu_seqlens_k,
@@ -71,7 +96,7 @@ class Problem(NamedTuple):
             "scale": self.scale,
             "p_threshold": keep_threshold(self.dropout_p),
             "keep_scale": 1.0 / (1.0 - self.dropout_p),
-            "GROUPS": self.q.shape[1] // self.k.shape[1],
+            "GROUPS": self.groups,
             "D": head_dim,
             "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
             "BLOCK_M": config.block_m,
@@ -81,7 +106,7 @@ class Problem(NamedTuple):
             "WINDOW": self.window != NO_WINDOW,
             "DROPOUT": self.dropout_p > 0.0,
             "EXACT": self.q.dtype == torch.float32,
-            "PRECISION": precision,
+            "PRECISION": "tf32" if tf32 else "ieee",
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
         }
@@ -104,15 +129,14 @@ def forward(a: Problem, out: Tensor, stats: Tensor) -> None:
     tensors = (a.q, a.k, a.v, out, stats)
     strides = {"q_strides": _strides(a.q), "k_strides": _strides(a.k), "v_strides": _strides(a.v)}
     strides |= {"out_strides": _strides(out), "stats_strides": _stats_strides(stats)}
-    heads = a.programs * a.q.shape[1]
     if config := a.short_forward():
-        short_forward[(heads,)](*tensors, **strides, max_q=a.max_q, max_k=a.max_k, **a.arguments(config))
-    else:
-        config = attention_config.long_forward(a.q.shape[-1], a.q.dtype)
-        num_tiles = triton.cdiv(max(a.max_q, 1), config.block_m)
-        long_forward[(num_tiles * heads,)](
-            *tensors, **strides, num_tiles=num_tiles, max_q=a.max_q, max_k=a.max_k, **a.arguments(config)
+        short_forward[(a.segments * a.q.shape[1] // config.heads,)](
+            *tensors, **strides, max_q=a.max_q, max_k=a.max_k, HEADS=config.heads, **a.arguments(config)
         )
+    else:
+        config = attention_config.long_forward(a.q.shape[-1], a.q.dtype, a.masked)
+        programs, tiles = a.query_tiles(config.block_m)
+        long_forward[(programs,)](*tensors, **strides, **tiles, max_q=a.max_q, max_k=a.max_k, **a.arguments(config))
 
 
 def backward(a: Problem, out: Tensor, stats: Tensor, dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
@@ -122,23 +146,23 @@ def backward(a: Problem, out: Tensor, stats: Tensor, dout: Tensor, dq: Tensor, d
     of_q, of_k = {"q_strides": _strides(a.q)}, {"k_strides": _strides(a.k), "v_strides": _strides(a.v)}
     strides = {**of_q, **of_k, "dout_strides": _strides(dout), "stats_strides": _stats_strides(stats)}
     to_q, to_k = {"dq_strides": _strides(dq)}, {"dk_strides": _strides(dk), "dv_strides": _strides(dv)}
-    heads, key_heads = a.programs * a.q.shape[1], a.programs * a.k.shape[1]
     if config := a.short_backward():
-        short_backward[(heads,)](
-            a.q, a.k, a.v, dout, dq, dk, dv, stats, **strides, **to_q, **to_k, **a.arguments(config)
+        short_backward[(a.segments * a.q.shape[1] // config.heads,)](
+            a.q, a.k, a.v, dout, dq, dk, dv, stats,
+            **strides, **to_q, **to_k, HEADS=config.heads, **a.arguments(config),
         )  # fmt: skip
         return
     delta = torch.empty_like(stats[0])
-    config = attention_config.long_backward_dq(a.q.shape[-1], a.q.dtype)
-    num_tiles = triton.cdiv(max(a.max_q, 1), config.block_m)
-    long_backward_dq[(num_tiles * heads,)](
+    config = attention_config.long_backward_dq(a.q.shape[-1], a.q.dtype, a.masked)
+    programs, tiles = a.query_tiles(config.block_m)
+    long_backward_dq[(programs,)](
         a.q, a.k, a.v, out, dout, dq, stats, delta,
-        out_strides=_strides(out), num_tiles=num_tiles, **strides, **to_q, **a.arguments(config),
+        out_strides=_strides(out), **tiles, **strides, **to_q, **a.arguments(config),
     )  # fmt: skip
-    config = attention_config.long_backward_dk_dv(a.q.shape[-1], a.q.dtype)
-    num_tiles = triton.cdiv(max(a.max_k, 1), config.block_n)
-    long_backward_dk_dv[(num_tiles * key_heads,)](
-        a.q, a.k, a.v, dout, dk, dv, stats, delta, num_tiles=num_tiles, **strides, **to_k, **a.arguments(config)
+    config = attention_config.long_backward_dk_dv(a.q.shape[-1], a.q.dtype, a.masked)
+    programs, tiles = a.key_tiles(config.block_n)
+    long_backward_dk_dv[(programs,)](
+        a.q, a.k, a.v, dout, dk, dv, stats, delta, **tiles, **strides, **to_k, **a.arguments(config)
     )
 
 

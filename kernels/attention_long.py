@@ -9,6 +9,7 @@ check no bounds: a ragged last tile is peeled. A window skips the tiles it canno
 from __future__ import annotations
 
 from ._triton import tl, triton
+from .attention_schedule import locate
 from .attention_tiles import (
     LOG2E,
     last_real_key,
@@ -35,6 +36,16 @@ def _tile_range(start, rows, others, window, BLOCK: tl.constexpr, BLOCK_OTHER: t
         end = tl.minimum(tl.minimum(start + BLOCK, rows) + window, others)
     whole = tl.minimum(tl.cdiv(end, BLOCK_OTHER), others // BLOCK_OTHER) * BLOCK_OTHER
     return first, whole, end
+
+
+@triton.jit
+def _nothing(num_heads):
+    """0.0, which the compiler does not know.
+
+    Added to an operand in a loop, it keeps the compiler from taking the operand out of it. A float32 product on the
+    plain cores holds whole rows of both operands: the one that does not change would fill the registers beyond D = 16.
+    """
+    return tl.minimum(num_heads, 0).to(tl.float32)
 
 
 @triton.jit
@@ -99,6 +110,7 @@ def long_forward(
     stats_ptr,  # [2, origin, H, n_q] float32: m, log₂ l
     cu_seqlens_q_ptr,  # [S + 1] int32, VARLEN
     cu_seqlens_k_ptr,  # [S + 1] int32, VARLEN
+    slots_ptr,  # `schedule_tiles`, SCHEDULED
     key_mask_ptr,  # [B, n_k] uint8, MASKED
     seed_ptr,  # [1] int64, DROPOUT
     q_strides,  # (origin, row, head), elements
@@ -106,7 +118,7 @@ def long_forward(
     v_strides,
     out_strides,
     stats_strides,  # (m to l, origin, head)
-    num_tiles,
+    num_tiles,  # `locate`
     num_segments,
     num_heads,
     num_q,
@@ -123,16 +135,17 @@ def long_forward(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     VARLEN: tl.constexpr,
+    SCHEDULED: tl.constexpr,
     MASKED: tl.constexpr,
     WINDOW: tl.constexpr,
     DROPOUT: tl.constexpr,
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # Query tiles of one head run side by side, so that its K and V are read from L2.
-    start_m = tl.program_id(0) % num_tiles * BLOCK_M
-    plane = tl.program_id(0) // num_tiles
-    segment, head = plane // num_heads, plane % num_heads
+    segment, head, start_m = locate(
+        slots_ptr, num_tiles, cu_seqlens_q_ptr, num_segments, num_heads, num_q, BLOCK_M, VARLEN, SCHEDULED
+    )
+    plane = segment * num_heads + head
     if VARLEN and segment == num_segments:
         if start_m == 0:
             zero_rest(out_ptr, out_strides, head, cu_seqlens_q_ptr, num_segments, num_q, BLOCK_M, D, BLOCK_D)
@@ -154,13 +167,18 @@ def long_forward(
     l = tl.zeros((BLOCK_M,), dtype=tl.float32)
     m = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     first, whole, end = _tile_range(start_m, n_q, n_k, window, BLOCK_M, BLOCK_N, WINDOW)
+    nothing = _nothing(num_heads)
+    if MASKED or WINDOW:
+        whole = end  # every tile is masked anyway: one loop
     for start_n in range(first, whole, BLOCK_N):
         acc, l, m = _forward_step(
             acc, l, m, q, k_ptr, v_ptr, key_mask_ptr, seed_ptr, k_strides, v_strides, k_origin, segment, head // GROUPS,
             rows, start_n, n_k, num_k, plane, window, qk_scale, p_threshold,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, MASKED, WINDOW, DROPOUT, False, EXACT, PRECISION,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, MASKED, WINDOW, DROPOUT, MASKED or WINDOW, EXACT, PRECISION,
         )  # fmt: skip
-    if whole < end:
+        if EXACT and BLOCK_D > 16:
+            q += nothing
+    if not (MASKED or WINDOW) and whole < end:
         acc, l, m = _forward_step(
             acc, l, m, q, k_ptr, v_ptr, key_mask_ptr, seed_ptr, k_strides, v_strides, k_origin, segment, head // GROUPS,
             rows, whole, n_k, num_k, plane, window, qk_scale, p_threshold,
@@ -236,6 +254,7 @@ def long_backward_dq(
     delta_ptr,  # [origin, H, n_q] float32, written
     cu_seqlens_q_ptr,  # [S + 1] int32, VARLEN
     cu_seqlens_k_ptr,  # [S + 1] int32, VARLEN
+    slots_ptr,  # `schedule_tiles`, SCHEDULED
     key_mask_ptr,  # [B, n_k] uint8, MASKED
     seed_ptr,  # [1] int64, DROPOUT
     q_strides,  # (origin, row, head), elements
@@ -245,7 +264,7 @@ def long_backward_dq(
     dout_strides,
     dq_strides,
     stats_strides,  # (m to l, origin, head)
-    num_tiles,
+    num_tiles,  # `locate`
     num_segments,
     num_heads,
     num_q,
@@ -260,15 +279,17 @@ def long_backward_dq(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     VARLEN: tl.constexpr,
+    SCHEDULED: tl.constexpr,
     MASKED: tl.constexpr,
     WINDOW: tl.constexpr,
     DROPOUT: tl.constexpr,
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    start_m = tl.program_id(0) % num_tiles * BLOCK_M
-    plane = tl.program_id(0) // num_tiles
-    segment, head = plane // num_heads, plane % num_heads
+    segment, head, start_m = locate(
+        slots_ptr, num_tiles, cu_seqlens_q_ptr, num_segments, num_heads, num_q, BLOCK_M, VARLEN, SCHEDULED
+    )
+    plane = segment * num_heads + head
     if VARLEN and segment == num_segments:
         if start_m == 0:
             zero_rest(dq_ptr, dq_strides, head, cu_seqlens_q_ptr, num_segments, num_q, BLOCK_M, D, BLOCK_D)
@@ -292,13 +313,19 @@ def long_backward_dq(
 
     dq = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     first, whole, end = _tile_range(start_m, n_q, n_k, window, BLOCK_M, BLOCK_N, WINDOW)
+    nothing = _nothing(num_heads)
+    if MASKED or WINDOW:
+        whole = end
     for start_n in range(first, whole, BLOCK_N):
         dq = _dq_step(
             dq, q, dout, m, log2_l, delta, k_ptr, v_ptr, key_mask_ptr, seed_ptr, k_strides, v_strides, k_origin,
             segment, head // GROUPS, rows, start_n, n_k, num_k, plane, window, qk_scale, p_threshold,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, MASKED, WINDOW, DROPOUT, False, EXACT, PRECISION,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, MASKED, WINDOW, DROPOUT, MASKED or WINDOW, EXACT, PRECISION,
         )  # fmt: skip
-    if whole < end:
+        if EXACT and BLOCK_D > 16:
+            q += nothing
+            dout += nothing
+    if not (MASKED or WINDOW) and whole < end:
         dq = _dq_step(
             dq, q, dout, m, log2_l, delta, k_ptr, v_ptr, key_mask_ptr, seed_ptr, k_strides, v_strides, k_origin,
             segment, head // GROUPS, rows, whole, n_k, num_k, plane, window, qk_scale, p_threshold,
@@ -381,6 +408,7 @@ def long_backward_dk_dv(
     delta_ptr,  # [origin, H, n_q] float32
     cu_seqlens_q_ptr,  # [S + 1] int32, VARLEN
     cu_seqlens_k_ptr,  # [S + 1] int32, VARLEN
+    slots_ptr,  # `schedule_tiles`, SCHEDULED
     key_mask_ptr,  # [B, n_k] uint8, MASKED
     seed_ptr,  # [1] int64, DROPOUT
     q_strides,  # (origin, row, head), elements
@@ -390,7 +418,7 @@ def long_backward_dk_dv(
     dk_strides,
     dv_strides,
     stats_strides,  # (m to l, origin, head)
-    num_tiles,
+    num_tiles,  # `locate`
     num_segments,
     num_heads,
     num_q,
@@ -405,16 +433,16 @@ def long_backward_dk_dv(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     VARLEN: tl.constexpr,
+    SCHEDULED: tl.constexpr,
     MASKED: tl.constexpr,
     WINDOW: tl.constexpr,
     DROPOUT: tl.constexpr,
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    num_key_heads = num_heads // GROUPS
-    start_n = tl.program_id(0) % num_tiles * BLOCK_N
-    segment = tl.program_id(0) // num_tiles // num_key_heads
-    key_head = tl.program_id(0) // num_tiles % num_key_heads
+    segment, key_head, start_n = locate(
+        slots_ptr, num_tiles, cu_seqlens_k_ptr, num_segments, num_heads // GROUPS, num_k, BLOCK_N, VARLEN, SCHEDULED
+    )
     if VARLEN and segment == num_segments:
         if start_n == 0:
             zero_rest(dk_ptr, dk_strides, key_head, cu_seqlens_k_ptr, num_segments, num_k, BLOCK_N, D, BLOCK_D)
@@ -436,8 +464,9 @@ def long_backward_dk_dv(
 
     dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    for group in range(GROUPS):
-        head = key_head * GROUPS + group
+    nothing = _nothing(num_heads)
+    if GROUPS == 1 and BLOCK_D <= 128:
+        head = key_head
         plane = segment * num_heads + head
         for start_m in range(first, whole, BLOCK_M):
             dk, dv = _dk_dv_step(
@@ -445,12 +474,29 @@ def long_backward_dk_dv(
                 q_origin, head, start_m, start_n, n_q, plane, window, qk_scale, p_threshold,
                 D, BLOCK_D, BLOCK_M, BLOCK_N, WINDOW, DROPOUT, False, EXACT, PRECISION,
             )  # fmt: skip
+            if EXACT and BLOCK_D > 16:
+                k += nothing
+                v += nothing
         if whole < end:
             dk, dv = _dk_dv_step(
                 dk, dv, k, v, q_ptr, dout_ptr, stats_ptr, delta_ptr, seed_ptr, q_strides, dout_strides, stats_strides,
                 q_origin, head, whole, start_n, n_q, plane, window, qk_scale, p_threshold,
                 D, BLOCK_D, BLOCK_M, BLOCK_N, WINDOW, DROPOUT, True, EXACT, PRECISION,
             )  # fmt: skip
+    else:
+        # One loop over all tiles of all heads, every one masked: a loop within a loop, or a peeled tile, would spill.
+        tiles = tl.cdiv(tl.maximum(end - first, 0), BLOCK_M)
+        for step in range(GROUPS * tiles):
+            head = key_head * GROUPS + step // tiles
+            plane = segment * num_heads + head
+            dk, dv = _dk_dv_step(
+                dk, dv, k, v, q_ptr, dout_ptr, stats_ptr, delta_ptr, seed_ptr, q_strides, dout_strides, stats_strides,
+                q_origin, head, first + step % tiles * BLOCK_M, start_n, n_q, plane, window, qk_scale, p_threshold,
+                D, BLOCK_D, BLOCK_M, BLOCK_N, WINDOW, DROPOUT, True, EXACT, PRECISION,
+            )  # fmt: skip
+            if EXACT and BLOCK_D > 16:
+                k += nothing
+                v += nothing
     if MASKED:
         # A key owns its rows of dK and dV, so padding needs no masking until here.
         dk = tl.where(real[:, None], dk, 0.0)

@@ -2,7 +2,9 @@
 
 A tensor is addressed by its strides (origin, row, head), in elements: from one segment's origin to the next, from row
 to row, from head to head. The origin of a segment is a token of the packed axis, whose stride is then the row's, or a
-batch index. Offsets between tiles are 64-bit, offsets within a tile 32-bit.
+batch index. Row and head offsets are 64-bit products: a stride may be anything.
+
+A tile's BLOCK rows are one head's, or BLOCK / HEADS rows of each of HEADS consecutive heads, one head after the other.
 """
 
 from __future__ import annotations
@@ -28,6 +30,27 @@ def segment_bounds(cu_seqlens_ptr, segment, num_rows, VARLEN: tl.constexpr):
 
 
 @triton.jit
+def tile_rows(BLOCK: tl.constexpr, HEADS: tl.constexpr):
+    """(row within its segment, head counted from the tile's first): [BLOCK] each, the head 0 where there is one."""
+    r = tl.arange(0, BLOCK)
+    if HEADS == 1:
+        return r, 0
+    else:
+        return r % (BLOCK // HEADS), r // (BLOCK // HEADS)
+
+
+@triton.jit
+def _pointers(ptr, strides, origin, head, start, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, HEADS: tl.constexpr):
+    """([BLOCK, BLOCK_D] pointers, [BLOCK] rows from ``start``)."""
+    ptr += origin * strides[0] + tl.cast(start, tl.int64) * strides[1] + tl.cast(head, tl.int64) * strides[2]
+    r, h = tile_rows(BLOCK, HEADS)
+    of_row = tl.cast(r, tl.int64) * strides[1]
+    if HEADS > 1:
+        of_row += tl.cast(h, tl.int64) * strides[2]
+    return ptr + (of_row[:, None] + tl.arange(0, BLOCK_D)[None, :]), r
+
+
+@triton.jit
 def load_tile(
     ptr,
     strides,
@@ -39,14 +62,14 @@ def load_tile(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     CHECK: tl.constexpr,
+    HEADS: tl.constexpr = 1,
 ):
-    """Rows start … start + BLOCK − 1 of a segment of ``rows`` rows: [BLOCK, BLOCK_D], zeros beyond rows and D.
+    """Rows start … of a segment of ``rows`` rows, heads head …: [BLOCK, BLOCK_D], zeros beyond rows and D.
 
     CHECK False promises that all BLOCK rows exist.
     """
-    ptr += origin * strides[0] + tl.cast(start, tl.int64) * strides[1] + tl.cast(head, tl.int64) * strides[2]
-    r, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
-    pointers = ptr + (r[:, None] * strides[1] + d[None, :])
+    pointers, r = _pointers(ptr, strides, origin, head, start, BLOCK, BLOCK_D, HEADS)
+    d = tl.arange(0, BLOCK_D)
     if CHECK and D < BLOCK_D:
         return tl.load(pointers, mask=(r[:, None] < rows - start) & (d[None, :] < D), other=0.0)
     elif CHECK:
@@ -58,14 +81,25 @@ def load_tile(
 
 
 @triton.jit
-def store_tile(ptr, x, strides, origin, head, start, rows, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def store_tile(
+    ptr,
+    x,
+    strides,
+    origin,
+    head,
+    start,
+    rows,
+    BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HEADS: tl.constexpr = 1,
+):
     """Write [BLOCK, BLOCK_D] where `load_tile` reads, in the tensor's dtype, leaving what lies beyond rows and D."""
-    ptr += origin * strides[0] + tl.cast(start, tl.int64) * strides[1] + tl.cast(head, tl.int64) * strides[2]
-    r, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    pointers, r = _pointers(ptr, strides, origin, head, start, BLOCK, BLOCK_D, HEADS)
     inside = r[:, None] < rows - start
     if D < BLOCK_D:
-        inside = inside & (d[None, :] < D)
-    tl.store(ptr + (r[:, None] * strides[1] + d[None, :]), x.to(ptr.dtype.element_ty), mask=inside)
+        inside = inside & (tl.arange(0, BLOCK_D)[None, :] < D)
+    tl.store(pointers, x.to(ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -79,18 +113,21 @@ def zero_rest(
     BLOCK: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    HEADS: tl.constexpr = 1,
 ):
     """Zeros in the packed axis' rows behind the last segment: nobody's, and defined all the same."""
     origin = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + num_segments), 0), num_rows)
     zeros = tl.zeros((BLOCK, BLOCK_D), dtype=tl.float32)
-    for start in range(origin, num_rows, BLOCK):
-        store_tile(ptr, zeros, strides, tl.cast(0, tl.int64), head, start, num_rows, BLOCK, D, BLOCK_D)
+    for start in range(origin, num_rows, BLOCK // HEADS):
+        store_tile(ptr, zeros, strides, tl.cast(0, tl.int64), head, start, num_rows, BLOCK, D, BLOCK_D, HEADS)
 
 
 @triton.jit
-def real_keys(key_mask_ptr, segment, start_n, n_k, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
-    """[BLOCK_N] booleans: key start_n + j of the segment exists and is not padding."""
-    keys = start_n + tl.arange(0, BLOCK_N)
+def real_keys(
+    key_mask_ptr, segment, start_n, n_k, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, HEADS: tl.constexpr = 1
+):
+    """[BLOCK_N] booleans: the tile's keys, from start_n of the segment, that exist and are not padding."""
+    keys = start_n + tile_rows(BLOCK_N, HEADS)[0]
     real = keys < n_k
     if MASKED:
         real = real & (tl.load(key_mask_ptr + tl.cast(segment, tl.int64) * n_k + keys, mask=real, other=0) != 0)
@@ -166,6 +203,7 @@ __all__ = [
     "softmax_numerator",
     "store_statistics",
     "store_tile",
+    "tile_rows",
     "visible",
     "zero_rest",
 ]

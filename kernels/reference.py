@@ -13,6 +13,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 def dropout(x: Tensor, p: float, dropout_mask: Tensor | None = None) -> Tensor:
@@ -170,12 +171,15 @@ def masked_lm_loss(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy of hidden @ weightᵀ + bias over the rows whose label is not ``ignore_index``.
 
     Args:
         hidden: [T, H]. weight: [V, H]. bias: [V] or None. labels: int64 [T].
         reduction: "mean" over the labelled rows (0 when there are none), "sum", or "none" ([T], 0 where ignored).
+        chunk_rows: with more labelled rows than this, logits of so many at a time; the backward makes them again. None,
+            and under torch.compile: all at once.
 
     Returns:
         (loss, number of labelled rows whose arg max, the first of equals, is the label: int64 scalar).
@@ -185,12 +189,21 @@ def masked_lm_loss(
         rows = torch.arange(labels.shape[0], device=labels.device)  # every row: a compiled graph has constant shapes
     else:
         rows = torch.nonzero(labelled).squeeze(-1)
-    targets = labels[rows]
-    logits = F.linear(hidden[rows], weight, bias)  # (M, V): only labelled rows meet the vocabulary
-    losses = cross_entropy_rows(
-        logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss
-    )
-    correct = ((logits.detach().argmax(-1) == targets) & (targets != ignore_index)).sum()
+    hidden, targets = hidden[rows], labels[rows]  # only labelled rows meet the vocabulary
+
+    def rows_loss(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = F.linear(hidden, weight, bias)  # (M, V)
+        losses = cross_entropy_rows(
+            logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss
+        )
+        return losses, ((logits.detach().argmax(-1) == targets) & (targets != ignore_index)).sum()
+
+    if chunk_rows is None or targets.shape[0] <= chunk_rows or torch.compiler.is_compiling():
+        losses, correct = rows_loss(hidden, targets)
+    else:
+        chunks = zip(hidden.split(chunk_rows), targets.split(chunk_rows), strict=True)
+        results = [checkpoint(rows_loss, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+        losses, correct = torch.cat([loss for loss, _ in results]), sum(right for _, right in results)
     if reduction == "none":
         return losses.new_zeros(labels.shape).index_put((rows,), losses), correct
     total = losses.sum()

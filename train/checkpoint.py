@@ -2,8 +2,12 @@
 
     out/checkpoints/step-00000400/model.safetensors       parameters, under the model's own names
                                   optimizer.safetensors   "{parameter}/{state}": exp_avg, exp_avg_sq, step
-                                  rng.safetensors         uint8, the generators of the CPU and of the GPU
                                   trainer.json            the rest, and every file's size and CRC-32; written last
+
+No generator's state is among it: batches and dropout are functions of the seed and the number of the micro-batch.
+Nor does anything tell how many processes there were: tensors are whole, gathered to the first process, which writes
+and reads, and any number of processes can go on, replicated or in shards. (PyTorch's distributed checkpoint would write
+the shards in parallel; its metadata is a pickle.)
 
 A checkpoint is written into a hidden sibling, synced to disk and renamed, so a crash or a full disk leaves the ones
 before it as they were. Reading checks size and CRC-32 of every file before anything is loaded.
@@ -24,10 +28,13 @@ import torch
 from torch import Tensor
 
 from ..model.pretraining import BertForPreTraining
+from .distributed import Ranks, lost_connection
 from .errors import UserError
+from .sharding import gather, scatter
 
-FORMAT_VERSION = 1
-FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors")
+FORMAT_VERSION = 2
+READABLE = (1, 2)  # 1 also had the generators' states, in rng.safetensors, and read its batches in one lane
+FILES = ("model.safetensors", "optimizer.safetensors")
 
 
 class CheckpointError(UserError):
@@ -39,7 +46,8 @@ class TrainerState:
     """Where a run stands.
 
     Attributes:
-        step: optimisation steps done. batches: micro-batches consumed. tokens: real tokens seen.
+        step: optimisation steps done. batches: micro-batches consumed, by all ranks. tokens: real tokens seen.
+        lanes: chunks that the batches are read from side by side, see `loader.batches`.
         elapsed_s: wall-clock seconds the run has taken. train_s, flops: those spent in steps alone, and their FLOPs.
         length: how long the run was to be, in steps or in minutes. finished: it reached that end.
         identity: what a continuation must share with the run (model, corpus, batch shape, ...).
@@ -49,6 +57,7 @@ class TrainerState:
 
     step: int = 0
     batches: int = 0
+    lanes: int = 1
     tokens: int = 0
     elapsed_s: float = 0.0
     train_s: float = 0.0
@@ -61,13 +70,27 @@ class TrainerState:
 
 
 def save_checkpoint(
-    root: Path, model: BertForPreTraining, optimizer: torch.optim.Optimizer, state: TrainerState, keep: int = 2
+    root: Path,
+    model: BertForPreTraining,
+    optimizer: torch.optim.Optimizer,
+    state: TrainerState,
+    keep: int = 2,
+    ranks: Ranks | None = None,
 ) -> Path:
     """Writes ``root``/step-N, N being ``state.step``, and removes all but the ``keep`` newest.
+
+    Of ``ranks`` the first process writes, for which the others wait, so that it has the whole model and its moments in
+    its memory, on the CPU, where they are sharded.
 
     Raises:
         OSError: no space left, for instance; the checkpoints already there are untouched.
     """
+    ranks = ranks or Ranks()
+    tensors = gather(model.state_dict(), ranks), gather(_optimizer_tensors(model, optimizer), ranks)
+    return ranks.from_first(lambda: _write(root, tensors, state, keep))
+
+
+def _write(root: Path, tensors: tuple[dict[str, Tensor], ...], state: TrainerState, keep: int) -> Path:
     final = root / f"step-{state.step:08d}"
     partial = root / f".{final.name}.partial-{os.getpid()}"
     root.mkdir(parents=True, exist_ok=True)
@@ -75,7 +98,6 @@ def save_checkpoint(
         shutil.rmtree(leftover)
     partial.mkdir()
     try:
-        tensors = (model.state_dict(), _optimizer_tensors(model, optimizer), _rng_tensors())
         files = {name: _write_tensors(partial / name, each) for name, each in zip(FILES, tensors, strict=True)}
         content = {"version": FORMAT_VERSION, "state": dataclasses.asdict(state), "files": files}
         with open(partial / "trainer.json", "w", encoding="utf-8") as file:
@@ -110,8 +132,8 @@ def read_state(path: Path) -> TrainerState:
     try:
         content = json.loads((path / "trainer.json").read_text(encoding="utf-8"))
         version, files = content["version"], content["files"]
-        if version != FORMAT_VERSION:
-            raise CheckpointError(f"{path} has format version {version}; this fusebert reads {FORMAT_VERSION}")
+        if version not in READABLE:
+            raise CheckpointError(f"{path} has format version {version}; this fusebert reads {READABLE}")
         state = TrainerState(**content["state"])
         for name in FILES:
             if _fingerprint(path / name) != files[name]:
@@ -121,31 +143,30 @@ def read_state(path: Path) -> TrainerState:
     return state
 
 
-def load_checkpoint(path: Path, model: BertForPreTraining, optimizer: torch.optim.Optimizer) -> None:
+def load_checkpoint(
+    path: Path, model: BertForPreTraining, optimizer: torch.optim.Optimizer, ranks: Ranks | None = None
+) -> None:
     """Puts a checkpoint's parameters and optimiser state in place; `read_state` has checked it.
+
+    Of ``ranks`` the first process reads, and sends each of the others what it holds.
 
     Raises:
         CheckpointError: it is another model's.
     """
     from safetensors.torch import load_file
 
-    weights, moments = (load_file(path / name) for name in FILES[:2])
+    ranks = ranks or Ranks()
+    weights, moments = (load_file(path / name) if ranks.first else {} for name in FILES)
+    parameters = dict(model.named_parameters())
+    device = next(model.parameters()).device
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(scatter(weights, parameters.get, device, ranks))
+        moments = scatter(moments, lambda name: parameters.get(name.rpartition("/")[0]), device, ranks)
         _load_optimizer(model, optimizer, moments)
     except (RuntimeError, KeyError) as error:
+        if lost_connection(error):
+            raise
         raise CheckpointError(f"{path} is of another model ({str(error).splitlines()[0]})") from error
-
-
-def restore_generators(path: Path) -> None:
-    """Puts PyTorch's generators where they were at a checkpoint. Whatever else draws from them must come before: a
-    DataLoader does, when it begins."""
-    from safetensors.torch import load_file
-
-    rng = load_file(path / "rng.safetensors")
-    torch.set_rng_state(rng["cpu"])
-    if "cuda" in rng and torch.cuda.is_available():
-        torch.cuda.set_rng_state(rng["cuda"])
 
 
 def _optimizer_tensors(model: BertForPreTraining, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -164,13 +185,6 @@ def _load_optimizer(model: BertForPreTraining, optimizer: torch.optim.Optimizer,
     keys = ("step", "exp_avg", "exp_avg_sq") if tensors else ()  # before the first step there is no state
     state = {i: {key: tensors[f"{name}/{key}"] for key in keys} for i, name in enumerate(ordered) if keys}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _rng_tensors() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, int]:
@@ -221,6 +235,5 @@ __all__ = [
     "list_checkpoints",
     "load_checkpoint",
     "read_state",
-    "restore_generators",
     "save_checkpoint",
 ]

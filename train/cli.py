@@ -64,6 +64,8 @@ PRETRAIN_HELP = "\n\n".join(
         "    fusebert pretrain --data data/wiki --out runs/base --model base --steps 100000",
         "The same step in half of the memory:",
         "    fusebert pretrain ... --tokens-per-batch 32768 --batch-tokens 131072",
+        "The same steps on eight GPUs (docs/scale-out.md):",
+        "    torchrun --nproc-per-node=8 -m fusebert.train pretrain ...",
     ]
 )
 
@@ -121,8 +123,8 @@ def pretrain_command(
     batch_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Tokens of an optimisation step; gradients accumulate over micro-batches to reach it. "
-            "Default: one micro-batch on a CPU, 131072 on a GPU.",
+            help="Tokens of an optimisation step, of all processes; gradients accumulate over micro-batches to reach "
+            "it. Default: one micro-batch for each process on CPUs, 131072 on GPUs.",
             rich_help_panel=BATCH,
         ),
     ] = None,
@@ -218,10 +220,19 @@ def pretrain_command(
     workers: Annotated[
         int | None,
         typer.Option(
-            help="Processes that make batches. Default: none on a CPU (training makes them), up to 8 with a GPU.",
+            help="Processes that make batches, for each that trains. Default: none on a CPU (training makes them), up "
+            "to 8 with a GPU.",
             rich_help_panel=MACHINE,
         ),
     ] = None,
+    parallel: Annotated[
+        str,
+        typer.Option(
+            help="Under torchrun: ddp keeps the model in every process, fsdp a share of it, for models that are too "
+            "large for a GPU.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = "ddp",
     threads: Annotated[
         int | None, typer.Option(help="PyTorch's threads on a CPU. Default: PyTorch's own.", rich_help_panel=MACHINE)
     ] = None,
@@ -230,6 +241,7 @@ def pretrain_command(
     # Read when PyTorch is loaded. Where another process wants the same cores, OpenMP threads that spin while they wait
     # are a tenfold loss (measured, 2 busy cores, tiny: 200 to 600 tokens/s against 4,000); asleep they cost nothing.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from .distributed import first_to_fail
     from .pretrain import Interrupted, pretrain
     from .settings import PretrainSettings
 
@@ -266,13 +278,29 @@ def pretrain_command(
         checkpoint_activations=checkpoint_activations,
         workers=workers,
         threads=threads,
+        parallel=parallel,
     )
     try:
-        report = pretrain(settings, resume_command=shlex.join(["fusebert", *typed, "--resume"]))
+        report = pretrain(settings, resume_command=shlex.join([*_launcher(), *typed, "--resume"]))
     except Interrupted as stopped:
-        print(f"fusebert: {stopped}", file=sys.stderr)
+        if first_to_fail():
+            print(f"fusebert: {stopped}", file=sys.stderr)
         raise typer.Exit(130) from None
-    print("\n" + report.as_text(), end="")
+    if report is not None:
+        print("\n" + report.as_text(), end="")
+
+
+def _launcher() -> list[str]:
+    """What ``fusebert`` was started with: words of torchrun's perhaps, but for those about several machines."""
+    if not _launched_by_torchrun():
+        return ["fusebert"]
+    words = ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}", "-m", "fusebert.train"]
+    machines = int(os.environ["GROUP_WORLD_SIZE"])
+    return words if machines == 1 else [words[0], f"--nnodes={machines}", "...", *words[1:]]
+
+
+def _launched_by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def main() -> None:
@@ -290,14 +318,27 @@ def main() -> None:
     except Exception as error:
         # A wrong option: typer's own class for it is not public, and moved between versions.
         if not hasattr(error, "format_message"):
+            if _launched_by_torchrun():
+                _exit_unless_first()
             raise
         _fail(f"{error.format_message()} (fusebert --help lists what there is)", getattr(error, "exit_code", 2))
     sys.exit(status if isinstance(status, int) else 0)
 
 
 def _fail(message: str, status: int) -> None:
+    if _launched_by_torchrun():
+        _exit_unless_first()
+        message = f"rank {os.environ['RANK']}: {message}" if os.environ["RANK"] != "0" else message
     print(f"fusebert: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
+
+
+def _exit_unless_first() -> None:
+    """Of the processes of a torchrun job, which fail together, one tells why."""
+    from .distributed import first_to_fail
+
+    if not first_to_fail():
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ..model.packing import PackedBatch
 from ..model.pretraining import BertForPreTraining
+from .distributed import Ranks
 from .step import autocast
 
 
@@ -42,27 +43,39 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: BertForPreTraining, batches: Iterable[PackedBatch], compute_dtype: torch.dtype) -> Evaluation:
+def evaluate(
+    model: BertForPreTraining, batches: Sequence[PackedBatch], compute_dtype: torch.dtype, ranks: Ranks | None = None
+) -> Evaluation:
     """The model's `Evaluation` on ``batches``, without dropout; the model's mode and the generators are left as found.
+
+    Args:
+        batches: the same in every process of ``ranks``, which share the work.
 
     Raises:
         ValueError: ``batches`` has no masked token.
     """
+    ranks = ranks or Ranks()
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     num_masked = num_pairs = 0
-    for batch in batches:
+    for i in range(0, len(batches), ranks.world_size):
+        # A sharded model's forward takes all ranks: one without a batch at the end goes along with another's.
+        mine = i + ranks.rank < len(batches)
+        batch = batches[i + ranks.rank if mine else i]
         with autocast(device, compute_dtype):
             out = model(batch.to(device, non_blocking=True))
-        sums += torch.stack([x.double() for x in out])
-        num_masked += batch.num_masked
-        num_pairs += batch.num_pairs
+        if mine:
+            sums += torch.stack([x.double() for x in out])
+            num_masked += batch.num_masked
+            num_pairs += batch.num_pairs
     model.train(was_training)
+    *totals, masked, pairs = ranks.sum([*sums.tolist(), num_masked, num_pairs])
+    num_masked, num_pairs = int(masked), int(pairs)
     if num_masked == 0:
         raise ValueError("there is no masked token to evaluate on: the held-out text is too short")
-    mlm_loss, nsp_loss, mlm_correct, nsp_correct = sums.tolist()
+    mlm_loss, nsp_loss, mlm_correct, nsp_correct = totals
     return Evaluation(
         mlm_loss=mlm_loss / num_masked,
         mlm_accuracy=mlm_correct / num_masked,

@@ -51,8 +51,8 @@ class StepGraphs:
     def captured(self) -> bool:
         return self._graphs is not None
 
-    def __call__(self, window: Sequence[PackedBatch]) -> None:
-        """All of a step but the writing of counts and rate."""
+    def __call__(self, window: Sequence[PackedBatch], seeds: Sequence[int] | None) -> None:
+        """All of a step but the writing of counts and rate. ``seeds``: as the step's."""
         if self._static is None:
             self._static = StaticBatch(window[0], self._step.device)
         if self._on_gpu and self._steps == WARMUP_STEPS:
@@ -60,20 +60,22 @@ class StepGraphs:
         self._steps += 1
         if self._graphs is not None:
             for i, batch in enumerate(window):
+                _seed(seeds, i)
                 self._static.load(batch)
                 self._graphs["first" if i == 0 else "next"].replay()
             self._graphs["update"].replay()
         elif self._stream is None:
-            self._run(self._static, window)
+            self._run(self._static, window, seeds)
         else:
             outside = torch.cuda.current_stream(self._step.device)
             self._stream.wait_stream(outside)
             with torch.cuda.stream(self._stream):
-                self._run(self._static, window)
+                self._run(self._static, window, seeds)
             outside.wait_stream(self._stream)
 
-    def _run(self, static: StaticBatch, window: Sequence[PackedBatch]) -> None:
+    def _run(self, static: StaticBatch, window: Sequence[PackedBatch], seeds: Sequence[int] | None) -> None:
         for i, batch in enumerate(window):
+            _seed(seeds, i)
             self._step.micro_batch(static.load(batch), first=i == 0)
         self._step.update()
         self._step.optimizer.zero_grad(set_to_none=True)
@@ -108,6 +110,12 @@ class StepGraphs:
         self._graphs = graphs
         # Whoever else sets them to None must not give their memory back: the graphs write there.
         self._gradients = [p.grad for group in self._step.optimizer.param_groups for p in group["params"]]
+
+
+def _seed(seeds: Sequence[int] | None, i: int) -> None:
+    """A replay reads the CUDA generator's seed, too."""
+    if seeds is not None:
+        torch.manual_seed(seeds[i])
 
 
 __all__ = ["StepGraphs"]

@@ -1,5 +1,11 @@
 """Packed batches from worker processes, in one order however many there are, from any point on; and held-out ones.
 
+The order is the run's, whoever reads it. Several processes that train together each take their share of it:
+
+    lanes    L chunks are read side by side, a batch from each in turn: batch g comes from a chunk of lane g mod L
+    ranks    rank r of R takes the batches g ≡ r (mod R): those of L / R lanes where R divides L, whose chunks nobody
+             else makes; where it does not, some chunks are made by more than one rank, and the order is still the same
+
 A chunk crosses from its worker as two arrays through a pipe. As tensors its batches would each take a handful of file
 descriptors and their place in /dev/shm, which containers keep small; the pipe needs neither, and at a million tokens
 a second carries 24 MB/s.
@@ -9,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import signal
 from collections.abc import Iterable, Iterator
 
@@ -20,6 +27,7 @@ from torch.utils.data import DataLoader
 from ..model.packing import PackedBatch
 from .corpus import Corpus
 from .packing import BatchMaker, BatchShape, PackedExamples
+from .parallel import end_with_parent
 
 _TENSORS = ("input_ids", "token_type_ids", "position_ids", "masked_positions", "masked_labels", "nsp_labels")
 _COUNTS = ("max_seqlen", "num_tokens", "num_masked", "num_pairs")
@@ -56,49 +64,76 @@ class _Chunk:
             )
 
 
-def _leave_interrupts_to_the_parent(worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the training process ends its workers when it has saved.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _depend_on_the_parent(worker: int) -> None:
+    # Ctrl-C, and what torchrun sends, reach the whole process group; the training process ends its workers when it has
+    # saved.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    end_with_parent()
 
 
 def batches(
-    examples: PackedExamples, *, num_workers: int, start: int = 0, pin_memory: bool = False
+    examples: PackedExamples,
+    *,
+    num_workers: int,
+    start: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    lanes: int = 1,
+    pin_memory: bool = False,
 ) -> Iterator[PackedBatch]:
-    """The batches of ``examples``, chunk after chunk, without end.
+    """The batches of ``examples`` that are this rank's, without end.
 
-    The sequence is the same whatever ``num_workers``, and with ``start`` = n it goes on exactly where a run stopped
-    that had taken n batches.
+    The sequence is the same whatever ``num_workers``. Taken together, in turn, the ranks' sequences are the same
+    whatever ``world_size``, and with ``start`` = n they go on exactly where a run stopped that had taken n batches in
+    all, on however many ranks.
 
     Args:
         examples: where they come from.
         num_workers: processes that make chunks ahead of use; 0 makes them here.
-        start: batches to leave out.
+        start: batches to leave out, those of all ranks counted.
+        rank, world_size: which of how many processes this one is.
+        lanes: chunks read side by side; part of the order. A multiple of ``world_size`` shares the work best.
         pin_memory: give tensors in page-locked memory, when there is a CUDA device.
 
     Raises:
-        ValueError: num_workers or start is negative. An error in a worker is raised here, with its traceback.
+        ValueError: an argument is negative, rank is not below world_size, or lanes is 0. An error in a worker is
+            raised here, with its traceback.
     """
-    for name, value in (("num_workers", num_workers), ("start", start)):
-        if value < 0:
-            raise ValueError(f"{name} must not be negative; got {value}")
-    chunk, skip = divmod(start, examples.batches_per_chunk)
+    for name, value, least in (("num_workers", num_workers, 0), ("start", start, 0), ("lanes", lanes, 1)):
+        if value < least:
+            raise ValueError(f"{name} must not be {'negative' if least == 0 else 'less than 1'}; got {value}")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be in [0, world_size = {world_size}); got {rank}")
+    first = start + rank
+    block = first // (lanes * examples.batches_per_chunk)
+    mine = [lane for lane in range(lanes) if (lane - first) % math.gcd(world_size, lanes) == 0]
     chunks: Iterable[_Chunk] = DataLoader(
         examples,
         batch_size=None,  # an item is a chunk
-        sampler=itertools.count(chunk),
+        sampler=(lanes * b + lane for b in itertools.count(block) for lane in mine),  # type: ignore[arg-type]
         collate_fn=_Chunk.collate,
         num_workers=num_workers,
+        # All lanes come to the ends of their chunks together, and the next ones should be there.
+        prefetch_factor=max(2, -(-len(mine) // num_workers)) if num_workers else None,
         generator=torch.Generator(),  # DataLoader draws from it at the start: not from the one that dropout uses
-        worker_init_fn=_leave_interrupts_to_the_parent,
+        worker_init_fn=_depend_on_the_parent,
         pin_memory=pin_memory and torch.cuda.is_available(),
     )
-    return _flatten(chunks, skip)
+    return _take(iter(chunks), block, itertools.count(first, world_size), mine, lanes, examples.batches_per_chunk)
 
 
-def _flatten(chunks: Iterable[_Chunk], skip: int) -> Iterator[PackedBatch]:
-    for chunk in chunks:
-        yield from itertools.islice(chunk.batches(), skip, None)
-        skip = 0
+def _take(
+    chunks: Iterator[_Chunk], block: int, numbers: Iterable[int], mine: list[int], lanes: int, per_chunk: int
+) -> Iterator[PackedBatch]:
+    """The batches of the given ``numbers``; ``chunks`` are those of the lanes ``mine``, from ``block`` on."""
+    held: dict[int, list[PackedBatch]] = {}
+    for number in numbers:
+        wanted, place = divmod(number, lanes * per_chunk)
+        while not held or block < wanted:
+            block += bool(held)
+            held = {lane: list(next(chunks).batches()) for lane in mine}
+        yield held[place % lanes][place // lanes]
 
 
 def heldout_batches(

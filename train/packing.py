@@ -307,8 +307,7 @@ class BatchMaker:
 class PackedExamples(Dataset[list[PackedBatch]]):
     """Chunks of packed batches, without end: ``examples[i]`` is a list of ``batches_per_chunk`` batches.
 
-    It depends on the arguments and i alone. Of the chunks of an epoch, each passage is in one; rank r of R reads
-    the chunks r, r + R, r + 2R … of the same epochs, so ranks share nothing within an epoch and have equally much.
+    It depends on the arguments and i alone. Of the chunks of an epoch, each passage is in one.
 
     Args:
         corpus: prepared text.
@@ -318,16 +317,14 @@ class PackedExamples(Dataset[list[PackedBatch]]):
         nsp: sentence pairs with labels (half IsNext, half NotNext), or full sentences without.
         mlm_probability: share of the tokens to predict.
         whole_word: mask words, not single tokens.
-        rank, world_size: which of how many processes this one is.
 
     Attributes:
         shape: as given.
         batches_per_chunk: K, constant.
-        chunks_per_epoch: of this rank; ``chunks_per_epoch * batches_per_chunk`` batches are an epoch.
+        chunks_per_epoch: ``chunks_per_epoch * batches_per_chunk`` batches are an epoch.
 
     Raises:
-        ValueError: an argument is not allowed, the split is empty or has fewer passages than there are ranks, or
-            pairs are asked of a single document.
+        ValueError: an argument is not allowed, the split is empty, or pairs are asked of a single document.
     """
 
     def __init__(
@@ -340,13 +337,9 @@ class PackedExamples(Dataset[list[PackedBatch]]):
         nsp: bool = True,
         mlm_probability: float = 0.15,
         whole_word: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
     ) -> None:
         if seed < 0:
             raise ValueError(f"seed must not be negative; got {seed}")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be in [0, world_size = {world_size}); got {rank}")
         self.shape = shape
         self._maker = BatchMaker(
             corpus, split_name, shape, nsp=nsp, mlm_probability=mlm_probability, whole_word=whole_word
@@ -357,23 +350,17 @@ class PackedExamples(Dataset[list[PackedBatch]]):
                 f"the split {split_name!r} has one document, and next-sentence pairs need another for their wrong "
                 "second sentences: prepare more documents, or turn pairs off (nsp=False, --no-nsp)"
             )
-        if len(passages) < world_size:
-            raise ValueError(
-                f"the split {split_name!r} has only {len(passages)} passages for {world_size} ranks (world_size): "
-                "prepare more text, or train on fewer GPUs"
-            )
-        self._seed, self._rank, self._world_size = seed, rank, world_size
+        self._seed = seed
 
         # Batches that an epoch's text fills, then chunks of about CHUNK_TOKENS that leave the least of them over.
         needed = (1 + SPARE) * passages.num_tokens / self._text_per_batch()
-        share = math.ceil(needed / world_size)
         least, most = CHUNK_BATCHES
-        most = min(share, max(least, min(most, CHUNK_TOKENS // shape.tokens)))
-        options = [(math.ceil(needed / (k * world_size)), k) for k in range((most + 1) // 2, most + 1)]
+        most = min(math.ceil(needed), max(least, min(most, CHUNK_TOKENS // shape.tokens)))
+        options = [(math.ceil(needed / k), k) for k in range((most + 1) // 2, most + 1)]
         self.chunks_per_epoch, self.batches_per_chunk = min(options, key=lambda option: (math.prod(option), option))
-        if self.chunks_per_epoch * world_size > len(passages):  # a few very large batches over hardly any text
+        if self.chunks_per_epoch > len(passages):  # a few very large batches over hardly any text
             self.chunks_per_epoch = 1
-            self.batches_per_chunk = share
+            self.batches_per_chunk = math.ceil(needed)
         self._order: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def _text_per_batch(self) -> float:
@@ -387,8 +374,8 @@ class PackedExamples(Dataset[list[PackedBatch]]):
         return float(per_batch * self._maker.passages.tokens[sample].sum() / lengths.sum())
 
     def _chunk_passages(self, chunk: int) -> np.ndarray:
-        """The passages of a chunk, counted over all ranks."""
-        count = self.chunks_per_epoch * self._world_size
+        """The passages of a chunk."""
+        count = self.chunks_per_epoch
         epoch, number = divmod(chunk, count)
         if self._order is None or self._order[0] != epoch:
             tokens = self._maker.passages.tokens
@@ -406,9 +393,8 @@ class PackedExamples(Dataset[list[PackedBatch]]):
     def _pack(self, index: int) -> tuple[Examples, list[np.ndarray], np.random.Generator]:
         if index < 0:
             raise IndexError(f"chunks are numbered from 0; got {index}")
-        chunk = index * self._world_size + self._rank
-        rng = np.random.default_rng((self._seed, _CHUNK, chunk))
-        examples = self._maker.examples(self._chunk_passages(chunk), rng)
+        rng = np.random.default_rng((self._seed, _CHUNK, index))
+        examples = self._maker.examples(self._chunk_passages(index), rng)
         lengths = examples.lengths
         queue = _queue(lengths, (self.batches_per_chunk + 2) * self.shape.tokens + WINDOW * self.shape.seqlen, rng)
         return examples, self._maker.pack(examples, queue, self.batches_per_chunk), rng

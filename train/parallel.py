@@ -67,16 +67,22 @@ def ordered_map(
 def _start_worker(initializer: Callable[..., None] | None, initargs: tuple[Any, ...]) -> None:
     # Ctrl-C reaches the whole process group; the parent decides what happens then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     if initializer is not None:
         initializer(*initargs)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """From now on this worker process ends when its parent does. One that is killed outright would otherwise leave it
+    waiting for tasks for ever, with whatever sockets it inherited."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    parent.join()
-    os._exit(1)  # a parent killed outright leaves its workers waiting for tasks for ever
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
-__all__ = ["available_cores", "ordered_map"]
+__all__ = ["available_cores", "end_with_parent", "ordered_map"]

@@ -4,6 +4,10 @@ A run is ``steps`` long or ``minutes`` long. Its progress, 0 … 1, drives the l
 share of the time that is spent, evaluation and export included, so the rate reaches 0 as the time runs out.
 Interrupted (SIGINT, SIGTERM) it finishes the step, saves and says how to go on. On a CPU a continued run computes,
 bit for bit, what an uninterrupted one would have (given steps; given minutes, the clock has its say).
+
+Launched by torchrun, the processes share each step's micro-batches: which ones there are, in what order, and the
+dropout of each depend on the settings alone, not on who computes them. The first process keeps the clock, writes and
+prints; whatever decides how the run goes on is agreed upon once a step.
 """
 
 from __future__ import annotations
@@ -19,8 +23,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -35,10 +40,10 @@ from .checkpoint import (
     list_checkpoints,
     load_checkpoint,
     read_state,
-    restore_generators,
     save_checkpoint,
 )
 from .corpus import Corpus
+from .distributed import LostPeer, Ranks, lost_connection
 from .errors import UserError
 from .evaluate import Evaluation, evaluate
 from .flops import batch_flops, matmul_rate, rate_words
@@ -49,12 +54,14 @@ from .packing import BatchShape, PackedExamples
 from .precision import set_float32_products
 from .readback import Leash, Readback, Stopwatch
 from .report import Report, guess_masked_words, plot_loss_curve
-from .settings import Plan, PretrainSettings, resolve
+from .settings import Plan, PretrainSettings, choose_device, resolve
+from .sharding import distribute, replica
 from .step import StepResult, TrainingStep
 
 EVALUATIONS = 10  # in a run, unless eval_every says otherwise
 SAVE_SECONDS = 600.0  # between checkpoints, unless save_every says otherwise
 FINISH_SECONDS = 5.0  # of the minutes, for the last checkpoint, the export, the plot and the report
+LANES = 16  # at most: each is a chunk in memory, and with more ranks than lanes some of them make the same chunks
 HELDOUT_TOKENS = {"cpu": 65_536, "cuda": 1_048_576}  # evaluated on, at most
 
 
@@ -62,41 +69,57 @@ class Interrupted(Exception):
     """The run was told to stop, and has saved what there was. The message says how to go on."""
 
 
-def pretrain(settings: PretrainSettings, resume_command: str) -> Report:
+def pretrain(settings: PretrainSettings, resume_command: str) -> Report | None:
     """Runs ``fusebert pretrain``: trains, and leaves checkpoints/, hf/, log.jsonl, loss.png and report.md in ``out``.
 
     Args:
         resume_command: what to type to continue the run, for the messages that say so.
 
+    Returns:
+        The report; None in a process of a torchrun job that is not the first.
+
     Raises:
-        UserError: an option, a checkpoint or the course of the training does not allow it.
+        UserError: an option, a checkpoint or the course of the training does not allow it, or another process of the
+            job ended.
         CorpusError: ``settings.data`` is no sound corpus.
         OSError: no space left, for instance. Earlier checkpoints are intact.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
     """
-    with StopSignal() as stop:
+    ranks = Ranks.of_environment()
+    with StopSignal(silent=not ranks.alone) as stop:
         try:
-            run = Run(settings, resume_command, stop)
+            ranks.join(choose_device(settings.device, ranks))
+            run = Run(settings, resume_command, stop, ranks)
             try:
                 run.train()
-                return run.finish()
+                report = run.finish()
             finally:
-                run.log.close()
+                run.close()
+            ranks.leave()
+            return report
         except torch.OutOfMemoryError as error:
             raise UserError(
                 "the GPU's memory is full: lower --tokens-per-batch, and give --batch-tokens to keep the size of a step"
             ) from error
+        except Exception as error:
+            if lost_connection(error):
+                raise LostPeer from error
+            raise
 
 
 class StopSignal:
     """Notes SIGINT and SIGTERM within the block; the second one has its ordinary effect, at once.
+
+    Args:
+        silent: do not tell the user, which a process among several can't: the others have yet to agree.
 
     Attributes:
         received: a signal came.
         armed: there is something to save. Before that, a signal raises `Interrupted` where it falls.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, silent: bool = False) -> None:
+        self.silent = silent
         self.received = False
         self.armed = False
         self._pid = os.getpid()
@@ -122,7 +145,27 @@ class StopSignal:
             raise Interrupted("stopped before the first step: there is nothing to save")
         self.received = True
         # Not print: the signal may have come in the middle of one.
-        os.write(2, b"\nfinishing the step, then saving; once more to stop at once\n")
+        if not self.silent:
+            os.write(2, b"\nfinishing the step, then saving; once more to stop at once\n")
+
+
+class Counts(NamedTuple):
+    """What there is in the micro-batches of a step: real tokens, FLOPs, masked tokens, labelled pairs."""
+
+    tokens: int
+    flops: int
+    num_masked: int
+    num_pairs: int
+
+    @classmethod
+    def of(cls, config: BertConfig, window: Sequence[PackedBatch]) -> Counts:
+        """Those of ``window``, which is on the CPU."""
+        return cls(
+            sum(batch.num_tokens for batch in window),
+            sum(batch_flops(config, batch) for batch in window),
+            sum(batch.num_masked for batch in window),
+            sum(batch.num_pairs for batch in window),
+        )
 
 
 class Interval:
@@ -134,13 +177,13 @@ class Interval:
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)
         self.grad_norms = torch.zeros((), dtype=torch.float64, device=device)
 
-    def add(self, config: BertConfig, window: Sequence[PackedBatch], result: StepResult) -> None:
-        """Counts a step on the micro-batches of ``window``, which are on the CPU. Waits for nothing."""
+    def add(self, counts: Counts, result: StepResult) -> None:
+        """Counts a step whose micro-batches, those of all ranks, hold ``counts``. Waits for nothing."""
         self.steps += 1
-        self.tokens += sum(batch.num_tokens for batch in window)
-        self.flops += sum(batch_flops(config, batch) for batch in window)
-        self.num_masked += sum(batch.num_masked for batch in window)
-        self.num_pairs += sum(batch.num_pairs for batch in window)
+        self.tokens += counts.tokens
+        self.flops += counts.flops
+        self.num_masked += counts.num_masked
+        self.num_pairs += counts.num_pairs
         self.sums += result.sums
         self.grad_norms += result.grad_norm
 
@@ -150,11 +193,12 @@ class Interval:
         self.last_step, self.tokens_seen, self.lr = state.step, state.tokens, lr
         self.readback = Readback(torch.cat([self.sums, self.grad_norms[None]]))
 
-    def read(self, matmul_rate: float) -> dict[str, Any]:
-        """The means over the steps, as fields of a log record. Waits for the device where it is not there yet."""
-        mlm_loss, nsp_loss, mlm_correct, nsp_correct, grad_norms = self.readback.values()
+    def read(self, matmul_rate: float, ranks: Ranks) -> dict[str, Any]:
+        """The means over the steps and all ranks, as fields of a log record. Waits for the device where it must."""
+        *sums, grad_norms = self.readback.values()
         grad_norm = grad_norms / self.steps
-        seconds = self.clock.seconds()
+        seconds = self.clock.seconds() if ranks.first else 0.0
+        mlm_loss, nsp_loss, mlm_correct, nsp_correct, seconds = ranks.sum([*sums, seconds])
         masked, pairs = max(1, self.num_masked), self.num_pairs
         return {
             "mlm_loss": mlm_loss / masked,
@@ -171,23 +215,30 @@ class Interval:
 class Run:
     """A run set up from its settings (and, resuming, from its newest sound checkpoint), ready to `train`.
 
+    Attributes:
+        now: seconds of the run so far, the same in all ranks; what is decided by the clock is decided by this one.
+        stopping: one of the ranks was told to stop.
+
     Raises as `pretrain` does.
     """
 
-    def __init__(self, settings: PretrainSettings, resume_command: str, stop: StopSignal) -> None:
+    def __init__(self, settings: PretrainSettings, resume_command: str, stop: StopSignal, ranks: Ranks) -> None:
         self.started = time.perf_counter()
-        self.settings = settings
-        self.plan = plan = resolve(settings)
+        self.ranks = ranks
         self.resume_command = resume_command
         self.stop = stop
         self.checkpoints = settings.out / "checkpoints"
+        found = ranks.from_first(lambda: self._find_checkpoint(settings))
+        if found is not None:
+            settings = _same_steps(settings, found[1], ranks)
+        self.settings = settings
+        self.plan = plan = resolve(settings, ranks)
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         torch.manual_seed(settings.seed)
 
         self.corpus = Corpus.open(settings.data)
-        found = self._find_checkpoint()
-        self.model = _make_model(settings, plan, self.corpus).to(plan.device)
+        self.model = _make_model(settings, plan, self.corpus)
         self.model.encoder.checkpoint_activations = settings.checkpoint_activations
         set_float32_products(plan.precision)
         if plan.precision == "fp8":
@@ -198,24 +249,28 @@ class Run:
         kind["whole_word"] = settings.whole_word
         self.examples = PackedExamples(self.corpus, "train", self.shape, seed=settings.seed, **kind)
         self.heldout = heldout_batches(self.corpus, self.shape, tokens=HELDOUT_TOKENS[plan.device.type], **kind)
+        called = distribute(self.model, plan.device, ranks, settings.parallel)
         self.optimizer = make_optimizer(self.model, plan.lr, settings.weight_decay, settings.optimizer)
         self.step = TrainingStep(
-            self.model,
+            called,
             self.optimizer,
             clip=settings.clip,
             compute_dtype=plan.compute_dtype,
-            graph=settings.graph and plan.device.type == "cuda",
+            graph=settings.graph and plan.device.type == "cuda" and ranks.alone,
             compiled=settings.compile,
         )
 
-        self.state = TrainerState(identity=_identity(settings, plan, self.corpus, self.model.config, self.shape))
+        self.state = TrainerState(
+            identity=_identity(settings, plan, self.corpus, self.model.config, self.shape),
+            lanes=_lanes(plan, self.examples),
+        )
         length = {"steps": settings.steps, "minutes": settings.minutes}
         self.complete = False
         self.resumed_from: Path | None = None
         if found is not None:
             self.resumed_from, state = found
             _check_identity(state.identity, self.state.identity, settings.out)
-            load_checkpoint(self.resumed_from, self.model, self.optimizer)
+            load_checkpoint(self.resumed_from, self.model, self.optimizer, ranks)
             if self.step.scaler is not None and state.loss_scale is not None:
                 self.step.scaler.load_state_dict(state.loss_scale)
             self.complete = state.finished and state.length == length
@@ -224,19 +279,43 @@ class Run:
         self.state.finished = False
         self.elapsed_before = self.state.elapsed_s
 
-        self.matmul_rate, self.matmul = matmul_rate(plan.device, plan.compute_dtype)
+        rate, self.matmul = matmul_rate(plan.device, plan.compute_dtype)
+        (self.matmul_rate,) = ranks.sum([rate])
+        if not ranks.alone:
+            self.matmul += f" in each of {ranks.world_size} processes"
         self.evaluation_s = 0.0
         self.step_s = 0.0
-        settings.out.mkdir(parents=True, exist_ok=True)
-        resume_step = self.state.step if found else None
-        self.log = RunLog(settings.out, resume_step=resume_step, tensorboard=settings.tensorboard)
+        self.now = 0.0
+        self.stopping = False
+        self.log: RunLog | None = None
+        if ranks.first:
+            settings.out.mkdir(parents=True, exist_ok=True)
+            resume_step = self.state.step if found else None
+            self.log = RunLog(settings.out, resume_step=resume_step, tensorboard=settings.tensorboard)
         self._introduce()
+        self._read_clock()
+
+    def close(self) -> None:
+        """Closes the log."""
+        if self.log is not None:
+            self.log.close()
 
     # How far the run is.
 
     def elapsed(self) -> float:
-        """Wall-clock seconds of the run, earlier sessions included."""
+        """Wall-clock seconds of the run, earlier sessions included, by this process's clock."""
         return self.elapsed_before + time.perf_counter() - self.started
+
+    def _read_clock(self) -> None:
+        (self.now,) = self.ranks.sum([self.elapsed() if self.ranks.first else 0.0])
+
+    def _agree(self, window: Sequence[PackedBatch]) -> Counts:
+        """What all ranks' windows hold together; sets the clock, and notes who was told to stop."""
+        clock = self.elapsed() if self.ranks.first else 0.0
+        mine = Counts.of(self.model.config, window)
+        *counts, self.now, stops = self.ranks.sum([*mine, clock, float(self.stop.received)])
+        self.stopping = stops > 0
+        return Counts(*map(int, counts))
 
     def _usable_seconds(self) -> float:
         assert self.settings.minutes is not None
@@ -246,7 +325,7 @@ class Run:
         """The share of the run that is done in the middle of the next step."""
         if self.settings.steps is not None:
             return (self.state.step + 0.5) / self.settings.steps
-        return (self.elapsed() + 0.5 * self.step_s) / max(self._usable_seconds(), 1e-9)
+        return (self.now + 0.5 * self.step_s) / max(self._usable_seconds(), 1e-9)
 
     def done(self) -> bool:
         """Whether there is no step left, or no time for one."""
@@ -254,7 +333,7 @@ class Run:
             return True
         if self.settings.steps is not None:
             return self.state.step >= self.settings.steps
-        return self.state.step > 0 and self.elapsed() + self.step_s > self._usable_seconds()
+        return self.state.step > 0 and self.now + self.step_s > self._usable_seconds()
 
     # What it does.
 
@@ -263,30 +342,48 @@ class Run:
         settings, plan, state = self.settings, self.plan, self.state
         if state.first_evaluation is None:
             state.first_evaluation = dataclasses.asdict(self.evaluate())
+        ranks, micro_batches = self.ranks, plan.batch_tokens // plan.tokens_per_batch
         source = batches(
-            self.examples, num_workers=plan.workers, start=state.batches, pin_memory=plan.device.type == "cuda"
+            self.examples,
+            num_workers=plan.workers,
+            start=state.batches,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            lanes=state.lanes,
+            pin_memory=plan.device.type == "cuda",
         )
-        if self.resumed_from is not None:
-            restore_generators(self.resumed_from)
         self.model.train()
         self.stop.armed = True
         interval = Interval(plan.device)
         closed: list[Interval] = []  # whose figures are on their way
         leash = Leash(plan.device)
         evaluate_at = self._next_evaluation()
-        saved_at = time.perf_counter()
-        with tqdm(total=settings.steps, initial=state.step, unit="step", dynamic_ncols=True, disable=None) as bar:
+        saved_at = self.now
+        with tqdm(
+            total=settings.steps,
+            initial=state.step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=None if ranks.first else True,
+        ) as bar:
             done = self.done()
+            window = [next(source) for _ in range(plan.accumulation)] if not done else []
+            counts = self._agree(window)
             while not done:
-                window = [next(source) for _ in range(plan.accumulation)]
                 lr = learning_rate(plan.lr, self.progress(), settings.warmup)
-                interval.add(self.model.config, window, self.step(window, lr))
+                numbers = range(state.batches + ranks.rank, state.batches + micro_batches, ranks.world_size)
+                seeds = [_dropout_seed(settings.seed, number) for number in numbers]
+                result = self.step(window, lr, labels=(counts.num_masked, counts.num_pairs), seeds=seeds)
+                interval.add(counts, result)
                 leash.step()
                 state.step += 1
-                state.batches += len(window)
-                state.tokens += sum(batch.num_tokens for batch in window)
+                state.batches += micro_batches
+                state.tokens += counts.tokens
                 bar.update()
 
+                # The next window, while the device is at work on this one.
+                window = [next(source) for _ in range(plan.accumulation)]
+                counts = self._agree(window)
                 done = self.done()
                 if settings.eval_every is not None:
                     evaluation_due = state.step % settings.eval_every == 0
@@ -295,37 +392,41 @@ class Run:
                 if settings.save_every is not None:
                     save_due = state.step % settings.save_every == 0
                 else:
-                    save_due = time.perf_counter() - saved_at >= SAVE_SECONDS
-                pause = done or evaluation_due or save_due or self.stop.received
+                    save_due = self.now - saved_at >= SAVE_SECONDS
+                pause = done or evaluation_due or save_due or self.stopping
                 if state.step % plan.log_every == 0 or pause:
                     interval.close(state, lr)
                     closed.append(interval)
                     interval = Interval(plan.device)
-                while closed and (pause or closed[0].readback.ready()):
+                # Several ranks add up their sums, at the same step: none of them asks whether its own have come.
+                while closed and (pause or not ranks.alone or closed[0].readback.ready()):
                     self._log_interval(closed.pop(0), bar)
                 if pause:
                     # At the end, finish() does both.
                     if evaluation_due and not done:
                         self.evaluate()
                         evaluate_at = self._next_evaluation()
-                    if (save_due or self.stop.received) and not done:
+                    if (save_due or self.stopping) and not done:
                         path = self.save()
-                        saved_at = time.perf_counter()
-                        if self.stop.received:
+                        saved_at = self.now
+                        if self.stopping:
                             raise Interrupted(
                                 f"stopped after step {state.step}, saved in {path}; go on with:\n{self.resume_command}"
                             )
+                    self._read_clock()
                     interval = Interval(plan.device)
 
     def evaluate(self) -> Evaluation:
         """Held-out figures of the model as it is, logged and printed."""
-        started = time.perf_counter()
-        result = evaluate(self.model, self.heldout, self.plan.compute_dtype)
-        self.evaluation_s = time.perf_counter() - started
+        self._read_clock()
+        started = self.now
+        result = evaluate(self.model, self.heldout, self.plan.compute_dtype, self.ranks)
+        self._read_clock()
+        self.evaluation_s = self.now - started
         fields = {**dataclasses.asdict(result), "perplexity": result.perplexity}
-        self.log.write("eval", self.state.step, elapsed_s=self.elapsed(), seconds=self.evaluation_s, **fields)
+        self._record("eval", elapsed_s=self.now, seconds=self.evaluation_s, **fields)
         nsp = f", NSP accuracy {result.nsp_accuracy:.1%}" if result.nsp_accuracy is not None else ""
-        tqdm.write(
+        self._say(
             f"step {self.state.step:>6,}: held-out MLM loss {result.mlm_loss:.3f} (unigram entropy "
             f"{self.corpus.unigram_entropy:.3f}), accuracy {result.mlm_accuracy:.1%}{nsp}"
         )
@@ -336,22 +437,27 @@ class Run:
         self.state.elapsed_s = self.elapsed()
         self.state.loss_scale = self.step.scaler.state_dict() if self.step.scaler is not None else None
         try:
-            return save_checkpoint(self.checkpoints, self.model, self.optimizer, self.state)
+            path = save_checkpoint(self.checkpoints, self.model, self.optimizer, self.state, ranks=self.ranks)
         except OSError as error:
             raise OSError(
                 error.errno,
                 f"could not save step {self.state.step} ({error.strerror}); {self._last_checkpoint()}; when that is "
                 f"mended, go on with: {self.resume_command}",
             ) from error
+        self._read_clock()
+        return path
 
-    def finish(self) -> Report:
-        """Evaluates, saves, exports to hf/, draws loss.png and writes the report."""
+    def finish(self) -> Report | None:
+        """Evaluates, saves, exports to hf/, draws loss.png and writes the report, which the first process returns."""
         settings, state, out = self.settings, self.state, self.settings.out
         after = self.evaluate()
         state.finished = True
         if not self.complete:
             self.save()
-        save_hf(self.model, out / "hf", self.corpus.tokenizer_path)
+        model = replica(self.model, self.ranks)
+        if model is None or self.log is None:
+            return None
+        save_hf(model, out / "hf", self.corpus.tokenizer_path)
         try:
             plot_loss_curve(read_log(self.log.path), self.corpus.unigram_entropy, out / "loss.png")
             loss_curve = str(out / "loss.png")
@@ -361,7 +467,7 @@ class Run:
         report = Report(
             model=str(settings.init_from or self.plan.model),
             parameters=self.model.num_parameters(),
-            device=_device_words(self.plan.device),
+            device=self._device_words(),
             precision=self.plan.precision,
             steps=state.step,
             tokens=state.tokens,
@@ -373,35 +479,48 @@ class Run:
             unigram_entropy=self.corpus.unigram_entropy,
             before=Evaluation(**state.first_evaluation),
             after=after,
-            guesses=guess_masked_words(self.model, self.corpus, settings.seqlen),
+            guesses=guess_masked_words(model, self.corpus, settings.seqlen),
             hf_directory=str(out / "hf"),
             loss_curve=loss_curve,
         )
         report.write(out)
         return report
 
+    def _record(self, kind: str, *, step: int | None = None, **fields: Any) -> None:
+        if self.log is not None:
+            self.log.write(kind, self.state.step if step is None else step, **fields)
+
+    def _say(self, text: str) -> None:
+        if self.ranks.first:
+            tqdm.write(text)
+
+    def _device_words(self) -> str:
+        words = _device_words(self.plan.device)
+        return words if self.ranks.alone else f"{self.ranks.world_size} × {words}, {self.settings.parallel.upper()}"
+
     def _introduce(self) -> None:
         settings, plan, state = self.settings, self.plan, self.state
         chosen = {k: v if isinstance(v, int | float) else str(v) for k, v in dataclasses.asdict(plan).items()}
         given = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()}
-        self.log.write(
+        self._record(
             "run",
-            state.step,
             settings=given,
             plan=chosen,
+            ranks=self.ranks.world_size,
             shape=dataclasses.asdict(self.shape),
             parameters=self.model.num_parameters(),
             unigram_entropy=self.corpus.unigram_entropy,
             matmul_rate=self.matmul_rate,
             torch=torch.__version__,
-            device=_device_words(plan.device),
+            device=self._device_words(),
         )
         length = f"{settings.steps:,} steps" if settings.steps is not None else f"{settings.minutes:g} minutes"
-        tqdm.write(
+        each = f"{plan.accumulation}" if self.ranks.alone else f"{self.ranks.world_size} × {plan.accumulation}"
+        self._say(
             f"{settings.init_from or plan.model}: {self.model.num_parameters() / 1e6:.1f} M parameters, vocabulary "
-            f"{self.corpus.vocab_size:,}, on {_device_words(plan.device)} in {plan.precision}; "
+            f"{self.corpus.vocab_size:,}, on {self._device_words()} in {plan.precision}; "
             f"a {self.matmul} reaches {rate_words(self.matmul_rate)} here\n"
-            f"{self.corpus.split('train').num_tokens:,} training tokens; {length} of {plan.accumulation} × "
+            f"{self.corpus.split('train').num_tokens:,} training tokens; {length} of {each} × "
             f"{plan.tokens_per_batch:,} tokens, segments up to {settings.seqlen}, peak learning rate {plan.lr:g}"
             + (f"; going on after step {state.step:,}" if state.step else "")
         )
@@ -409,7 +528,7 @@ class Run:
     def _log_interval(self, interval: Interval, bar: Any) -> None:
         """Reads a closed interval, stops the run if it is not finite, writes a log line, updates the bar."""
         state = self.state
-        fields = interval.read(self.matmul_rate)
+        fields = interval.read(self.matmul_rate, self.ranks)
         if not math.isfinite(fields["mlm_loss"] + (fields["nsp_loss"] or 0.0) + fields["grad_norm"]):
             raise UserError(
                 f"the loss or its gradient is not finite any more (steps {interval.last_step - interval.steps + 1} "
@@ -419,9 +538,9 @@ class Run:
         state.flops += interval.flops
         self.step_s = fields["seconds"] / interval.steps
         memory = _memory_bytes(self.plan.device)
-        self.log.write(
+        self._record(
             "train",
-            interval.last_step,
+            step=interval.last_step,
             elapsed_s=self.elapsed(),
             tokens=interval.tokens_seen,
             lr=interval.lr,
@@ -429,7 +548,7 @@ class Run:
             **fields,
         )
         if self.settings.minutes is not None:
-            left = max(0.0, self._usable_seconds() - self.elapsed())
+            left = max(0.0, self._usable_seconds() - self.now)
             bar.total = state.step + round(left / self.step_s)
         nsp = f" NSP {fields['nsp_loss']:.3f}" if fields["nsp_loss"] is not None else ""
         bar.set_postfix_str(
@@ -440,14 +559,14 @@ class Run:
     def _next_evaluation(self) -> float:
         return (math.floor(self.progress() * EVALUATIONS) + 1) / EVALUATIONS
 
-    def _find_checkpoint(self) -> tuple[Path, TrainerState] | None:
+    def _find_checkpoint(self, settings: PretrainSettings) -> tuple[Path, TrainerState] | None:
         """The newest checkpoint that is sound; None where there is no run yet."""
         found = list_checkpoints(self.checkpoints)
         if not found:
             return None
-        if not self.settings.resume:
+        if not settings.resume:
             raise UserError(
-                f"{self.settings.out} already holds a run ({found[0].name}): give --resume to go on with it, or "
+                f"{settings.out} already holds a run ({found[0].name}): give --resume to go on with it, or "
                 "another --out"
             )
         for path in found:
@@ -460,6 +579,34 @@ class Run:
     def _last_checkpoint(self) -> str:
         found = list_checkpoints(self.checkpoints)
         return f"the last checkpoint, {found[0]}, is intact" if found else "there was no checkpoint yet"
+
+
+def _same_steps(settings: PretrainSettings, state: TrainerState, ranks: Ranks) -> PretrainSettings:
+    """``settings`` with the sizes of the run that is continued, where they leave them open: the defaults follow the
+    number of processes and their memory."""
+    tokens, batch = state.identity["--tokens-per-batch"], state.identity["--batch-tokens"]
+    if settings.batch_tokens in (None, batch) and batch // tokens % ranks.world_size:
+        raise UserError(
+            f"the run in {settings.out} takes {batch // tokens} micro-batches of {tokens} tokens a step: go on with a "
+            f"number of processes that divides {batch // tokens}; there are {ranks.world_size}"
+        )
+    return dataclasses.replace(
+        settings,
+        tokens_per_batch=settings.tokens_per_batch or tokens,
+        batch_tokens=settings.batch_tokens or batch,
+    )
+
+
+def _lanes(plan: Plan, examples: PackedExamples) -> int:
+    """The most, up to `LANES`, that divide a step's micro-batches: then they suit any number of ranks that does."""
+    micro_batches = plan.batch_tokens // plan.tokens_per_batch
+    most = min(LANES, examples.chunks_per_epoch)
+    return max(lanes for lanes in range(1, most + 1) if micro_batches % lanes == 0)
+
+
+def _dropout_seed(seed: int, number: int) -> int:
+    """Of the micro-batch ``number`` of a run, whichever process computes it."""
+    return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _make_model(settings: PretrainSettings, plan: Plan, corpus: Corpus) -> BertForPreTraining:
@@ -518,7 +665,7 @@ def _identity(
         "--data": hashlib.sha256(splits).hexdigest(),
         "--seqlen": settings.seqlen,
         "--tokens-per-batch": plan.tokens_per_batch,
-        "--batch-tokens": plan.accumulation * plan.tokens_per_batch,
+        "--batch-tokens": plan.batch_tokens,
         "--seed": settings.seed,
         "--optimizer": settings.optimizer,
         "--nsp": settings.nsp,

@@ -10,10 +10,13 @@ from pathlib import Path
 import torch
 
 from ..model.config import PRESETS, BertConfig
+from .distributed import Ranks
 from .errors import UserError
 from .optim import OPTIMIZERS
 from .precision import COMPUTE_DTYPES, PRECISIONS, check_precision, default_precision
+from .sharding import PARALLEL
 
+DEVICES = ("auto", "cpu", "cuda")
 # Devlin et al. 2018 for base and large; the small ones by measurement: short runs want the highest rate that is stable.
 LEARNING_RATES = {"tiny": 2e-3, "mini": 1e-3, "small": 5e-4, "base": 1e-4, "large": 1e-4}
 CPU_MODEL, GPU_MODEL = "tiny", "base"
@@ -33,7 +36,8 @@ class PretrainSettings:
         init_from: a Hugging Face folder whose weights to start from, in place of a preset.
         steps, minutes: how long to train, one of the two. minutes is wall-clock time of the whole run.
         seqlen: longest segment in tokens, [CLS] and [SEP] included.
-        tokens_per_batch: T, tokens of a micro-batch. batch_tokens: tokens of an optimisation step, a multiple of T.
+        tokens_per_batch: T, tokens of a micro-batch. batch_tokens: tokens of an optimisation step, on all ranks: a
+            multiple of T times their number.
         lr: peak learning rate. warmup: share of the run in which it rises.
         weight_decay, clip, dropout: AdamW's decay; bound of the gradient's norm; both dropout probabilities.
         optimizer: "adamw" or "lamb".
@@ -45,7 +49,8 @@ class PretrainSettings:
         mlm_probability: share of the tokens to predict.
         eval_every, save_every, log_every: steps between evaluations, checkpoints, log lines; left open they are ten
             evaluations in the run, a checkpoint every ten minutes, and a line every 10 steps (50 on a GPU).
-        workers: processes that make batches; 0 makes them in this one. threads: PyTorch's, on a CPU.
+        workers: processes that make batches, for each rank; 0 makes them in this one. threads: PyTorch's, on a CPU.
+        parallel: "ddp" or "fsdp", where there are several ranks, see `sharding`.
         resume: go on from the newest checkpoint in ``out``, if there is one.
         tensorboard: write TensorBoard files; None writes them when it is installed.
     """
@@ -79,6 +84,7 @@ class PretrainSettings:
     log_every: int | None = None
     workers: int | None = None
     threads: int | None = None
+    parallel: str = "ddp"
     resume: bool = False
     tensorboard: bool | None = None
 
@@ -89,8 +95,9 @@ class Plan:
 
     Attributes:
         model: a preset's name; with ``init_from`` it is not used.
-        device: where it runs. precision: one of `precision.PRECISIONS`. compute_dtype: its matrix products' dtype.
-        tokens_per_batch: T. accumulation: micro-batches of T tokens in an optimisation step.
+        device: where this rank runs. precision: one of `precision.PRECISIONS`. compute_dtype: its products' dtype.
+        tokens_per_batch: T. accumulation: micro-batches of T tokens in an optimisation step, for each rank.
+        batch_tokens: tokens of an optimisation step, on all ranks.
         lr: peak learning rate. workers: processes that make batches. log_every: steps between log lines.
     """
 
@@ -100,19 +107,23 @@ class Plan:
     compute_dtype: torch.dtype
     tokens_per_batch: int
     accumulation: int
+    batch_tokens: int
     lr: float
     workers: int
     log_every: int
 
 
-def resolve(settings: PretrainSettings) -> Plan:
-    """Checks ``settings`` and chooses what they leave open.
+def resolve(settings: PretrainSettings, ranks: Ranks | None = None) -> Plan:
+    """Checks ``settings`` and chooses what they leave open, for the processes ``ranks``.
+
+    The size of a step does not follow their number on GPUs, where there is work for many in it.
 
     Raises:
         UserError: an option's value is not allowed, or two contradict each other; the message names the option.
     """
     _check(settings)
-    device = _device(settings.device)
+    ranks = ranks or Ranks()
+    device = choose_device(settings.device, ranks)
     on_gpu = device.type == "cuda"
     model = settings.model if settings.model != "auto" else GPU_MODEL if on_gpu else CPU_MODEL
     precision = settings.precision if settings.precision != "auto" else default_precision(device)
@@ -120,32 +131,36 @@ def resolve(settings: PretrainSettings) -> Plan:
     compute_dtype = COMPUTE_DTYPES[precision]
     tokens = settings.tokens_per_batch
     if tokens is None:
-        tokens = _gpu_tokens(model, compute_dtype) if on_gpu else CPU_TOKENS_PER_BATCH
-        tokens = max(min(tokens, settings.batch_tokens or tokens), -(-settings.seqlen // 8) * 8)
+        tokens = _gpu_tokens(model, compute_dtype, device) if on_gpu else CPU_TOKENS_PER_BATCH
+        wanted = settings.batch_tokens or (GPU_BATCH_TOKENS if on_gpu else tokens * ranks.world_size)
+        tokens = max(min(tokens, wanted // ranks.world_size // 8 * 8), -(-settings.seqlen // 8) * 8)
     if tokens < settings.seqlen:
         raise UserError(
             f"--tokens-per-batch {tokens} must be at least --seqlen {settings.seqlen}: a segment has to fit in a batch"
         )
     if tokens % 8:
         raise UserError(f"--tokens-per-batch must be a multiple of 8, for the matrix units; got {tokens}")
-    batch_tokens = settings.batch_tokens
+    batch_tokens, at_once = settings.batch_tokens, tokens * ranks.world_size
     if batch_tokens is None:
-        batch_tokens = max(1, GPU_BATCH_TOKENS // tokens) * tokens if on_gpu else tokens
-    if batch_tokens % tokens:
-        nearest = max(1, round(batch_tokens / tokens)) * tokens
+        batch_tokens = max(1, GPU_BATCH_TOKENS // at_once) * at_once if on_gpu else at_once
+    if batch_tokens % at_once:
+        nearest = max(1, round(batch_tokens / at_once)) * at_once
+        each = "" if ranks.alone else f" times {ranks.world_size} processes"
         raise UserError(
-            f"--batch-tokens {batch_tokens} must be a multiple of --tokens-per-batch {tokens}: {nearest} is the nearest"
+            f"--batch-tokens {batch_tokens} must be a multiple of --tokens-per-batch {tokens}{each}: {nearest} is the "
+            "nearest"
         )
     workers = settings.workers
     if workers is None:
-        workers = min(8, max(1, (os.cpu_count() or 2) - 1)) if on_gpu else 0
+        workers = min(8, max(1, (os.cpu_count() or 2) // ranks.local_world_size - 1)) if on_gpu else 0
     return Plan(
         model=model,
         device=device,
         precision=precision,
         compute_dtype=compute_dtype,
         tokens_per_batch=tokens,
-        accumulation=batch_tokens // tokens,
+        accumulation=batch_tokens // at_once,
+        batch_tokens=batch_tokens,
         lr=settings.lr if settings.lr is not None else LEARNING_RATES["base" if settings.init_from else model],
         workers=workers,
         log_every=settings.log_every or (50 if on_gpu else 10),
@@ -174,15 +189,17 @@ def _check(settings: PretrainSettings) -> None:
     for name in ("warmup", "dropout"):
         if not 0.0 <= getattr(settings, name) < 1.0:
             raise UserError(f"{_option(name)} must be in [0, 1); got {getattr(settings, name)}")
+    if settings.parallel == "fsdp" and (settings.precision == "fp16" or settings.optimizer == "lamb"):
+        raise UserError(
+            "--parallel fsdp splits every tensor over the ranks: --precision fp16 and --optimizer lamb, which look at "
+            "whole ones, need --parallel ddp"
+        )
     if not 0.0 < settings.mlm_probability < 1.0:
         raise UserError(f"--mlm-probability must be between 0 and 1; got {settings.mlm_probability}")
     if settings.seqlen < 8:
         raise UserError(f"--seqlen must be at least 8, room for a pair of sentences; got {settings.seqlen}")
-    for name, allowed in (
-        ("precision", ("auto", *PRECISIONS)),
-        ("device", ("auto", "cpu", "cuda")),
-        ("optimizer", OPTIMIZERS),
-    ):
+    allowed_words = {"precision": ("auto", *PRECISIONS), "optimizer": OPTIMIZERS, "parallel": PARALLEL}
+    for name, allowed in allowed_words.items():
         if getattr(settings, name) not in allowed:
             raise UserError(
                 f"{_option(name)} {getattr(settings, name)!r} is not known: choose one of {', '.join(allowed)}"
@@ -193,22 +210,36 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str, ranks: Ranks) -> torch.device:
+    """Where this process runs: on the CPU, or on the GPU that has its number on this machine.
+
+    Raises:
+        UserError: there is no such GPU, or ``name`` is not auto, cpu or cuda.
+    """
+    if name not in DEVICES:
+        raise UserError(f"--device {name!r} is not known: choose one of {', '.join(DEVICES)}")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "--device cuda: PyTorch finds no CUDA GPU here (torch.cuda.is_available() is False): use --device cpu, or "
             "install a PyTorch built for your GPU"
         )
-    return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if ranks.local_world_size > torch.cuda.device_count():
+        raise UserError(
+            f"{ranks.local_world_size} processes on this machine, which has {torch.cuda.device_count()} GPUs: give "
+            f"torchrun --nproc-per-node={torch.cuda.device_count()}"
+        )
+    return torch.device("cuda") if ranks.alone else torch.device("cuda", ranks.local_rank)
 
 
-def _gpu_tokens(model: str, compute_dtype: torch.dtype) -> int:
+def _gpu_tokens(model: str, compute_dtype: torch.dtype, device: torch.device) -> int:
     """The largest power of two of tokens whose activations fit in half of the GPU's memory, GPU_TOKENS_PER_BATCH at
     most. 17·H·L scalars are kept for the backward a token (Korthikanti et al. 2022, without attention matrices)."""
     config = BertConfig.preset(model, vocab_size=2)
     bytes_a_token = 17 * config.hidden_size * config.num_hidden_layers * compute_dtype.itemsize
-    fits = int(0.5 * torch.cuda.get_device_properties(0).total_memory / bytes_a_token)
+    fits = int(0.5 * torch.cuda.get_device_properties(device).total_memory / bytes_a_token)
     return min(GPU_TOKENS_PER_BATCH, 1 << max(fits.bit_length() - 1, 7))
 
 
-__all__ = ["LEARNING_RATES", "Plan", "PretrainSettings", "resolve"]
+__all__ = ["LEARNING_RATES", "Plan", "PretrainSettings", "choose_device", "resolve"]

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from fusebert.bench import tune
 from fusebert.bench.cli import app
-from fusebert.kernels.attention_config import TABLES, Config, Table
+from fusebert.kernels.attention_config import MASKED, TABLES, Config, Table
 from fusebert.train.errors import UserError
 
 ARCH, DTYPE = 80, torch.bfloat16  # no GPU of the tests' is one: the compiler decides, which is stood in for
@@ -18,16 +18,17 @@ def derive(monkeypatch, spills):
     monkeypatch.setattr(tune, "_spills", lambda kernel, config, *_: spills(kernel, config, *_))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     lines = []
-    return tune.derive(ARCH, DTYPE, lines.append, head_dims=[64]), lines
+    return *tune.derive(ARCH, DTYPE, lines.append, head_dims=[64]), lines
 
 
 def test_the_first_candidate_that_spills_nothing(monkeypatch):
     second = tune.CANDIDATES[2]["long_forward"][1]
-    table, lines = derive(
+    table, masked, lines = derive(
         monkeypatch, lambda kernel, config, *_: 8 if kernel == "long_forward" and config != second else 0
     )
     assert table.long_forward == {64: second}
     assert table.long_backward_dq == {64: tune.CANDIDATES[2]["long_backward_dq"][0]}
+    assert masked == ({}, {}, {}, {}, {})
     assert not any("spills" in line for line in lines)
 
 
@@ -37,24 +38,36 @@ def test_the_least_spill_where_all_spill_and_never_what_does_not_fit(monkeypatch
     def spills(kernel, config, *_):
         return 0 if kernel != "long_backward_dk_dv" else 24 if config == least else math.inf
 
-    table, lines = derive(monkeypatch, spills)
+    table, _, lines = derive(monkeypatch, spills)
     assert table.long_backward_dk_dv == {64: least}
     assert f"long_backward_dk_dv D=64: {tuple(least)}, spills 24 bytes" in lines
 
 
 def test_the_short_route_ends_before_the_first_length_that_spills(monkeypatch):
-    table, _ = derive(
+    table, _, _ = derive(
         monkeypatch, lambda kernel, config, head_dim, seqlen, *_: kernel == "short_backward" and seqlen >= 64
     )
     assert table.short_forward == {64: max(tune.SHORT_LENGTHS)}
     assert table.short_backward == {64: 32}
 
 
-@pytest.mark.parametrize("key", TABLES)
-def test_what_is_printed_is_the_table(key):
-    arch, size = key
-    code = tune.as_code(arch, {2: torch.bfloat16, 4: torch.float32}[size], TABLES[key])
-    assert eval(f"{{{code}}}", {"Table": Table, "Config": Config}) == {key: TABLES[key]}
+def test_an_entry_of_its_own_where_a_mask_makes_it_spill(monkeypatch):
+    first, second = tune.CANDIDATES[2]["long_forward"][:2]
+
+    def spills(kernel, config, head_dim, seqlen, arch, dtype, masked):
+        return masked and (config == first or (kernel == "short_backward" and seqlen >= 128))
+
+    table, masked, _ = derive(monkeypatch, spills)
+    assert table.long_forward == {64: first}
+    assert table.short_backward == {64: 128}
+    assert masked == Table({}, {64: 64}, {64: second}, {}, {})
+
+
+@pytest.mark.parametrize("tables", [TABLES, MASKED])
+def test_what_is_printed_is_the_table(tables):
+    for (arch, size), table in tables.items():
+        code = tune.as_code(arch, {2: torch.bfloat16, 4: torch.float32}[size], table)
+        assert eval(f"{{{code}}}", {"Table": Table, "Config": Config}) == {(arch, size): table}
 
 
 def test_only_the_kernel_in_question_is_changed():

@@ -1,4 +1,4 @@
-"""Attention's kernels as the compiler sees them, for GPUs that need not be here."""
+"""Attention's kernels as the compiler sees them, for GPUs that need not be here: every entry of the launch tables."""
 
 from __future__ import annotations
 
@@ -6,44 +6,124 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
-COMPILE = """
-import json, sys, torch
-from fusebert.bench.aot import LIMITS, compiled_kernels
-from fusebert.kernels import attention_varlen
-arch, rows = int(sys.argv[1]), []
-for seqlen in (64, 128, 512):
-    qkv = torch.zeros(2 * seqlen, 3, 2, 64, dtype=torch.bfloat16, requires_grad=True)
-    cu_seqlens = torch.tensor([0, seqlen, 2 * seqlen], dtype=torch.int32)
-    with compiled_kernels(arch) as found:
-        attention_varlen(qkv, cu_seqlens, seqlen, dropout_p=0.1, seed=1).sum().backward()
-    for r in found:
-        fits = r.shared_bytes <= LIMITS[arch][2]
-        rows.append([r.name, seqlen, r.spill_bytes, fits, r.count("HGMMA"), r.count("HMMA"), r.count("STG.E.128")])
-print(json.dumps(rows))
-"""
+from fusebert.bench import aot, aot_attention
+from fusebert.kernels import attention_config
 
 
-@pytest.mark.parametrize(("arch", "matrix"), [(80, "HMMA"), (90, "HGMMA")])
-def test_what_berts_head_size_compiles_to(arch: int, matrix: str, tmp_path: Path) -> None:
-    """D = 64, bf16, dropout: the route meant for the length, nothing spilled, matrix instructions, wide stores."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """sm_<arch> -> rows of the table, from the command that writes it, in processes where Triton may compile."""
+    out = tmp_path_factory.mktemp("aot")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "fusebert.bench.aot", "--only", "attention", "--heaviest", "--out", str(out)]
     ran = subprocess.run(
-        [sys.executable, "-c", COMPILE, str(arch)], env=environment, cwd=tmp_path, capture_output=True, text=True
+        [*command, "--arch", *map(str, aot.LIMITS)], env=environment, cwd=out, capture_output=True, text=True
     )
-    assert ran.returncode == 0, ran.stderr
-    rows = json.loads(ran.stdout)
-    names = [(name, seqlen) for name, seqlen, *_ in rows]
-    assert ("short_forward", 128) in names
-    assert ("long_backward_dk_dv", 512) in names
-    for name, seqlen, spills, fits, hgmma, hmma, wide_stores in rows:
-        what = f"{name} at N = {seqlen}"
-        assert spills == 0, f"{what} spills {spills} bytes"
-        assert fits, f"{what} does not fit the shared memory"
-        assert (hgmma if matrix == "HGMMA" else hmma) > 0, f"{what} does not use {matrix}"
-        assert wide_stores > 0, f"{what} stores less than 16 bytes a thread"
+    assert ran.returncode in (0, 1), ran.stderr
+    tables = {arch: json.loads(next(out.glob(f"*sm_{arch}.json")).read_text())["kernels"] for arch in aot.LIMITS}
+    return ran.returncode, tables
+
+
+def entries(arch: int) -> set[tuple[str, tuple[int, int], int]]:
+    """(kernel, tile, BLOCK_D) of every long entry that the launcher can look up on sm_<arch>."""
+    import torch
+
+    found = set()
+    for dtype in (torch.bfloat16, torch.float32):
+        for table in aot_attention._tables(arch, dtype):
+            for kernel in ("long_forward", "long_backward_dq", "long_backward_dk_dv"):
+                for head_dim, config in getattr(table, kernel).items():
+                    found.add((kernel, (config.block_m, config.block_n), head_dim))
+    return found
+
+
+@pytest.mark.parametrize("arch", aot.LIMITS)
+def test_every_entry_compiles_as_meant(arch, compiled):
+    """Nothing spills beyond what is granted by name, all fits, matrix instructions are the chip's, stores are wide."""
+    _, tables = compiled
+    wrong = [
+        f"{row['case']}: {row['kernel']} {row['tile']}: {row['problems']}" for row in tables[arch] if row["problems"]
+    ]
+    assert not wrong, "\n".join(wrong)
+    for row in tables[arch]:
+        assert row["blocks_per_multiprocessor"] >= 1, row
+        assert row["stores_128"] > 0, row
+    seen = {(row["kernel"], tuple(row["tile"]), int(row["case"].split("D=")[1].split()[0])) for row in tables[arch]}
+    assert entries(arch) <= seen
+    assert {"short_forward", "short_backward"} <= {row["kernel"] for row in tables[arch]}
+
+
+def test_the_status_says_whether_all_is_well(compiled):
+    status, tables = compiled
+    assert status == any(row["problems"] for rows in tables.values() for row in rows)
+
+
+@pytest.mark.parametrize("arch", aot.LIMITS)
+def test_what_is_granted_is_still_needed(arch, compiled):
+    """An exception whose kernel no longer spills must go: it can only get better."""
+    _, tables = compiled
+    spilt = {}
+    for row in tables[arch]:
+        size = 4 if " fp32 " in row["case"] else 2
+        key = (arch, row["kernel"], size, int(row["case"].split("D=")[1].split()[0]))
+        spilt[key] = max(spilt.get(key, 0), row["spill_bytes"])
+    for key, granted in aot_attention.SPILLS.items():
+        if key[0] == arch:
+            assert 0 < spilt[key] <= granted
+
+
+def resources(**changes):
+    constants = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_D": 64, "EXACT": False, "PRECISION": "ieee"}
+    constants |= changes.pop("constants", {})
+    fields = {"name": "long_forward", "arch": 90, "num_warps": 8, "num_stages": 2, "registers": 200, "spill_bytes": 0}
+    fields |= {"shared_bytes": 65536, "tensor_memory_columns": 0, "instructions": {"HGMMA.64x64x16.F32": 8}}
+    return aot.Resources(**(fields | changes), constants=constants)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, None),
+        ({"spill_bytes": 8}, "spills 8 bytes"),
+        ({"shared_bytes": 232449}, "232449 bytes of shared memory; there are 232448"),
+        ({"instructions": {"HMMA.16816.F32": 8}}, "multiplies with HMMA, not HGMMA"),
+        ({"constants": {"BLOCK_M": 32}}, "multiplies with HGMMA, not HMMA"),
+        ({"name": "long_backward_dk_dv", "constants": {"BLOCK_M": 32}}, None),
+        ({"constants": {"EXACT": True}}, "multiplies with HGMMA, not None"),
+        ({"constants": {"EXACT": True}, "instructions": {"FFMA": 99}}, None),
+        ({"constants": {"EXACT": True, "PRECISION": "tf32"}, "instructions": {"FFMA": 9}}, "multiplies with None"),
+    ],
+)
+def test_what_counts_as_wrong(changes, words):
+    found = aot_attention.problems(resources(**changes), aot.LIMITS[90][2], "HGMMA")
+    assert found == [] if words is None else words in "; ".join(found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "blocks", "by"),
+    [
+        ({}, 1, "registers"),
+        ({"registers": 128}, 2, "registers"),
+        ({"registers": 64, "shared_bytes": 120000}, 1, "shared memory"),
+        ({"arch": 100, "registers": 64, "shared_bytes": 1024, "tensor_memory_columns": 256}, 2, "tensor memory"),
+        ({"registers": 16, "shared_bytes": 0}, 8, "warps"),
+    ],
+)
+def test_occupancy(changes, blocks, by):
+    assert (resources(**changes).blocks_per_multiprocessor, resources(**changes).limited_by) == (blocks, by)
+
+
+def test_a_new_entry_is_compiled(monkeypatch):
+    """The cases come from the tables: an entry that is added brings its own."""
+    before = aot_attention.cases(90, heaviest=True)
+    table = attention_config.TABLES[90, 2]
+    more = table._replace(**{name: {**getattr(table, name), 512: getattr(table, name)[256]} for name in table._fields})
+    monkeypatch.setitem(attention_config.TABLES, (90, 2), more)
+    monkeypatch.setitem(attention_config.MASKED, (90, 2), attention_config.NOTHING)
+    added = aot_attention.cases(90, heaviest=True).keys() - before.keys()
+    assert any("D=512 N=512 masked window dropout groups=2" in name for name in added)

@@ -9,13 +9,13 @@ import zlib
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_cases import compare, lengths_to_cu, randn, use_long_route
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from oracle import DEVICE, DOT_DTYPES, assert_as_good_as_torch
 
 from fusebert.kernels import (
     attention,
-    attention_config,
     attention_fallback,
     attention_varlen,
     attention_varlen_separate,
@@ -25,7 +25,6 @@ from fusebert.kernels import (
 )
 
 SEED = 20231
-SMALL_LONG = attention_config.Config(block_m=16, block_n=32, num_warps=4, num_stages=1)
 
 
 @pytest.fixture(autouse=True)
@@ -55,50 +54,10 @@ def route(request, monkeypatch):
     return request.param
 
 
-def use_long_route(monkeypatch, config=SMALL_LONG):
-    monkeypatch.setattr(attention_config, "short_forward", lambda *_: None)
-    monkeypatch.setattr(attention_config, "short_backward", lambda *_: None)
-    for name in ("long_forward", "long_backward_dq", "long_backward_dk_dv"):
-        monkeypatch.setattr(attention_config, name, lambda *_: config)
-
-
 def skip_the_host_check(monkeypatch):
     """As on a GPU, where the host does not read cu_seqlens."""
     module = importlib.import_module("fusebert.kernels.attention")  # the package exports a function of that name
     monkeypatch.setattr(module, "_check_cu_seqlens", lambda *_: None)
-
-
-def lengths_to_cu(lengths):
-    return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(torch.int32).to(DEVICE)
-
-
-def randn(*shape, dtype=torch.float32, scale=1.0):
-    return (torch.randn(*shape, device=DEVICE) * scale).to(dtype)
-
-
-def compare(function, definition, inputs, pytorch=None, roundings=1):
-    """function(*inputs) against definition in float64, out and all gradients.
-
-    pytorch makes the error that ours is measured by; definition itself where PyTorch has no operator for the case.
-    """
-
-    def run(f, leaves):
-        leaves = [x.detach().requires_grad_() for x in leaves]
-        out = f(*leaves)
-        gradients = torch.autograd.grad(out, leaves, grad_out.to(out.dtype), allow_unused=True)
-        return [
-            out.detach(),
-            *(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True)),
-        ]
-
-    grad_out = torch.randn_like(function(*inputs))
-    ours = run(function, inputs)
-    oracle = run(definition, [x.double() for x in inputs])
-    torchs = run(pytorch or definition, inputs)
-    # A row with one key has dS = 0, where PyTorch's P∘dP − Pδ cancels to the last bit: the terms are as large as dO.
-    names = ["out", *(f"grad of input {i}" for i in range(len(inputs)))]
-    for name, a, o, t in zip(names, ours, oracle, torchs, strict=True):
-        assert_as_good_as_torch(a, o, t, name, cancelled=grad_out.double().norm().item(), roundings=roundings)
 
 
 # -------------------------------------------------------------------------------------------------------------- packed

@@ -87,6 +87,38 @@ def test_batches_that_are_kept_hold_no_files_open(examples):
     assert len(os.listdir("/proc/self/fd")) <= before
 
 
+@pytest.mark.parametrize("lanes", [1, 4, 6])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_ranks_share_one_stream_however_many_they_are(examples, lanes, num_workers):
+    count = 3 * lanes * examples.batches_per_chunk + 24
+    whole = take(count, examples, num_workers=0, lanes=lanes)
+    assert len({tuple(batch.input_ids.tolist()) for batch in whole}) == count
+    for start in (0, lanes * examples.batches_per_chunk + 12):
+        for world_size in (2, 3, 4) if num_workers == 0 else (2,):
+            for rank in range(world_size):
+                mine = whole[start + rank :: world_size]
+                options = {"rank": rank, "world_size": world_size, "lanes": lanes}
+                shared = take(len(mine), examples, num_workers=num_workers, start=start, **options)
+                assert_same(mine, shared)
+
+
+def test_lanes_are_the_same_batches_in_another_order(examples):
+    count = 4 * examples.batches_per_chunk
+    one, four = (take(count, examples, num_workers=0, lanes=lanes) for lanes in (1, 4))
+    assert_same(one, [four[4 * (i % (count // 4)) + i // (count // 4)] for i in range(count)])
+
+
+@pytest.mark.parametrize(("world_size", "lanes", "made"), [(1, 4, 4), (2, 4, 2), (4, 4, 1), (2, 1, 1), (8, 4, 1)])
+def test_a_rank_makes_the_chunks_of_its_lanes_alone(examples, monkeypatch, world_size, lanes, made):
+    """In a block of ``lanes`` chunks; the first batch of the next block asks for one more."""
+    asked = []
+    original = PackedExamples.__getitem__
+    monkeypatch.setattr(PackedExamples, "__getitem__", lambda self, i: asked.append(i) or original(self, i))
+    count = lanes * examples.batches_per_chunk // world_size
+    take(count, examples, num_workers=0, rank=world_size - 1, world_size=world_size, lanes=lanes)
+    assert len(asked) == len(set(asked)) == made
+
+
 class Failing(PackedExamples):
     def __getitem__(self, index):
         if index == 1:
@@ -116,6 +148,19 @@ def test_pinned_batches_are_the_same_batches(examples, num_workers):
 def test_negative_numbers_are_refused_at_once(examples, argument):
     with pytest.raises(ValueError, match=f"{argument} must not be negative; got -1"):
         batches(examples, **{"num_workers": 0, argument: -1})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 2, "world_size": 2}, r"rank must be in \[0, world_size = 2\); got 2"),
+        ({"rank": -1}, "rank must be in"),
+        ({"lanes": 0}, "lanes must not be less than 1; got 0"),
+    ],
+)
+def test_ranks_and_lanes_that_there_can_not_be(examples, options, message):
+    with pytest.raises(ValueError, match=message):
+        batches(examples, num_workers=0, **options)
 
 
 @pytest.mark.parametrize("nsp", [True, False])
@@ -157,5 +202,5 @@ def test_a_tiny_heldout_split_makes_one_batch(shape):
 
 
 def test_everything_that_a_spawned_worker_needs_can_be_pickled(examples):
-    for thing in (examples, loader._Chunk.collate, loader._leave_interrupts_to_the_parent):
+    for thing in (examples, loader._Chunk.collate, loader._depend_on_the_parent):
         pickle.loads(pickle.dumps(thing))

@@ -170,31 +170,6 @@ def test_each_epoch_has_other_pairs_and_masks(corpus):
     assert abs((masked[0] & masked[1]).mean() - masked[0].mean() * masked[1].mean()) < 0.003
 
 
-def test_ranks_share_nothing_and_miss_nothing():
-    corpus = MemoryCorpus([[10] * 5] * 800)
-    shape = BatchShape.fit(corpus.split("train"), 1024, 64)
-    epochs = []
-    ranks = [PackedExamples(corpus, "train", shape, seed=0, rank=rank, world_size=3) for rank in range(3)]
-    assert len({(r.chunks_per_epoch, r.batches_per_chunk) for r in ranks}) == 1
-    for epoch in range(2):
-        seen = []
-        for examples in ranks:
-            ids = set()
-            for index in range(examples.chunks_per_epoch):
-                for batch in examples[epoch * examples.chunks_per_epoch + index]:
-                    for segment in segments_of(batch, sizes(shape)):
-                        ids |= set(segment.a + segment.b)
-            seen.append(ids)
-        assert sum(map(len, seen)) == len(set.union(*seen))
-        assert len(set.union(*seen)) > 0.98 * 40_000
-        epochs.append(seen)
-    assert epochs[0][0] != epochs[1][0]
-    # One rank's chunk r of R is chunk 0 of rank r.
-    whole = PackedExamples(corpus, "train", shape, seed=0)
-    if whole.chunks_per_epoch == 3 * ranks[0].chunks_per_epoch:
-        assert same(whole[1][0], ranks[1][0][0])
-
-
 @pytest.mark.parametrize("tokens", [40, 300])
 def test_a_corpus_smaller_than_a_batch_fills_it_with_repetitions(tokens):
     corpus = MemoryCorpus([[tokens // 20] * 5] * 4)
@@ -239,8 +214,6 @@ def test_bad_shapes_are_named(change, message):
         ([[5, 5]] * 4, {"mlm_probability": 1.0}, "mlm_probability must be between 0 and 1"),
         ([[5, 5]] * 4, {"mlm_probability": 0.9}, "masked must be at least 27"),
         ([[5, 5]] * 4, {"seed": -1}, "seed must not be negative"),
-        ([[5, 5]] * 4, {"rank": 2, "world_size": 2}, "rank must be in"),
-        ([[5, 5]] * 4, {"world_size": 5}, "only 4 passages for 5 ranks"),
         ([[5, 5]], {}, "has one document.*--no-nsp"),
         ([], {}, "has no text"),
     ],

@@ -187,10 +187,10 @@ def test_the_second_signal_stops_at_once(corpus: Path, tmp_path: Path, monkeypat
     handled: list[Any] = []
     original = TrainingStep.__call__
 
-    def interrupt(self: TrainingStep, *args: Any) -> Any:
+    def interrupt(self: TrainingStep, *args: Any, **kwargs: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
         handled.append(signal.getsignal(signal.SIGINT))
-        return original(self, *args)
+        return original(self, *args, **kwargs)
 
     monkeypatch.setattr(TrainingStep, "__call__", interrupt)
     before = signal.getsignal(signal.SIGINT)
@@ -212,10 +212,10 @@ def test_minutes_end_on_time_with_the_rate_at_zero(
     original = TrainingStep.__call__
     rates: list[tuple[float, float]] = []
 
-    def slow(self: TrainingStep, window: Any, lr: float) -> Any:
+    def slow(self: TrainingStep, window: Any, lr: float, **kwargs: Any) -> Any:
         rates.append((now[0], lr))
         now[0] += 1.0 if now[0] < 30 else 2.0
-        return original(self, window, lr)
+        return original(self, window, lr, **kwargs)
 
     for module in (pretrain_module, readback):
         monkeypatch.setattr(module, "time", Clock)
@@ -241,11 +241,11 @@ def test_a_run_that_diverges_is_stopped(corpus: Path, tmp_path: Path, monkeypatc
     original = TrainingStep.__call__
     steps = [0]
 
-    def poison(self: TrainingStep, *args: Any) -> Any:
+    def poison(self: TrainingStep, *args: Any, **kwargs: Any) -> Any:
         steps[0] += 1
         if steps[0] == 5:
             next(self.model.parameters()).data.fill_(float("nan"))
-        return original(self, *args)
+        return original(self, *args, **kwargs)
 
     monkeypatch.setattr(TrainingStep, "__call__", poison)
     with pytest.raises(UserError, match=r"not finite.*steps 5 to 5.*step-00000004, is intact"):

@@ -1,0 +1,292 @@
+"""Result files as fusebert bench writes them, with made-up figures: for what reads them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+
+COPY, MATMUL = 1e12, 1e14  # bytes/s, FLOP/s
+
+
+def environment(device: str = "cpu") -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "date": "2026-01-01T00:00:00+00:00",
+        "commit": "abcdef123456",
+        "source_sha256": "0" * 64,
+        "device": device,
+        "python": "3.12.0",
+        "platform": "Linux",
+        "processor": "Made-up CPU",
+        "cores": 4,
+        "torch_threads": 2,
+        "versions": {"torch": "9.9.9", "liger-kernel": None},
+    }
+    if device == "cuda":
+        found["gpu"] = {
+            "name": "Made-up GPU",
+            "compute_capability": "9.0",
+            "multiprocessors": 10,
+            "memory_bytes": 80_000_000_000,
+            "l2_bytes": 50_000_000,
+            "cuda": "12",
+            "cudnn": 9,
+            "nvidia_smi": {"name": "Made-up GPU", "driver_version": "1.2.3", "clocks.sm": "1500"},
+        }
+    return found
+
+
+def verdict(status: str = "right", detail: str = "") -> dict[str, Any]:
+    errors = {} if status in ("failed", "unchecked") else {"out": 1e-3, "dq": 2e-3}
+    return {"status": status, "errors": errors, "error_versus_torch": 1.5 if errors else None, "detail": detail}
+
+
+def timing(samples: Any) -> dict[str, Any]:
+    low, high = np.quantile(samples, (0.1, 0.9))
+    median = float(np.median(samples))
+    return {
+        "median_ms": median,
+        "p10_ms": float(low),
+        "p90_ms": float(high),
+        "spread": float((high - low) / median),
+        "rounds": len(samples),
+        "calls_per_round": 3,
+        "host_median_ms": 0.1,
+        "host_bound": False,
+        "samples_ms": [float(x) for x in samples],
+    }
+
+
+def contestant(name: str, role: str, samples: Any, ours_ms: float = 1.0, *, peak_bytes: int | None = None) -> Any:
+    """Timed with ``samples``; None for one that is wrong."""
+    if samples is None:
+        return {"name": name, "role": role, "verdict": verdict("wrong", "dq is 99.0 times as far as PyTorch")}
+    ratio = float(np.median(samples)) / ours_ms
+    return {
+        "name": name,
+        "role": role,
+        "verdict": verdict("unchecked" if role == "bound" else "right"),
+        "timing": timing(samples),
+        "ratio_to_ours": {"median": ratio, "low": 0.95 * ratio, "high": 1.05 * ratio},
+        "peak_bytes": peak_bytes,
+    }
+
+
+def measured(op: str, case: str, shape: dict[str, Any], contestants: list[Any], **fields: Any) -> dict[str, Any]:
+    """A pass of a case; rates follow from the times."""
+    flops, size = fields.pop("flops", 1e9), 1e7
+    floor_ms = 1e3 * max(flops / MATMUL, size / COPY)
+    for each in contestants:
+        if "timing" in each:
+            seconds = 1e-3 * each["timing"]["median_ms"]
+            each |= {
+                "flops_per_s": flops / seconds,
+                "bytes_per_s": size / seconds,
+                "roofline": floor_ms / seconds / 1e3,
+            }
+    return {
+        "op": op,
+        "case": case,
+        "pass": "forward+backward",
+        "dtype": "bfloat16",
+        "shape": shape,
+        "dropout": 0.0,
+        "flops": flops,
+        "bytes": size,
+        "floor_ms": floor_ms,
+        "limit": "matmul" if flops else "memory",
+        "contestants": contestants,
+        "missing": [{"name": "flash-attn", "reason": "not installed: pip install flash-attn"}],
+        **fields,
+    }
+
+
+def attention(n: int, contestants: list[Any], **fields: Any) -> dict[str, Any]:
+    shape = {"tokens": 1024, "segments": 1024 // n, "longest": n, "heads": 4, "head_dim": 64, "padding": 0.0}
+    return measured("attention", f"N={n}", shape, contestants, **fields)
+
+
+def kernels(results: list[Any], device: str = "cuda") -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "kind": "kernels",
+        "environment": environment(device),
+        "settings": {"op": None, "dtype": "bfloat16", "quick": False, "minutes": None},
+        "ceilings": {"copy_bytes_per_s": COPY, "matmul_flops_per_s": MATMUL, "dtype": "bfloat16"},
+        "results": results,
+        "left_out": [],
+        "seconds": 1.0,
+        "nvidia_smi_after": None,
+    }
+
+
+def step(contestants: list[Any], device: str = "cpu", **settings: Any) -> dict[str, Any]:
+    for each in contestants:
+        if "timing" in each:
+            each |= {"tokens_per_s": 1e6 / each["timing"]["median_ms"], "mfu": 0.5, "micro_batches": 1}
+    return {
+        "schema": 1,
+        "kind": "step",
+        "environment": environment(device),
+        "settings": {
+            "model": "mini",
+            "tokens": 1024,
+            "seqlen": 128,
+            "ragged": False,
+            "dropout": 0.1,
+            "compiled": False,
+            "vocab_size": 30522,
+            "compute_dtype": "float32",
+            "quick": False,
+            "minutes": None,
+            **settings,
+        },
+        "ceilings": {"copy_bytes_per_s": COPY, "matmul_flops_per_s": MATMUL, "dtype": "float32"},
+        "batch": {"tokens": 1000.0, "sequences": 8.0, "masked": 150.0, "padding_for_transformers": 0.25, "flops": 1e9},
+        "contestants": contestants,
+        "left_out": [],
+        "seconds": 1.0,
+        "nvidia_smi_after": None,
+    }
+
+
+def train(us_per_token: dict[str, Any]) -> dict[str, Any]:
+    """Contestants by name, ours first, with the microseconds a token of each turn; None for one that is wrong."""
+    ours = float(np.median(next(iter(us_per_token.values()))))
+    rows: list[dict[str, Any]] = []
+    for name, turns in us_per_token.items():
+        role = "peer" if rows else "ours"
+        if turns is None:
+            rows.append({"name": name, "role": role, "verdict": verdict("wrong", "another held-out loss")})
+            continue
+        median = float(np.median(turns))
+        ratio = median / ours
+        rows.append(
+            {
+                "name": name,
+                "role": role,
+                "verdict": verdict(),
+                "tokens_per_s": 1e6 / median,
+                "us_per_token": [float(x) for x in turns],
+                "ratio_to_ours": {"median": ratio, "low": 0.95 * ratio, "high": 1.05 * ratio},
+                "steps": 2,
+                "tokens": 2000,
+                "loss_at_same_step": {"step": 2, "loss": 6.5},
+                "heldout_loss": 6.25,
+                "peak_bytes": None,
+                "losses": [7.0, 6.5],
+                "curve": [],
+            }
+        )
+    return {
+        "schema": 1,
+        "kind": "train",
+        "environment": environment(),
+        "settings": {
+            "data": "text",
+            "model": "mini",
+            "tokens": 1024,
+            "seqlen": 128,
+            "dropout": 0.1,
+            "compiled": False,
+            "workers": 0,
+            "minutes": 1.0,
+            "compute_dtype": "float32",
+            "lr": 1e-3,
+            "vocab_size": 1000,
+        },
+        "unigram_entropy": 6.0,
+        "contestants": rows,
+        "clocks": None,
+        "seconds": 60.0,
+        "nvidia_smi_after": None,
+    }
+
+
+def parity(*, right: bool = True) -> dict[str, Any]:
+    losses = [7.0, 6.5, 6.25, 6.125]
+    return {
+        "schema": 1,
+        "kind": "train_parity",
+        "environment": environment(),
+        "settings": {
+            "layers": 2,
+            "hidden_size": 128,
+            "vocab_size": 512,
+            "compute_dtype": "float32",
+            "steps": 4,
+            "tokens": 256,
+            "seqlen": 64,
+            "ragged": True,
+            "dropout": 0.0,
+        },
+        "runs": {
+            "fusebert": {"losses": losses, "tokens_per_s": 2000.0},
+            "transformers": {"losses": losses, "tokens_per_s": 1000.0},
+        },
+        "verdict": {"mean_drift": 1e-8, "largest_drift": 2e-8, "right": right, "allowed_largest_drift": 1e-3},
+        "speed_up": 2.0,
+        "nvidia_smi_after": None,
+    }
+
+
+def pretrain() -> dict[str, Any]:
+    before = {
+        "mlm_loss": 9.0,
+        "mlm_accuracy": 0.001,
+        "nsp_loss": 0.7,
+        "nsp_accuracy": 0.5,
+        "num_masked": 9,
+        "num_pairs": 2,
+    }
+    return {
+        "schema": 1,
+        "kind": "pretrain",
+        "environment": environment(),
+        "settings": {"model": "tiny"},
+        "shape": {},
+        "corpus": {"vocab_size": 8192, "train_tokens": 5_000_000},
+        "report": {
+            "model": "tiny",
+            "parameters": 1_600_000,
+            "precision": "fp32",
+            "steps": 2743,
+            "tokens": 5_600_000,
+            "seconds": 300.0,
+            "tokens_per_second": 19695.4,
+            "unigram_entropy": 6.038,
+            "before": before,
+            "after": {**before, "mlm_loss": 4.689, "mlm_accuracy": 0.273},
+            "verdict": "clearly below the unigram entropy, 6.038: the model uses context",
+        },
+    }
+
+
+def aot() -> dict[str, Any]:
+    kernel = {
+        "case": "attention N=64",
+        "kernel": "short_forward",
+        "warps": 4,
+        "stages": 1,
+        "registers": 79,
+        "spill_bytes": 0,
+        "shared_bytes": 24576,
+        "blocks_per_multiprocessor": 6,
+        "matrix": "8 HGMMA",
+        "loads_128": 12,
+        "stores_128": 8,
+    }
+    about = {"date": "2026-01-01", "arch": "sm_90", "dtype": "bfloat16", "triton": "9.9", "torch": "9.9.9"}
+    return {
+        "about": about,
+        "kernels": [kernel, {**copy.deepcopy(kernel), "kernel": "short_backward", "spill_bytes": 8}],
+    }
+
+
+def campaign() -> dict[str, Any]:
+    stages = [
+        {"stage": "tests", "exit_status": 0, "seconds": 9},
+        {"stage": "kernels", "exit_status": 124, "seconds": 60},
+    ]
+    return {"commit": "abcdef123456", "seconds": 70, "stages": stages}

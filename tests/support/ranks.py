@@ -1,0 +1,91 @@
+"""Pretraining runs in several processes on this machine, as torchrun would start them, but with one import of PyTorch
+for many runs."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+Job = dict[str, Any]  # PretrainSettings' arguments
+
+
+def pretrain_in(world_size: int, jobs: Sequence[Job], seconds: float = 240.0, setup: Any = None) -> None:
+    """Runs the jobs one after the other, each in all of ``world_size`` processes; fails if one of them does.
+
+    Args:
+        seconds: after which the processes are ended.
+        setup: called with the rank in each process before the jobs.
+    """
+    ports = [_free_port() for _ in jobs]
+    context = multiprocessing.get_context("spawn")
+    errors = context.SimpleQueue()
+    processes = [
+        context.Process(target=_run, args=(rank, world_size, jobs, ports, setup, errors)) for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(seconds)
+    late = [process for process in processes if process.is_alive()]
+    for process in late:
+        process.kill()
+        process.join()
+    assert not late, f"{len(late)} of {world_size} processes did not end within {seconds} s"
+    assert errors.empty(), errors.get()
+    assert [process.exitcode for process in processes] == [0] * world_size
+
+
+def _run(rank: int, world_size: int, jobs: Sequence[Job], ports: Sequence[int], setup: Any, errors: Any) -> None:
+    from fusebert.train.pretrain import pretrain
+    from fusebert.train.settings import PretrainSettings
+
+    os.environ |= {
+        "TORCHELASTIC_RUN_ID": "test",
+        "MASTER_ADDR": "127.0.0.1",
+        **{name: str(rank) for name in ("RANK", "LOCAL_RANK")},
+        **{name: str(world_size) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")},
+    }
+    try:
+        if setup is not None:
+            setup(rank)
+        for job, port in zip(jobs, ports, strict=True):
+            os.environ["MASTER_PORT"] = str(port)
+            report = pretrain(PretrainSettings(**job), resume_command="RESUME")
+            assert (report is not None) == (rank == 0)
+    except BaseException:
+        errors.put(f"rank {rank}:\n{traceback.format_exc()}")
+        os._exit(1)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+class SkewedClock:
+    """A second passes with each step; on the second process it is an hour later, and three seconds pass."""
+
+    def __init__(self, rank: int) -> None:
+        self.now, self.rank = 0.0, rank
+
+    def perf_counter(self) -> float:
+        return self.now * (1 + 2 * self.rank) + 3600.0 * self.rank
+
+
+def skew_clocks(rank: int) -> None:
+    """A `setup` that gives each process's run a `SkewedClock`."""
+    from fusebert.train import pretrain as module
+
+    clock, original = SkewedClock(rank), module.TrainingStep.__call__
+
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        clock.now += 1.0
+        return original(self, *args, **kwargs)
+
+    module.time = clock  # type: ignore[assignment]
+    module.TrainingStep.__call__ = step  # type: ignore[method-assign]
