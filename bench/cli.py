@@ -169,6 +169,10 @@ def step(
     ] = False,
     dropout: Annotated[float, typer.Option(help="Dropout probability of hidden states and attention.")] = 0.1,
     vocab_size: Vocab = 30522,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="A prepared corpus: its examples, lengths and vocabulary in place of random ones."),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="bf16 (autocast over fp32 weights) or fp32.", show_default=False)
     ] = None,
@@ -183,14 +187,15 @@ def step(
     normal around 0.45 of --seqlen. Ours runs them packed; Transformers gets
     them padded to the longest, as its users do. Tokens/s counts real tokens
     only. A contestant whose gradients are not right (see "fusebert bench
-    kernels --help") is not timed.
+    kernels --help") is not timed. Then a table of our step by operator, and
+    the list of those that the machine would let go faster.
     """
     from . import step as suite
 
     where = _device(device)
     chosen = _dtype(dtype, where, TRAINING_DTYPES)
     model, tokens = _by_device(where, model, tokens, on_gpu=65536)
-    settings = suite.Settings(model, tokens, seqlen, ragged, dropout, compiled, vocab_size)
+    settings = suite.Settings(model, tokens, seqlen, ragged, dropout, compiled, vocab_size, data)
     result = suite.run(settings, where, chosen, quick=quick, minutes=minutes, out=out, say=typer.echo)
     problems = suite.ours_that_are_not_right(result)
     _fail_unless(not problems, problems)

@@ -3,7 +3,8 @@
 All contestants start from the same weights. Before anything is timed, the gradient of every parameter on a few of the
 examples, dropout off, is compared with Transformers' in float64 by the rule of `verify`; what is wrong is not timed.
 Then steps alternate between the contestants (see `timing`). Tokens a second counts real tokens alone, for everybody;
-so does MFU, over the matrix-product rate measured in the same run.
+so does MFU, over the matrix-product rate measured in the same run. At the end our step is profiled operator by
+operator.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -22,14 +24,19 @@ from torch import Tensor, nn
 
 from ..model import BertConfig, BertForPreTraining, PackedBatch, from_hf, pack_padded
 from ..model.hf import parameter_names
+from ..train.corpus import Corpus
 from ..train.flops import batch_flops
+from ..train.graphs import WARMUP_STEPS
+from ..train.loader import batches as corpus_batches
 from ..train.optim import make_optimizer
+from ..train.packing import BatchShape, PackedExamples
 from ..train.step import TrainingStep, autocast
 from .batches import random_batches
 from .cases import OURS, PEER
 from .ceilings import ceilings as measure_ceilings
 from .environment import describe, environment, nvidia_smi
 from .result_file import SCHEMA, write_json
+from .step_profile import profile_lines, profile_step
 from .tables import ceiling_lines, step_lines
 from .timing import Work, interleave, ratio
 from .transformers_step import (
@@ -61,7 +68,9 @@ class Settings:
         ragged: lengths vary up to ``seqlen`` (see `batches`), else all are ``seqlen``.
         dropout: hidden and attention dropout probability.
         compiled: race compiled contestants too.
-        vocab_size: BERT's.
+        vocab_size: BERT's; with ``data`` the corpus's.
+        data: a prepared corpus, whose examples are then used (their lengths, ``ragged`` or not) in place of random
+        ones.
     """
 
     model: str
@@ -71,6 +80,7 @@ class Settings:
     dropout: float = 0.1
     compiled: bool = False
     vocab_size: int = 30522
+    data: Path | None = None
 
     def config(self) -> BertConfig:
         """The preset's config, with positions enough for ``seqlen``."""
@@ -144,9 +154,13 @@ class _GradientCheck:
         return self._verdict(self._error_of(_gradients(model)))
 
 
-def _prepare_ours(model: BertForPreTraining, compiled: bool, batches: list[PackedBatch], dtype: torch.dtype) -> Any:
-    called: Any = torch.compile(model, dynamic=False) if compiled else model
-    step = TrainingStep(called, make_optimizer(model, LR, WEIGHT_DECAY), clip=CLIP, compute_dtype=dtype)
+def _prepare_ours(
+    model: BertForPreTraining, compiled: bool, graph: bool, batches: list[PackedBatch], dtype: torch.dtype
+) -> Any:
+    optimizer = make_optimizer(model, LR, WEIGHT_DECAY)
+    step = TrainingStep(model, optimizer, clip=CLIP, compute_dtype=dtype, graph=graph, compiled=compiled)
+    for i in range(WARMUP_STEPS + 1 if graph else 0):
+        step([batches[i % len(batches)]], LR)
     return lambda i: step([batches[i % len(batches)]], LR), 1
 
 
@@ -183,13 +197,16 @@ def _contestants(
     unchecked = Verdict(UNCHECKED, detail="the compiled form of a checked model")
     for compiled in (False, True) if settings.compiled else (False,):
         suffix = ", torch.compile" if compiled else ""
-        ours = from_hf(hf).to(device)  # type: ignore[arg-type]
-        yield _Contestant(
-            f"fusebert{suffix}",
-            OURS,
-            lambda model=ours, compiled=compiled: unchecked if compiled else check.ours(model),
-            lambda model=ours, compiled=compiled: _prepare_ours(model, compiled, batches, dtype),
-        )
+        for graph in (True, False) if device.type == "cuda" else (False,):  # as training does it by default comes first
+            ours = from_hf(hf).to(device)  # type: ignore[arg-type]
+            yield _Contestant(
+                f"fusebert{suffix}{'' if graph or device.type != 'cuda' else ', no CUDA graph'}",
+                OURS,
+                lambda model=ours, compiled=compiled: unchecked if compiled else check.ours(model),
+                lambda model=ours, compiled=compiled, graph=graph: _prepare_ours(
+                    model, compiled, graph, batches, dtype
+                ),
+            )
         for name, gather, weights in (
             ("transformers", False, torch.float32),
             ("transformers, masked rows only", True, torch.float32),
@@ -244,8 +261,8 @@ def run(
         UserError: Transformers is not installed.
     """
     begin = time.monotonic()
+    settings, drawn = _draw(settings)
     config = settings.config()
-    drawn = random_batches(config.vocab_size, settings.tokens, settings.seqlen, BATCHES, ragged=settings.ragged)
     where = environment(device)
     say(describe(where))
     limits = measure_ceilings(device, dtype, quick=True)
@@ -288,6 +305,9 @@ def run(
     if works:
         effort = {"seconds": 0.2, "max_rounds": 3, "min_rounds": 2} if quick else {"seconds": seconds, "min_rounds": 5}
         timings = interleave(works, device, calls=BATCHES, **effort)  # type: ignore[arg-type]
+    # The form whose operators the dispatcher sees one by one.
+    eager = steps.get("fusebert, no CUDA graph", steps.get("fusebert"))
+    profiled = None if eager is None else profile_step(eager, device, limits, steps=BATCHES)
     ours = next((row["name"] for row in rows if row["role"] == OURS and row["name"] in timings), None)
     for row in rows:
         timing = timings.get(row["name"])
@@ -306,6 +326,7 @@ def run(
         "environment": where,
         "settings": {
             **dataclasses.asdict(settings),
+            "data": None if settings.data is None else str(settings.data),
             "compute_dtype": str(dtype).removeprefix("torch."),
             "quick": quick,
             "minutes": minutes,
@@ -319,14 +340,29 @@ def run(
             "flops": flops,
         },
         "contestants": rows,
+        "profile": profiled,
         "left_out": left_out,
         "seconds": time.monotonic() - begin,
         "nvidia_smi_after": nvidia_smi() if device.type == "cuda" else None,
     }
     say("\n".join(step_lines(result)))
+    if profiled is not None:
+        say("\n".join(profile_lines(profiled)))
     if out is not None:
         write_json(out, result)
     return result
+
+
+def _draw(settings: Settings) -> tuple[Settings, list[PackedBatch]]:
+    """The batches, and the settings as they turn out to be."""
+    if settings.data is None:
+        size, ragged = settings.vocab_size, settings.ragged
+        return settings, random_batches(size, settings.tokens, settings.seqlen, BATCHES, ragged=ragged)
+    corpus = Corpus.open(settings.data)
+    shape = BatchShape.fit(corpus.split("train"), settings.tokens, settings.seqlen)
+    examples = PackedExamples(corpus, "train", shape, seed=0)
+    drawn = list(itertools.islice(corpus_batches(examples, num_workers=0), BATCHES))
+    return dataclasses.replace(settings, vocab_size=corpus.vocab_size, ragged=True), drawn
 
 
 def _padding(batches: list[PackedBatch]) -> float:

@@ -162,6 +162,7 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(*inputs[:7], out, stats)
         ctx.options = inputs[7:]
         ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)  # or zeros are filled in for its gradient, a launch a layer
         return out, stats
 
     @staticmethod
@@ -181,6 +182,7 @@ class _AttentionQKV(torch.autograd.Function):
         ctx.save_for_backward(qkv, cu_seqlens, seed, out, stats)
         ctx.options = options
         ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)  # or zeros are filled in for its gradient, a launch a layer
         return out, stats
 
     @staticmethod

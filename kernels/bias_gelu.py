@@ -36,6 +36,7 @@ sets the time again. (Counted in sm_90 code; not yet measured on a GPU.)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -365,11 +366,12 @@ class FusedLinearGELU(nn.Linear):
         _check_approximate(approximate)
         super().__init__(in_features, out_features, bias, device, dtype)
         self.approximate = approximate
+        self.linear: Callable[..., Tensor] = F.linear  # an fp8 product may stand in for it
 
     def forward(self, input: Tensor) -> Tensor:
         if choose_backend(input) == "reference":  # a CPU's product adds the bias in passing
-            return F.gelu(F.linear(input, self.weight, self.bias), approximate=self.approximate)
-        return bias_gelu(F.linear(input, self.weight), self.bias, approximate=self.approximate)
+            return F.gelu(self.linear(input, self.weight, self.bias), approximate=self.approximate)
+        return bias_gelu(self.linear(input, self.weight), self.bias, approximate=self.approximate)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, approximate={self.approximate!r}"

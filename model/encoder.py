@@ -17,12 +17,13 @@ Shapes: T tokens, S segments, H hidden_size, I intermediate_size, h heads of D =
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..kernels import (
     FusedLayerNorm,
@@ -68,9 +69,15 @@ class BertEmbeddings(nn.Module):
         self.norm = FusedLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout_p = config.hidden_dropout_prob
 
-    def forward(self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """int64 [T] three times → [T, H]."""
+    def forward(
+        self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor, words: Tensor | None = None
+    ) -> Tensor:
+        """int64 [T] three times → [T, H]. ``words``: the rows of the word embeddings, [T, H], if they are looked up."""
         word = self.word_embeddings
+        if words is not None:
+            x = words + self.token_type_embeddings(token_type_ids) + self.position_embeddings(position_ids)
+            x = self.norm(x).to(compute_dtype(word.weight))
+            return F.dropout(x, self.dropout_p, self.training)
         return embed_layernorm(
             input_ids,
             token_type_ids,
@@ -88,17 +95,6 @@ class BertEmbeddings(nn.Module):
         )
 
 
-def linear_add_norm(
-    linear: nn.Linear, norm: nn.LayerNorm, x: Tensor, residual: Tensor, p: float, seed: Tensor | None
-) -> Tensor:
-    """norm(residual + Dropout(linear(x))). On a GPU the norm's kernel adds the linear's bias, and sums its gradient."""
-    if choose_backend(x) == "reference":  # a CPU's product adds the bias in passing
-        x, bias = linear(x), None
-    else:
-        x, bias = F.linear(x, linear.weight), linear.bias
-    return dropout_add_layernorm(x, residual, norm.weight, norm.bias, linear_bias=bias, eps=norm.eps, p=p, seed=seed)
-
-
 class BertLayer(nn.Module):
     """Self-attention and feed-forward, each ending in dropout, residual and LayerNorm."""
 
@@ -114,6 +110,11 @@ class BertLayer(nn.Module):
         self.output_norm = FusedLayerNorm(hidden_size, eps=config.layer_norm_eps)
         self.attention_dropout_p = config.attention_probs_dropout_prob
         self.hidden_dropout_p = config.hidden_dropout_prob
+        self.use_linear(F.linear)
+
+    def use_linear(self, linear: Callable[..., Tensor]) -> None:
+        """Multiply by the layer's matrices with ``linear``, which takes and returns what ``F.linear`` does."""
+        self.linear = self.intermediate.linear = linear
 
     def forward(
         self,
@@ -130,31 +131,51 @@ class BertLayer(nn.Module):
         """
         attention_p, hidden_p = (self.attention_dropout_p, self.hidden_dropout_p) if self.training else (0.0, 0.0)
         if rows is None:
-            qkv = self.qkv(x).view(x.shape[0], 3, self.num_heads, -1)  # (T, 3, h, D)
+            qkv = self.linear(x, self.qkv.weight, self.qkv.bias).view(x.shape[0], 3, self.num_heads, -1)  # (T, 3, h, D)
             attended = attention_varlen(qkv, cu_seqlens, max_seqlen, dropout_p=attention_p, seed=seeds[0])  # (T, h, D)
         else:
-            weight, bias, hidden_size = self.qkv.weight, self.qkv.bias, x.shape[1]
-            kv = F.linear(x, weight[hidden_size:], bias[hidden_size:]).view(x.shape[0], 2, self.num_heads, -1)
+            sizes = [x.shape[1], 2 * x.shape[1]]  # split, not sliced: its backward is one concatenation
+            (q_weight, kv_weight), (q_bias, kv_bias) = self.qkv.weight.split(sizes), self.qkv.bias.split(sizes)
+            kv = self.linear(x, kv_weight, kv_bias).view(x.shape[0], 2, self.num_heads, -1)
             x = x.index_select(0, rows.positions)  # (R, H): from here on T is R
-            q = F.linear(x, weight[:hidden_size], bias[:hidden_size]).view(x.shape[0], self.num_heads, -1)
+            q = self.linear(x, q_weight, q_bias).view(x.shape[0], self.num_heads, -1)
             k, v = kv.unbind(1)  # each (T, h, D), as q (R, h, D)
             attended = attention_varlen_separate(
                 q, k, v, rows.cu_seqlens, max_seqlen, cu_seqlens, max_seqlen, dropout_p=attention_p, seed=seeds[0]
             )
         attended = attended.reshape_as(x)
-        x = linear_add_norm(self.attention_output, self.attention_norm, attended, x, hidden_p, seeds[1])  # (T, H)
+        x = self._add_norm(self.attention_output, self.attention_norm, attended, x, hidden_p, seeds[1])  # (T, H)
         inner = self.intermediate(x)  # (T, I)
-        return linear_add_norm(self.output, self.output_norm, inner, x, hidden_p, seeds[2])  # (T, H)
+        return self._add_norm(self.output, self.output_norm, inner, x, hidden_p, seeds[2])  # (T, H)
+
+    def _add_norm(
+        self, linear: nn.Linear, norm: nn.LayerNorm, x: Tensor, residual: Tensor, p: float, seed: Tensor | None
+    ) -> Tensor:
+        """norm(residual + Dropout(linear(x))). A GPU's norm kernel adds the linear's bias, and sums its gradient."""
+        if choose_backend(x) == "reference":  # a CPU's product adds the bias in passing
+            x, bias = self.linear(x, linear.weight, linear.bias), None
+        else:
+            x, bias = self.linear(x, linear.weight), linear.bias
+        return dropout_add_layernorm(
+            x, residual, norm.weight, norm.bias, linear_bias=bias, eps=norm.eps, p=p, seed=seed
+        )
 
 
 class BertEncoder(nn.Module):
-    """Embeddings and L layers."""
+    """Embeddings and L layers.
+
+    Attributes:
+        checkpoint_activations: a layer keeps its input alone, H elements a token, and its backward runs its forward
+            anew, under the same dropout masks: the same gradients, to the bit, for a third more matrix work (Chen et
+            al. 2016).
+    """
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.embeddings = BertEmbeddings(config)
         self.layers = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
         self.max_position_embeddings = config.max_position_embeddings
+        self.checkpoint_activations = False
         self.has_dropout = max(config.hidden_dropout_prob, config.attention_probs_dropout_prob) > 0.0
 
     def forward(
@@ -165,10 +186,12 @@ class BertEncoder(nn.Module):
         cu_seqlens: Tensor,
         max_seqlen: int,
         rows: ReadRows | None = None,
+        words: Tensor | None = None,
     ) -> Tensor:
         """input_ids, token_type_ids, position_ids: int64 [T]; cu_seqlens: int32 [S + 1] → hidden states [T, H].
 
-        With ``rows``, the hidden states of these alone, [R, H]: the last layer computes no others.
+        With ``rows``, the hidden states of these alone, [R, H]: the last layer computes no others. ``words``: as
+        `BertEmbeddings` takes them.
 
         Raises:
             ValueError: ``max_seqlen`` is more than there are position embeddings.
@@ -178,12 +201,17 @@ class BertEncoder(nn.Module):
                 f"max_seqlen is {max_seqlen}, but the model has positions for {self.max_position_embeddings}: pack "
                 "shorter segments, or build the model with a larger max_position_embeddings"
             )
-        x = self.embeddings(input_ids, token_type_ids, position_ids)  # (T, H)
+        x = self.embeddings(input_ids, token_type_ids, position_ids, words)  # (T, H)
         seeds = self._seeds(x)
         for i, layer in enumerate(self.layers):
             of_layer = seeds[SEEDS_PER_LAYER * i : SEEDS_PER_LAYER * (i + 1)]
-            last = i == len(self.layers) - 1
-            x = layer(x, cu_seqlens, max_seqlen, of_layer, rows if last else None)
+            arguments = x, cu_seqlens, max_seqlen, of_layer, rows if i == len(self.layers) - 1 else None
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                # With seeds the masks are functions of them; without, PyTorch's dropout draws again as it did.
+                draws = self.training and self.has_dropout and of_layer[0] is None
+                x = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=draws)
+            else:
+                x = layer(*arguments)
         return x
 
     def _seeds(self, x: Tensor) -> Sequence[Tensor | None]:

@@ -19,9 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import FusedLayerNorm, FusedLinearGELU, masked_lm_loss
+from ..kernels.backend import choose_backend
 from .config import BertConfig
 from .encoder import BertEncoder, ReadRows
 from .packing import IGNORE, PackedBatch
+from .tied_embedding import tied_rows
 
 
 class PreTrainingOutput(NamedTuple):
@@ -78,11 +80,12 @@ class BertForPreTraining(nn.Module):
 
     def forward(self, batch: PackedBatch) -> PreTrainingOutput:
         """Both losses and both counts of right answers over ``batch``, as sums."""
-        hidden = self._read_hidden(batch)  # (M + S, H): nothing else is read after the last layer
+        words, decoder_weight = self._words(batch.input_ids)
+        hidden = self._read_hidden(batch, words)  # (M + S, H): nothing else is read after the last layer
         masked, first = hidden.split([batch.masked_positions.shape[0], batch.nsp_labels.shape[0]])
         mlm_loss, mlm_correct = masked_lm_loss(
             self.transform(masked),
-            self.decoder_weight.to(hidden.dtype),
+            decoder_weight.to(hidden.dtype),
             self.mlm_bias,
             batch.masked_labels,
             ignore_index=IGNORE,
@@ -101,7 +104,15 @@ class BertForPreTraining(nn.Module):
             batch.input_ids, batch.token_type_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen
         )
 
-    def _read_hidden(self, batch: PackedBatch) -> Tensor:
+    def _words(self, input_ids: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The word embeddings' rows if they are to be looked up here, [T, H], and the decoder's weight, [V, H]."""
+        weight = self.decoder_weight
+        wanted = torch.is_grad_enabled() and weight.requires_grad and not torch.compiler.is_compiling()
+        if not wanted or weight.is_cuda or choose_backend(weight) == "triton":  # a GPU would add rows in any order
+            return None, weight
+        return tied_rows(weight, input_ids, self.encoder.embeddings.word_embeddings.padding_idx)
+
+    def _read_hidden(self, batch: PackedBatch, words: Tensor | None) -> Tensor:
         """[M + S, H]: the hidden states of the masked positions, then of each segment's first token.
 
         Those of spare positions and of empty segments mean nothing; they have no label.
@@ -113,7 +124,7 @@ class BertForPreTraining(nn.Module):
         bounds = torch.searchsorted(positions, cu_seqlens.long()).to(torch.int32)
         rows = ReadRows(positions.clamp(max=nowhere - 1), bounds)
         hidden = self.encoder(
-            batch.input_ids, batch.token_type_ids, batch.position_ids, cu_seqlens, batch.max_seqlen, rows
+            batch.input_ids, batch.token_type_ids, batch.position_ids, cu_seqlens, batch.max_seqlen, rows, words
         )
         return hidden.index_select(0, torch.argsort(order))
 

@@ -52,6 +52,7 @@ class TrainerState:
         length: how long the run was to be, in steps or in minutes. finished: it reached that end.
         identity: what a continuation must share with the run (model, corpus, batch shape, ...).
         first_evaluation: held-out figures before the first step.
+        loss_scale: fp16's, as GradScaler gives it.
     """
 
     step: int = 0
@@ -65,6 +66,7 @@ class TrainerState:
     finished: bool = False
     identity: dict[str, Any] = dataclasses.field(default_factory=dict)
     first_evaluation: dict[str, Any] | None = None
+    loss_scale: dict[str, Any] | None = None
 
 
 def save_checkpoint(

@@ -154,11 +154,14 @@ def pretrain_command(
         typer.Option(help="Share of the run in which the rate rises; then it falls to 0.", rich_help_panel=OPTIMISER),
     ] = 0.1,
     weight_decay: Annotated[
-        float, typer.Option(help="AdamW's; biases and LayerNorms are spared.", rich_help_panel=OPTIMISER)
+        float, typer.Option(help="Of the matrices; biases and LayerNorms are spared.", rich_help_panel=OPTIMISER)
     ] = 0.01,
     clip: Annotated[
         float, typer.Option(help="Largest 2-norm of the gradient; scaled down beyond it.", rich_help_panel=OPTIMISER)
     ] = 1.0,
+    optimizer: Annotated[
+        str, typer.Option(help="adamw, or lamb for very large batches.", rich_help_panel=OPTIMISER)
+    ] = "adamw",
     seed: Annotated[
         int, typer.Option(help="Of initialisation, dropout and the order of the data.", rich_help_panel=OPTIMISER)
     ] = 0,
@@ -193,10 +196,27 @@ def pretrain_command(
     precision: Annotated[
         str,
         typer.Option(
-            help="Of the matrix products: auto (bf16 on a GPU, fp32 on a CPU), bf16 or fp32. Weights are fp32.",
+            help="Of the matrix products: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp16, fp32, tf32 or fp8. Weights "
+            "are fp32.",
             rich_help_panel=MACHINE,
         ),
     ] = "auto",
+    graph: Annotated[
+        bool,
+        typer.Option("--graph/--no-graph", help="On a GPU: the step as CUDA graphs.", rich_help_panel=MACHINE),
+    ] = True,
+    compile: Annotated[
+        bool,
+        typer.Option("--compile/--no-compile", help="The model under torch.compile.", rich_help_panel=MACHINE),
+    ] = False,
+    checkpoint_activations: Annotated[
+        bool,
+        typer.Option(
+            "--checkpoint-activations",
+            help="Keep a layer's input alone and compute the rest again: far less memory, a third more work.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = False,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -245,6 +265,7 @@ def pretrain_command(
         warmup=warmup,
         weight_decay=weight_decay,
         clip=clip,
+        optimizer=optimizer,
         seed=seed,
         eval_every=eval_every,
         save_every=save_every,
@@ -252,6 +273,9 @@ def pretrain_command(
         tensorboard=tensorboard,
         device=device,
         precision=precision,
+        graph=graph,
+        compile=compile,
+        checkpoint_activations=checkpoint_activations,
         workers=workers,
         threads=threads,
         parallel=parallel,

@@ -30,6 +30,7 @@ import torch
 from tqdm import tqdm
 
 from ..model.config import BertConfig
+from ..model.fp8 import use_fp8
 from ..model.hf import from_hf, save_hf
 from ..model.packing import PackedBatch
 from ..model.pretraining import BertForPreTraining
@@ -50,6 +51,8 @@ from .loader import batches, heldout_batches
 from .log import RunLog, read_log
 from .optim import learning_rate, make_optimizer
 from .packing import BatchShape, PackedExamples
+from .precision import set_float32_products
+from .readback import Leash, Readback, Stopwatch
 from .report import Report, guess_masked_words, plot_loss_curve
 from .settings import Plan, PretrainSettings, choose_device, resolve
 from .sharding import distribute, replica
@@ -166,18 +169,13 @@ class Counts(NamedTuple):
 
 
 class Interval:
-    """Sums since the last log line, kept on the device until they are read."""
+    """Sums over the steps of a log line, kept on the device until it is closed, then on their way to the host."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.restart()
-
-    def restart(self) -> None:
-        """Forgets everything and starts the clock."""
-        self.started = time.perf_counter()
+        self.clock = Stopwatch(device)
         self.steps = self.tokens = self.flops = self.num_masked = self.num_pairs = 0
-        self.sums = torch.zeros(4, dtype=torch.float64, device=self.device)
-        self.grad_norms = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self.grad_norms = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, counts: Counts, result: StepResult) -> None:
         """Counts a step whose micro-batches, those of all ranks, hold ``counts``. Waits for nothing."""
@@ -189,11 +187,17 @@ class Interval:
         self.sums += result.sums
         self.grad_norms += result.grad_norm
 
+    def close(self, state: TrainerState, lr: float) -> None:
+        """Stops the clock and sends for the sums, after the step that ``state`` and ``lr`` are of."""
+        self.clock.stop()
+        self.last_step, self.tokens_seen, self.lr = state.step, state.tokens, lr
+        self.readback = Readback(torch.cat([self.sums, self.grad_norms[None]]))
+
     def read(self, matmul_rate: float, ranks: Ranks) -> dict[str, Any]:
-        """The means since `restart`, over all ranks, as fields of a log record. Waits for the device."""
-        sums = self.sums.tolist()
-        grad_norm = self.grad_norms.item() / self.steps
-        seconds = time.perf_counter() - self.started if ranks.first else 0.0
+        """The means over the steps and all ranks, as fields of a log record. Waits for the device where it must."""
+        *sums, grad_norms = self.readback.values()
+        grad_norm = grad_norms / self.steps
+        seconds = self.clock.seconds() if ranks.first else 0.0
         mlm_loss, nsp_loss, mlm_correct, nsp_correct, seconds = ranks.sum([*sums, seconds])
         masked, pairs = max(1, self.num_masked), self.num_pairs
         return {
@@ -235,6 +239,10 @@ class Run:
 
         self.corpus = Corpus.open(settings.data)
         self.model = _make_model(settings, plan, self.corpus)
+        self.model.encoder.checkpoint_activations = settings.checkpoint_activations
+        set_float32_products(plan.precision)
+        if plan.precision == "fp8":
+            use_fp8(self.model)
         kind: dict[str, Any] = {"nsp": settings.nsp, "mlm_probability": settings.mlm_probability}
         train = self.corpus.split("train")
         self.shape = BatchShape.fit(train, plan.tokens_per_batch, settings.seqlen, **kind)
@@ -242,8 +250,15 @@ class Run:
         self.examples = PackedExamples(self.corpus, "train", self.shape, seed=settings.seed, **kind)
         self.heldout = heldout_batches(self.corpus, self.shape, tokens=HELDOUT_TOKENS[plan.device.type], **kind)
         called = distribute(self.model, plan.device, ranks, settings.parallel)
-        self.optimizer = make_optimizer(self.model, plan.lr, settings.weight_decay)
-        self.step = TrainingStep(called, self.optimizer, clip=settings.clip, compute_dtype=plan.compute_dtype)
+        self.optimizer = make_optimizer(self.model, plan.lr, settings.weight_decay, settings.optimizer)
+        self.step = TrainingStep(
+            called,
+            self.optimizer,
+            clip=settings.clip,
+            compute_dtype=plan.compute_dtype,
+            graph=settings.graph and plan.device.type == "cuda" and ranks.alone,
+            compiled=settings.compile,
+        )
 
         self.state = TrainerState(
             identity=_identity(settings, plan, self.corpus, self.model.config, self.shape),
@@ -256,6 +271,8 @@ class Run:
             self.resumed_from, state = found
             _check_identity(state.identity, self.state.identity, settings.out)
             load_checkpoint(self.resumed_from, self.model, self.optimizer, ranks)
+            if self.step.scaler is not None and state.loss_scale is not None:
+                self.step.scaler.load_state_dict(state.loss_scale)
             self.complete = state.finished and state.length == length
             self.state = state
         self.state.length = length
@@ -338,6 +355,8 @@ class Run:
         self.model.train()
         self.stop.armed = True
         interval = Interval(plan.device)
+        closed: list[Interval] = []  # whose figures are on their way
+        leash = Leash(plan.device)
         evaluate_at = self._next_evaluation()
         saved_at = self.now
         with tqdm(
@@ -356,6 +375,7 @@ class Run:
                 seeds = [_dropout_seed(settings.seed, number) for number in numbers]
                 result = self.step(window, lr, labels=(counts.num_masked, counts.num_pairs), seeds=seeds)
                 interval.add(counts, result)
+                leash.step()
                 state.step += 1
                 state.batches += micro_batches
                 state.tokens += counts.tokens
@@ -373,8 +393,15 @@ class Run:
                     save_due = state.step % settings.save_every == 0
                 else:
                     save_due = self.now - saved_at >= SAVE_SECONDS
-                if state.step % plan.log_every == 0 or done or evaluation_due or save_due or self.stopping:
-                    self._log_interval(interval, lr, bar)
+                pause = done or evaluation_due or save_due or self.stopping
+                if state.step % plan.log_every == 0 or pause:
+                    interval.close(state, lr)
+                    closed.append(interval)
+                    interval = Interval(plan.device)
+                # Several ranks add up their sums, at the same step: none of them asks whether its own have come.
+                while closed and (pause or not ranks.alone or closed[0].readback.ready()):
+                    self._log_interval(closed.pop(0), bar)
+                if pause:
                     # At the end, finish() does both.
                     if evaluation_due and not done:
                         self.evaluate()
@@ -387,7 +414,7 @@ class Run:
                                 f"stopped after step {state.step}, saved in {path}; go on with:\n{self.resume_command}"
                             )
                     self._read_clock()
-                    interval.restart()
+                    interval = Interval(plan.device)
 
     def evaluate(self) -> Evaluation:
         """Held-out figures of the model as it is, logged and printed."""
@@ -408,6 +435,7 @@ class Run:
     def save(self) -> Path:
         """Writes a checkpoint."""
         self.state.elapsed_s = self.elapsed()
+        self.state.loss_scale = self.step.scaler.state_dict() if self.step.scaler is not None else None
         try:
             path = save_checkpoint(self.checkpoints, self.model, self.optimizer, self.state, ranks=self.ranks)
         except OSError as error:
@@ -440,7 +468,7 @@ class Run:
             model=str(settings.init_from or self.plan.model),
             parameters=self.model.num_parameters(),
             device=self._device_words(),
-            precision=_precision_words(self.plan.compute_dtype),
+            precision=self.plan.precision,
             steps=state.step,
             tokens=state.tokens,
             seconds=state.elapsed_s if self.complete else self.elapsed(),
@@ -458,9 +486,9 @@ class Run:
         report.write(out)
         return report
 
-    def _record(self, kind: str, **fields: Any) -> None:
+    def _record(self, kind: str, *, step: int | None = None, **fields: Any) -> None:
         if self.log is not None:
-            self.log.write(kind, self.state.step, **fields)
+            self.log.write(kind, self.state.step if step is None else step, **fields)
 
     def _say(self, text: str) -> None:
         if self.ranks.first:
@@ -490,34 +518,42 @@ class Run:
         each = f"{plan.accumulation}" if self.ranks.alone else f"{self.ranks.world_size} × {plan.accumulation}"
         self._say(
             f"{settings.init_from or plan.model}: {self.model.num_parameters() / 1e6:.1f} M parameters, vocabulary "
-            f"{self.corpus.vocab_size:,}, on {self._device_words()} in {_precision_words(plan.compute_dtype)}; "
+            f"{self.corpus.vocab_size:,}, on {self._device_words()} in {plan.precision}; "
             f"a {self.matmul} reaches {rate_words(self.matmul_rate)} here\n"
             f"{self.corpus.split('train').num_tokens:,} training tokens; {length} of {each} × "
             f"{plan.tokens_per_batch:,} tokens, segments up to {settings.seqlen}, peak learning rate {plan.lr:g}"
             + (f"; going on after step {state.step:,}" if state.step else "")
         )
 
-    def _log_interval(self, interval: Interval, lr: float, bar: Any) -> None:
-        """Reads the interval, stops the run if it is not finite, writes a log line, updates the bar."""
+    def _log_interval(self, interval: Interval, bar: Any) -> None:
+        """Reads a closed interval, stops the run if it is not finite, writes a log line, updates the bar."""
         state = self.state
         fields = interval.read(self.matmul_rate, self.ranks)
         if not math.isfinite(fields["mlm_loss"] + (fields["nsp_loss"] or 0.0) + fields["grad_norm"]):
             raise UserError(
-                f"the loss or its gradient is not finite any more (steps {state.step - interval.steps + 1} to "
-                f"{state.step}): lower --lr or raise --warmup; {self._last_checkpoint()}"
+                f"the loss or its gradient is not finite any more (steps {interval.last_step - interval.steps + 1} "
+                f"to {interval.last_step}): lower --lr or raise --warmup; {self._last_checkpoint()}"
             )
         state.train_s += fields["seconds"]
         state.flops += interval.flops
         self.step_s = fields["seconds"] / interval.steps
         memory = _memory_bytes(self.plan.device)
-        self._record("train", elapsed_s=self.elapsed(), tokens=state.tokens, lr=lr, memory_bytes=memory, **fields)
+        self._record(
+            "train",
+            step=interval.last_step,
+            elapsed_s=self.elapsed(),
+            tokens=interval.tokens_seen,
+            lr=interval.lr,
+            memory_bytes=memory,
+            **fields,
+        )
         if self.settings.minutes is not None:
             left = max(0.0, self._usable_seconds() - self.now)
             bar.total = state.step + round(left / self.step_s)
         nsp = f" NSP {fields['nsp_loss']:.3f}" if fields["nsp_loss"] is not None else ""
         bar.set_postfix_str(
             f"MLM {fields['mlm_loss']:.3f}{nsp}, {fields['tokens_per_second']:,.0f} tokens/s, MFU {fields['mfu']:.0%}, "
-            f"lr {lr:.1e}, |g| {fields['grad_norm']:.2f}, {memory / 2**30:.1f} GiB"
+            f"lr {interval.lr:.1e}, |g| {fields['grad_norm']:.2f}, {memory / 2**30:.1f} GiB"
         )
 
     def _next_evaluation(self) -> float:
@@ -631,6 +667,7 @@ def _identity(
         "--tokens-per-batch": plan.tokens_per_batch,
         "--batch-tokens": plan.batch_tokens,
         "--seed": settings.seed,
+        "--optimizer": settings.optimizer,
         "--nsp": settings.nsp,
         "--whole-word": settings.whole_word,
         "--mlm-probability": settings.mlm_probability,
@@ -652,10 +689,6 @@ def _check_identity(before: dict[str, Any], now: dict[str, Any], out: Path) -> N
             f"the run in {out} can't go on with another {name} ({detail}): give what it was started with, or "
             "another --out"
         )
-
-
-def _precision_words(dtype: torch.dtype) -> str:
-    return {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
 
 
 def _device_words(device: torch.device) -> str:

@@ -12,6 +12,8 @@ import torch
 from ..model.config import PRESETS, BertConfig
 from .distributed import Ranks
 from .errors import UserError
+from .optim import OPTIMIZERS
+from .precision import COMPUTE_DTYPES, PRECISIONS, check_precision, default_precision
 from .sharding import PARALLEL
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -38,7 +40,10 @@ class PretrainSettings:
             multiple of T times their number.
         lr: peak learning rate. warmup: share of the run in which it rises.
         weight_decay, clip, dropout: AdamW's decay; bound of the gradient's norm; both dropout probabilities.
-        precision: "auto", "bf16" or "fp32". device: "auto", "cpu" or "cuda".
+        optimizer: "adamw" or "lamb".
+        precision: "auto" or one of `precision.PRECISIONS`. device: "auto", "cpu" or "cuda".
+        graph: on a GPU, capture the step as CUDA graphs. compile: run the model under torch.compile.
+        checkpoint_activations: keep a layer's input alone for the backward.
         seed: of the initialisation, dropout and data order.
         nsp: sentence pairs with next-sentence prediction, or full sentences. whole_word: mask whole words.
         mlm_probability: share of the tokens to predict.
@@ -63,9 +68,13 @@ class PretrainSettings:
     warmup: float = 0.1
     weight_decay: float = 0.01
     clip: float = 1.0
+    optimizer: str = "adamw"
     dropout: float = 0.1
     precision: str = "auto"
     device: str = "auto"
+    graph: bool = True
+    compile: bool = False
+    checkpoint_activations: bool = False
     seed: int = 0
     nsp: bool = True
     whole_word: bool = False
@@ -86,7 +95,7 @@ class Plan:
 
     Attributes:
         model: a preset's name; with ``init_from`` it is not used.
-        device, compute_dtype: where this rank runs, and the matrix products' dtype there (bfloat16: under autocast).
+        device: where this rank runs. precision: one of `precision.PRECISIONS`. compute_dtype: its products' dtype.
         tokens_per_batch: T. accumulation: micro-batches of T tokens in an optimisation step, for each rank.
         batch_tokens: tokens of an optimisation step, on all ranks.
         lr: peak learning rate. workers: processes that make batches. log_every: steps between log lines.
@@ -94,6 +103,7 @@ class Plan:
 
     model: str
     device: torch.device
+    precision: str
     compute_dtype: torch.dtype
     tokens_per_batch: int
     accumulation: int
@@ -116,10 +126,12 @@ def resolve(settings: PretrainSettings, ranks: Ranks | None = None) -> Plan:
     device = choose_device(settings.device, ranks)
     on_gpu = device.type == "cuda"
     model = settings.model if settings.model != "auto" else GPU_MODEL if on_gpu else CPU_MODEL
-    bf16 = on_gpu and torch.cuda.is_bf16_supported() if settings.precision == "auto" else settings.precision == "bf16"
+    precision = settings.precision if settings.precision != "auto" else default_precision(device)
+    check_precision(precision, device)
+    compute_dtype = COMPUTE_DTYPES[precision]
     tokens = settings.tokens_per_batch
     if tokens is None:
-        tokens = _gpu_tokens(model, bf16, device) if on_gpu else CPU_TOKENS_PER_BATCH
+        tokens = _gpu_tokens(model, compute_dtype, device) if on_gpu else CPU_TOKENS_PER_BATCH
         wanted = settings.batch_tokens or (GPU_BATCH_TOKENS if on_gpu else tokens * ranks.world_size)
         tokens = max(min(tokens, wanted // ranks.world_size // 8 * 8), -(-settings.seqlen // 8) * 8)
     if tokens < settings.seqlen:
@@ -144,7 +156,8 @@ def resolve(settings: PretrainSettings, ranks: Ranks | None = None) -> Plan:
     return Plan(
         model=model,
         device=device,
-        compute_dtype=torch.bfloat16 if bf16 else torch.float32,
+        precision=precision,
+        compute_dtype=compute_dtype,
         tokens_per_batch=tokens,
         accumulation=batch_tokens // at_once,
         batch_tokens=batch_tokens,
@@ -176,11 +189,16 @@ def _check(settings: PretrainSettings) -> None:
     for name in ("warmup", "dropout"):
         if not 0.0 <= getattr(settings, name) < 1.0:
             raise UserError(f"{_option(name)} must be in [0, 1); got {getattr(settings, name)}")
+    if settings.parallel == "fsdp" and (settings.precision == "fp16" or settings.optimizer == "lamb"):
+        raise UserError(
+            "--parallel fsdp splits every tensor over the ranks: --precision fp16 and --optimizer lamb, which look at "
+            "whole ones, need --parallel ddp"
+        )
     if not 0.0 < settings.mlm_probability < 1.0:
         raise UserError(f"--mlm-probability must be between 0 and 1; got {settings.mlm_probability}")
     if settings.seqlen < 8:
         raise UserError(f"--seqlen must be at least 8, room for a pair of sentences; got {settings.seqlen}")
-    allowed_words = {"precision": ("auto", "bf16", "fp32"), "parallel": PARALLEL}
+    allowed_words = {"precision": ("auto", *PRECISIONS), "optimizer": OPTIMIZERS, "parallel": PARALLEL}
     for name, allowed in allowed_words.items():
         if getattr(settings, name) not in allowed:
             raise UserError(
@@ -215,11 +233,11 @@ def choose_device(name: str, ranks: Ranks) -> torch.device:
     return torch.device("cuda") if ranks.alone else torch.device("cuda", ranks.local_rank)
 
 
-def _gpu_tokens(model: str, bf16: bool, device: torch.device) -> int:
+def _gpu_tokens(model: str, compute_dtype: torch.dtype, device: torch.device) -> int:
     """The largest power of two of tokens whose activations fit in half of the GPU's memory, GPU_TOKENS_PER_BATCH at
     most. 17·H·L scalars are kept for the backward a token (Korthikanti et al. 2022, without attention matrices)."""
     config = BertConfig.preset(model, vocab_size=2)
-    bytes_a_token = 17 * config.hidden_size * config.num_hidden_layers * (2 if bf16 else 4)
+    bytes_a_token = 17 * config.hidden_size * config.num_hidden_layers * compute_dtype.itemsize
     fits = int(0.5 * torch.cuda.get_device_properties(device).total_memory / bytes_a_token)
     return min(GPU_TOKENS_PER_BATCH, 1 << max(fits.bit_length() - 1, 7))
 

@@ -1,5 +1,6 @@
 """The commands, run small for real: tables, result files, exit statuses, one-line errors."""
 
+import itertools
 import json
 import math
 
@@ -7,13 +8,17 @@ import numpy as np
 import pytest
 import torch
 from oracle import DEVICE
+from small_corpus import make_corpus
 from typer.testing import CliRunner
 
 from fusebert.bench import kernels, step, train_parity
 from fusebert.bench.ceilings import ceilings
 from fusebert.bench.cli import app
 from fusebert.bench.result_file import write_json
+from fusebert.train.corpus import Corpus
 from fusebert.train.errors import UserError
+from fusebert.train.loader import batches
+from fusebert.train.packing import BatchShape, PackedExamples
 
 SMALL = ["--model", "tiny", "--tokens", "256", "--seqlen", "64", "--vocab-size", "512", "--device", DEVICE]
 
@@ -151,6 +156,28 @@ def test_step(tmp_path):
         assert row["tokens_per_s"] == pytest.approx(tokens / (1e-3 * row["timing"]["median_ms"]))
         share = result["batch"]["flops"] / tokens * row["tokens_per_s"] / result["ceilings"]["matmul_flops_per_s"]
         assert row["mfu"] == pytest.approx(share)
+    assert "our step by operator" in done.output
+    operators = result["profile"]["operators"]
+    assert sum(row["share"] for row in operators) == pytest.approx(1.0)
+    assert 0 < result["profile"]["operator_ms"] <= result["profile"]["ms"]
+
+
+def test_step_on_a_prepared_corpus(tmp_path):
+    """Its vocabulary, its lengths: the batch that a run on it would begin with."""
+    pytest.importorskip("transformers")
+    corpus = make_corpus(tmp_path)
+    out = tmp_path / "step.json"
+    sizes = ["--model", "tiny", "--tokens", "256", "--seqlen", "32", "--device", DEVICE]
+    done = invoke("step", "--quick", "--data", corpus, "--out", out, *sizes)
+    assert done.exit_code == 0, done.output
+    result = json.loads(out.read_text())
+    opened = Corpus.open(corpus)
+    assert result["settings"]["vocab_size"] == opened.vocab_size
+    assert result["settings"]["data"] == str(corpus)
+    shape = BatchShape.fit(opened.split("train"), 256, 32)
+    drawn = itertools.islice(batches(PackedExamples(opened, "train", shape, seed=0), num_workers=0), step.BATCHES)
+    assert result["batch"]["tokens"] == sum(batch.num_tokens for batch in drawn) / step.BATCHES
+    assert result["batch"]["padding_for_transformers"] > 0
 
 
 def test_a_step_that_computes_something_else_is_not_timed(monkeypatch):

@@ -4,49 +4,10 @@ import math
 
 import pytest
 import torch
+from steps import random_batch, small_model
 
-from fusebert.model.config import BertConfig
-from fusebert.model.packing import IGNORE, PackedBatch
-from fusebert.model.pretraining import BertForPreTraining
 from fusebert.train.optim import learning_rate, make_optimizer, parameter_groups
 from fusebert.train.step import TrainingStep
-
-
-def small_model(dropout: float = 0.0) -> BertForPreTraining:
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=50,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-        max_position_embeddings=16,
-    )
-    return BertForPreTraining(config)
-
-
-def random_batch(generator: torch.Generator, lengths: list[int], masked: int, pairs: int) -> PackedBatch:
-    """A batch without slack: ``masked`` labels and two spare slots, a label for the first ``pairs`` segments."""
-    tokens = sum(lengths)
-    positions = torch.randperm(tokens, generator=generator)[:masked].sort().values
-    labels = torch.randint(0, 50, (masked,), generator=generator)
-    nsp = torch.randint(0, 2, (len(lengths),), generator=generator)
-    nsp[pairs:] = IGNORE
-    return PackedBatch(
-        input_ids=torch.randint(0, 50, (tokens,), generator=generator),
-        token_type_ids=torch.randint(0, 2, (tokens,), generator=generator),
-        position_ids=torch.cat([torch.arange(n) for n in lengths]),
-        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
-        masked_positions=torch.cat([positions, torch.zeros(2, dtype=torch.int64)]),
-        masked_labels=torch.cat([labels, torch.full((2,), IGNORE)]),
-        nsp_labels=nsp,
-        max_seqlen=max(lengths),
-        num_tokens=tokens,
-        num_masked=masked,
-        num_pairs=pairs,
-    )
 
 
 def test_biases_and_layernorms_do_not_decay() -> None:
@@ -116,18 +77,3 @@ def test_a_long_gradient_is_clipped() -> None:
     assert float(step(window, lr=1.0).grad_norm) > 0.1
     moved = before - torch.cat([p.detach().flatten() for p in model.parameters()])
     assert float(moved.norm()) == pytest.approx(0.01, rel=1e-3)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_step_waits_for_nothing_on_a_gpu() -> None:
-    generator = torch.Generator().manual_seed(3)
-    window = [random_batch(generator, [9, 4], masked=7, pairs=2).pin_memory() for _ in range(2)]
-    model = small_model(dropout=0.1).cuda()
-    step = TrainingStep(model, make_optimizer(model, 1e-3, 0.01), clip=1.0, compute_dtype=torch.bfloat16)
-    step(window, lr=1e-3)  # compiles the kernels
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        result = step(window, lr=1e-3)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert torch.isfinite(result.sums).all()

@@ -21,7 +21,7 @@ from small_corpus import make_corpus
 from fusebert.model.config import BertConfig
 from fusebert.model.hf import from_hf, save_hf
 from fusebert.model.pretraining import BertForPreTraining
-from fusebert.train import checkpoint
+from fusebert.train import checkpoint, readback
 from fusebert.train import pretrain as pretrain_module
 from fusebert.train.corpus import Corpus
 from fusebert.train.errors import UserError
@@ -126,6 +126,31 @@ def test_continuing_is_bit_identical(corpus: Path, tmp_path: Path) -> None:
     assert state["batches"] == 12
 
 
+def test_continuing_in_fp16_with_lamb_is_bit_identical(corpus: Path, tmp_path: Path) -> None:
+    """The loss scale and LAMB's state are in the checkpoint; another optimiser is another run."""
+    settings = {"steps": 4, "save_every": 2, "precision": "fp16", "optimizer": "lamb", "checkpoint_activations": True}
+    run(corpus, tmp_path / "straight", **settings)
+    shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-00000004")
+    with pytest.raises(UserError, match=r"another --optimizer \(lamb there, adamw here\)"):
+        run(corpus, tmp_path / "resumed", resume=True, **{**settings, "optimizer": "adamw"})
+    saved = tmp_path / "resumed" / "checkpoints" / "step-00000002" / "trainer.json"
+    content = json.loads(saved.read_text())
+    assert content["state"]["loss_scale"]["_growth_tracker"] == 2
+    content["state"]["loss_scale"]["scale"] /= 4  # to see that it is taken up
+    saved.write_text(json.dumps(content))
+    run(corpus, tmp_path / "resumed", resume=True, **settings)
+    state = json.loads((tmp_path / "resumed" / "checkpoints" / "step-00000004" / "trainer.json").read_text())["state"]
+    assert state["loss_scale"]["scale"] == content["state"]["loss_scale"]["scale"]
+    assert state["loss_scale"]["_growth_tracker"] == 4
+    assert [step for step, _, _ in losses(tmp_path / "resumed")] == [1, 2, 3, 4]
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-00000004")
+    content["state"]["loss_scale"]["scale"] *= 4
+    saved.write_text(json.dumps(content))
+    run(corpus, tmp_path / "resumed", resume=True, **settings)
+    assert_same_run(tmp_path / "straight", tmp_path / "resumed", steps=4)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_run_goes_on(corpus: Path, tmp_path: Path, number: signal.Signals) -> None:
     out, steps = tmp_path / "interrupted", 30
@@ -192,7 +217,8 @@ def test_minutes_end_on_time_with_the_rate_at_zero(
         now[0] += 1.0 if now[0] < 30 else 2.0
         return original(self, window, lr, **kwargs)
 
-    monkeypatch.setattr(pretrain_module, "time", Clock)
+    for module in (pretrain_module, readback):
+        monkeypatch.setattr(module, "time", Clock)
     monkeypatch.setattr(TrainingStep, "__call__", slow)
     settings = {"minutes": 1.0, "lr": 1e-3, "eval_every": None}
     report = run(corpus, tmp_path / "run", **settings)

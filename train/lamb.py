@@ -1,0 +1,114 @@
+"""LAMB (You et al. 2019, algorithm 2): Adam's step, its length a matrix' own: for batches of tens of thousands of
+examples.
+
+    m ← β₁m + (1 − β₁)g      v ← β₂v + (1 − β₂)g²      r = m̂ / (√v̂ + ε) + λw
+    w ← w − lr · (‖w‖ / ‖r‖) · r
+
+The ratio is 1 where ‖w‖ or ‖r‖ is 0, and for what does not decay (biases, LayerNorms), as in the authors' code.
+PyTorch has no LAMB; those of timm and pytorch-optimizer read the step count and the loss scale on the host, so a CUDA
+graph cannot hold them. Multi-tensor kernels of PyTorch do the work here: about 80 bytes a parameter, where a single
+fused pass (as AdamW's, 28) cannot be had, since the norms stand between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+
+class LAMB(torch.optim.Optimizer):
+    """LAMB over float32 parameters; state as AdamW's (exp_avg, exp_avg_sq, step).
+
+    Args:
+        lr: a float, or a tensor on the parameters' device, which a captured step reads.
+        weight_decay: λ, unless a group has its own; groups with 0 are plain Adam.
+
+    Raises:
+        ValueError: a rate, β, ε or λ out of range.
+    """
+
+    # GradScaler then hands over found_inf, on the device, where it would otherwise wait to read it.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+    ) -> None:
+        for name, value, allowed in (
+            ("lr", float(lr), lr >= 0.0),
+            ("betas", betas, all(0.0 <= beta < 1.0 for beta in betas)),
+            ("eps", eps, eps > 0.0),
+            ("weight_decay", weight_decay, weight_decay >= 0.0),
+        ):
+            if not allowed:
+                raise ValueError(f"{name} is out of range; got {value}")
+        # capturable: by which load_state_dict knows that the step counts live with the parameters.
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "capturable": True}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step; parameters without a gradient stay. Waits for nothing."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._step_group(group, params)
+        return loss
+
+    def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
+        for p in params:
+            if not self.state[p]:
+                self.state[p] = {
+                    "step": torch.zeros((), device=p.device),
+                    "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p),
+                }
+        states = [self.state[p] for p in params]
+        m, v, steps = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
+        (beta1, beta2), lr = group["betas"], group["lr"]
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if grad_scale is not None:
+            torch._foreach_div_(grads, grad_scale)
+        squares: list[Tensor] = list(torch._foreach_mul(grads, grads))
+        if found_inf is None:
+            torch._foreach_add_(steps, 1)
+        else:
+            # Nothing is to change, and nobody may look: m goes towards itself, v too, and the rate is 0.
+            overflow = found_inf.bool()
+            grads = [torch.where(overflow, old, new) for old, new in zip(m, grads, strict=True)]
+            squares = [torch.where(overflow, old, new) for old, new in zip(v, squares, strict=True)]
+            torch._foreach_add_(steps, 1.0 - found_inf)
+            lr = lr * (1.0 - found_inf)
+        torch._foreach_lerp_(m, grads, 1.0 - beta1)
+        torch._foreach_lerp_(v, squares, 1.0 - beta2)
+        # 1 − β^step, the same for all, in float64, for it begins near 0; and not 0 when the very first step overflows.
+        step = steps[0].double().clamp(min=1.0)
+        update = torch._foreach_div(v, 1.0 - beta2**step)
+        torch._foreach_sqrt_(update)
+        torch._foreach_add_(update, group["eps"])
+        torch._foreach_mul_(update, 1.0 - beta1**step)
+        torch._foreach_reciprocal_(update)
+        torch._foreach_mul_(update, m)  # m̂ / (√v̂ + ε)
+        if group["weight_decay"] > 0.0:
+            torch._foreach_add_(update, params, alpha=group["weight_decay"])
+            w_norm, r_norm = (torch.stack(torch._foreach_norm(each)) for each in (params, update))
+            ratio = torch.where((w_norm > 0.0) & (r_norm > 0.0), w_norm / r_norm, 1.0)
+            torch._foreach_mul_(update, list(ratio.unbind()))
+        torch._foreach_mul_(update, lr)
+        torch._foreach_sub_(params, update)
+
+
+__all__ = ["LAMB"]

@@ -1,0 +1,81 @@
+"""Figures on their way from the device to the host, which does not wait for them."""
+
+from __future__ import annotations
+
+import collections
+import time
+
+import torch
+from torch import Tensor
+
+
+class Readback:
+    """A copy of ``values`` (1-D), made when the device gets there; and when that was."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._host = values
+        if values.is_cuda:
+            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._host.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def ready(self) -> bool:
+        """Whether `values` would not wait."""
+        return self._event is None or self._event.query()
+
+    def values(self) -> list[float]:
+        """The values; waits for the device where they are not here yet."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.tolist()
+
+
+class Leash:
+    """Keeps the host at most ``steps`` steps ahead of the device: enough that it never waits for the host, and few
+    enough that the clock, a signal or a loss that is not finite is not seen a minute late."""
+
+    def __init__(self, device: torch.device, steps: int = 8) -> None:
+        self._steps = steps
+        self._on_gpu = device.type == "cuda"
+        self._events: collections.deque[torch.cuda.Event] = collections.deque()
+
+    def step(self) -> None:
+        """After each step. Waits only for one that lies ``steps`` back."""
+        if not self._on_gpu:
+            return
+        event = torch.cuda.Event()
+        event.record()
+        self._events.append(event)
+        if len(self._events) > self._steps:
+            self._events.popleft().synchronize()
+
+
+class Stopwatch:
+    """Seconds of the device between two points of its stream; of the host on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._start, self._end = self._now(), self._now()
+
+    def stop(self) -> None:
+        """Ends it, where the stream is now."""
+        self._end = self._now()
+
+    def seconds(self) -> float:
+        """Between the making and `stop`; waits for the device to get there."""
+        if isinstance(self._start, float) or isinstance(self._end, float):
+            return float(self._end) - float(self._start)  # type: ignore[arg-type]
+        self._end.synchronize()
+        return self._start.elapsed_time(self._end) / 1e3
+
+    def _now(self) -> torch.cuda.Event | float:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+__all__ = ["Leash", "Readback", "Stopwatch"]
