@@ -14,8 +14,9 @@ ROOT = Path(__file__).parents[2]
 
 def run(*args):
     command = [sys.executable, "-m", "pytest", "bench", "-p", "no:cacheprovider", "-q", "--benchmark-only", *args]
-    environment = os.environ | {"PYTHONSAFEPATH": "1"}
-    environment.pop("TRITON_INTERPRET", None)
+    # Without the marks of a pytest-xdist worker, under which pytest-benchmark would not time.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_")}
+    environment["PYTHONSAFEPATH"] = "1"
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
