@@ -36,10 +36,10 @@ bench: $(VENV)/.dev  ## every operator and the training step against reference a
 
 # On a quiet machine, with everything committed: each file keeps the commit that it measured.
 RESULT := bench/results/$(shell date +%F)-cpu
-figures: $(VENV)/.dev data/pydocs/manifest.json  ## take the CPU figures anew (ten minutes) and write them into README.md
-	for model in mini small; do for lengths in equal ragged; do \
-		$(BIN)/fusebert bench step --device cpu --model $$model --$$lengths --tokens 1024 \
-			--out $(RESULT)-step-$$model-$$lengths.json || exit 1; \
+figures: $(VENV)/.dev data/pydocs/manifest.json  ## take the CPU figures anew (15 minutes) and write them into README.md
+	for size in mini-1024 small-1024 base-512; do for lengths in equal ragged; do \
+		$(BIN)/fusebert bench step --device cpu --model $${size%-*} --$$lengths --tokens $${size#*-} \
+			--out $(RESULT)-step-$${size%-*}-$$lengths.json || exit 1; \
 	done; done
 	$(BIN)/fusebert pretrain --device cpu --data data/pydocs --out runs/figures-$(shell date +%F) --minutes 5
 	$(BIN)/python -m fusebert.bench.record runs/figures-$(shell date +%F) --out $(RESULT)-pretrain.json

@@ -49,10 +49,11 @@ def test_every_entry_compiles_as_meant(arch, compiled):
         f"{row['case']}: {row['kernel']} {row['tile']}: {row['problems']}" for row in tables[arch] if row["problems"]
     ]
     assert not wrong, "\n".join(wrong)
-    for row in tables[arch]:
+    rows = [row for row in tables[arch] if row["kernel"] != "schedule_tiles"]  # which stores a few integers
+    for row in rows:
         assert row["blocks_per_multiprocessor"] >= 1, row
         assert row["stores_128"] > 0, row
-    seen = {(row["kernel"], tuple(row["tile"]), int(row["case"].split("D=")[1].split()[0])) for row in tables[arch]}
+    seen = {(row["kernel"], tuple(row["tile"]), int(row["case"].split("D=")[1].split()[0])) for row in rows}
     assert entries(arch) <= seen
     assert {"short_forward", "short_backward"} <= {row["kernel"] for row in tables[arch]}
 
@@ -69,7 +70,8 @@ def test_what_is_granted_is_still_needed(arch, compiled):
     spilt = {}
     for row in tables[arch]:
         size = 4 if " fp32 " in row["case"] else 2
-        key = (arch, row["kernel"], size, int(row["case"].split("D=")[1].split()[0]))
+        head_dim = int(row["case"].split("D=")[1].split()[0])
+        key = (arch, row["kernel"], size, 1 << (head_dim - 1).bit_length())
         spilt[key] = max(spilt.get(key, 0), row["spill_bytes"])
     for key, granted in aot_attention.SPILLS.items():
         if key[0] == arch:
@@ -88,7 +90,9 @@ def resources(**changes):
     ("changes", "words"),
     [
         ({}, None),
-        ({"spill_bytes": 8}, "spills 8 bytes"),
+        ({"spill_bytes": 8}, None),
+        ({"spill_bytes": 8, "registers": 255}, "spills 8 bytes"),
+        ({"spill_bytes": 16}, "spills 16 bytes"),
         ({"shared_bytes": 232449}, "232449 bytes of shared memory; there are 232448"),
         ({"instructions": {"HMMA.16816.F32": 8}}, "multiplies with HMMA, not HGMMA"),
         ({"constants": {"BLOCK_M": 32}}, "multiplies with HGMMA, not HMMA"),
