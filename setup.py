@@ -46,7 +46,15 @@ setup(
         "bench": BENCH,
         "plot": PLOT,
         "tensorboard": ["tensorboard>=2.16"],
-        "dev": [*BENCH, "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14"],
+        # sentence-transformers: a recipe of docs/drop-in.md fuses and fine-tunes the real one.
+        "dev": [
+            *BENCH,
+            "sentence-transformers>=5",
+            "pytest-xdist>=3.5",
+            "hypothesis>=6.100",
+            "ruff>=0.9",
+            "mypy>=1.14",
+        ],
     },
     entry_points={"console_scripts": ["fusebert = fusebert.train.__main__:main"]},
 )

@@ -93,31 +93,6 @@ TABLES = {
             256: Config(16, 64, 8, 2),
         },
     ),
-    (100, 2): Table(
-        short_forward={16: 128, 32: 128, 64: 128, 128: 128, 256: 128},
-        short_backward={16: 128, 32: 128, 64: 128, 128: 128, 256: 32},
-        long_forward={
-            16: Config(128, 128, 8, 2),
-            32: Config(128, 128, 8, 2),
-            64: Config(128, 128, 8, 2),
-            128: Config(128, 64, 8, 3),
-            256: Config(64, 32, 8, 1),
-        },
-        long_backward_dq={
-            16: Config(128, 64, 8, 2),
-            32: Config(128, 64, 8, 2),
-            64: Config(128, 64, 8, 2),
-            128: Config(128, 64, 8, 2),
-            256: Config(64, 32, 8, 1),
-        },
-        long_backward_dk_dv={
-            16: Config(64, 128, 8, 2),
-            32: Config(64, 128, 8, 2),
-            64: Config(32, 128, 8, 2),
-            128: Config(32, 128, 8, 1),
-            256: Config(16, 64, 8, 2),
-        },
-    ),
     # float32 products run on the plain cores, unrolled: small tiles.
     (80, 4): Table(
         short_forward={16: 64, 32: 64, 64: 32, 128: 16, 256: 16},
@@ -145,6 +120,13 @@ TABLES = {
         },
     ),
 }
+
+# Blackwell: Hopper's, but for fewer stages in two places.
+_hopper = TABLES[90, 2]
+TABLES[100, 2] = _hopper._replace(
+    long_backward_dq=_hopper.long_backward_dq | {256: Config(64, 32, 8, 1)},
+    long_backward_dk_dv=_hopper.long_backward_dk_dv | {128: Config(32, 128, 8, 1)},
+)
 
 # From 64 rows on Triton (3.7.1) multiplies float32 in TF32 on sm_100, whatever precision is asked for: smaller tiles.
 TABLES[100, 4] = TABLES[80, 4]._replace(
