@@ -388,8 +388,8 @@ def _aot(source: Source, figures: Sequence[Figure]) -> Section:
     resources = table((*header, "128-bit loads", "128-bit stores"), rows, left=2)
     blocks: tuple[Block, ...] = (
         Text(
-            f"Compiled for {about['arch']} in {about['dtype']} with Triton {about['triton']}, PyTorch "
-            f"{about['torch']}, {about['date']}. Nothing here was run or timed: these are the compiler's figures. "
+            f"Compiled for {about['arch']} with Triton {about['triton']}, PyTorch {about['torch']}, {about['date']}; "
+            "bfloat16 where a case names nothing else. Nothing here was run or timed: these are the compiler's figures. "
             f"{spilling} of {len(kernels)} kernels spill registers."
         ),
         Section("every kernel", (resources,), folded=True),

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import sys
+from pathlib import Path
 
 import bench_results as made
 import pytest
@@ -286,6 +287,15 @@ def test_without_matplotlib_there_are_tables(tmp_path):
         assert "2.00 [1.90, 2.10]" in text
         assert "![" not in text
     assert "<img" not in page_text
+
+
+def test_every_committed_result_can_be_read(tmp_path):
+    """The commands' own files, where the others of this module are made up."""
+    files = sorted((Path(__file__).parents[2] / "bench" / "results").glob("*.json"))
+    assert len(files) >= 3
+    write_report(files, tmp_path / "out", say=lambda _: None)
+    words = (tmp_path / "out" / "report.md").read_text()
+    assert all(file.name in words for file in files)
 
 
 def test_files_of_one_name_keep_apart(tmp_path):

@@ -277,7 +277,7 @@ def aot() -> dict[str, Any]:
         "loads_128": 12,
         "stores_128": 8,
     }
-    about = {"date": "2026-01-01", "arch": "sm_90", "dtype": "bfloat16", "triton": "9.9", "torch": "9.9.9"}
+    about = {"date": "2026-01-01", "arch": "sm_90", "triton": "9.9", "torch": "9.9.9"}
     return {
         "about": about,
         "kernels": [kernel, {**copy.deepcopy(kernel), "kernel": "short_backward", "spill_bytes": 8}],
