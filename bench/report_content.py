@@ -389,8 +389,8 @@ def _aot(source: Source, figures: Sequence[Figure]) -> Section:
     blocks: tuple[Block, ...] = (
         Text(
             f"Compiled for {about['arch']} with Triton {about['triton']}, PyTorch {about['torch']}, {about['date']}; "
-            "bfloat16 where a case names nothing else. Nothing here was run or timed: these are the compiler's figures. "
-            f"{spilling} of {len(kernels)} kernels spill registers."
+            "bfloat16 where a case names nothing else. Nothing here was run or timed: these are the compiler's "
+            f"figures. {spilling} of {len(kernels)} kernels spill registers."
         ),
         Section("every kernel", (resources,), folded=True),
         *figures,
