@@ -3,9 +3,9 @@
     rows = W[ids], W itself        dW = dW_decoder, then dW[id_t] += drows_t
 
 As two uses, autograd fills a second [V, H] with zeros, adds the rows there, and sums the two: 16 bytes an element of W
-for T rows' worth of work. As one, the rows are added to what the decoder's product has written anyway. (Measured on a
-CPU, BERT's vocabulary, H = 256, T = 1024: 0.1 ms in place of 36. The Triton path has a backward of its own,
-`embed_layernorm`.)
+for T rows' worth of work. As one, the rows are added to what the decoder's product has written anyway. (Measured on
+two CPU cores, BERT's vocabulary, H = 256, T = 1024: 0.4 ms beside the decoder's 36 in place of 5.4, medians of 40. The
+Triton path has a backward of its own, `embed_layernorm`.)
 """
 
 from __future__ import annotations

@@ -86,10 +86,9 @@ def test_cross_entropy_errors():
 
 
 @pytest.mark.parametrize("label", [20, -1])
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+# On a GPU the kernel, which nobody waits for, makes it NaN: the next test.
+@pytest.mark.parametrize("backend", ["reference"] if DEVICE == "cuda" else ["triton", "reference"])
 def test_label_out_of_range_is_an_error_where_values_can_be_read(label, backend):
-    if backend == "triton" and DEVICE == "cuda":
-        pytest.skip("there it is NaN")
     logits, labels = torch.zeros(3, 20, device=DEVICE), torch.tensor([0, label, 1], device=DEVICE)
     with use_backend(backend), pytest.raises(ValueError, match=rf"labels must be in 0 … 19 or .*; got {label}"):
         cross_entropy(logits, labels)
