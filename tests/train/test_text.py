@@ -108,6 +108,23 @@ def test_json_strings_that_text_cannot_hold(tmp_path):
         ("a.txt.zst", zstandard.compress(bytes(range(32, 120)) * 99)[:-9], "cut short"),
         ("a.txt.zst", b"text, long enough for a header", "damaged or not .zst"),
     ],
+    # The data would go into the ids, and gzip's holds the time of day: two workers would collect different tests.
+    ids=[
+        "NUL",
+        "not UTF-8",
+        "UTF-16",
+        "not UTF-8, second block",
+        "JSON cut short",
+        "JSON list",
+        "no such field",
+        "null text",
+        "deep JSON",
+        "gz cut short",
+        "not gz",
+        "gz damaged",
+        "zst cut short",
+        "not zst",
+    ],
 )
 def test_bad_files_are_told_where(tmp_path, name, data, message):
     (tmp_path / name).write_bytes(data)
