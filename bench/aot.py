@@ -239,6 +239,7 @@ def _summary(case: str, r: Resources) -> dict[str, Any]:
         "tile": [r.constants[name] for name in ("BLOCK_M", "BLOCK_N") if name in r.constants] or None,
         "warps": r.num_warps,
         "stages": r.num_stages,
+        "instructions": sum(r.instructions.values()),
         "registers": r.registers,
         "spill_bytes": r.spill_bytes,
         "shared_bytes": r.shared_bytes,

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels import dropout_mask, reference
+from ..kernels import attention_dropout_mask, reference
 from .attention_peers import contestants
 from .attention_segments import GRADIENTS, Segments
 from .cases import Case, Tensors, leaf
@@ -41,7 +41,7 @@ def _plain(shape: Segments, dtype: torch.dtype, inputs: Tensors, dropout_p: floa
     keep = None
     if dropout_p:
         planes = len(shape.lengths) * shape.heads
-        keep = dropout_mask(dropout_p, inputs["seed"], shape.longest, shape.longest, planes, shape.device)
+        keep = attention_dropout_mask(dropout_p, inputs["seed"], shape.longest, shape.longest, planes, shape.device)
         keep = keep.unflatten(0, (len(shape.lengths), shape.heads))
     parts: dict[str, list[Tensor]] = {name: [] for name in ("out", *GRADIENTS)}
     starts = np.concatenate([[0], np.cumsum(shape.lengths)])

@@ -53,8 +53,8 @@ class Contestant:
     Attributes:
         bind: canonical inputs and a dropout probability → a `Run`.
         role: "ours", "peer", or "bound": the part of the work nobody can leave out, timed but not checked.
-        replays_dropout: it draws `fusebert.kernels.dropout_mask`'s mask for the inputs' seed, so it is checked with
-            dropout on; others are checked with dropout off and timed with it on.
+        replays_dropout: it draws `fusebert.kernels.dropout_mask`'s mask (or attention's) for the inputs' seed, so it is
+            checked with dropout on; others are checked with dropout off and timed with it on.
         context: entered around its calls, e.g. a forced backend.
     """
 

@@ -64,7 +64,7 @@ def _oracle(inputs: Tensors, dropout_p: float) -> Tensors:
     ids = [inputs[name] for name in IDS]
     mask = None
     if dropout_p:
-        mask = dropout_mask(dropout_p, inputs["seed"], len(ids[0]), leaves[0].shape[1], device=ids[0].device)[0]
+        mask = dropout_mask(dropout_p, inputs["seed"], len(ids[0]), leaves[0].shape[1], device=ids[0].device)
     out = reference.embed_layernorm(*ids, *leaves, eps=EPS, p=dropout_p, padding_idx=PADDING_IDX, dropout_mask=mask)
     return _named(out.detach(), torch.autograd.grad(out, leaves, inputs["dout"].double()))
 
@@ -75,7 +75,7 @@ def _yardstick(dtype: torch.dtype, inputs: Tensors, dropout_p: float) -> Tensors
     ids = [inputs[name] for name in IDS]
     mask = None
     if dropout_p:
-        mask = dropout_mask(dropout_p, inputs["seed"], len(ids[0]), leaves[0].shape[1], device=ids[0].device)[0]
+        mask = dropout_mask(dropout_p, inputs["seed"], len(ids[0]), leaves[0].shape[1], device=ids[0].device)
     out = reference.embed_layernorm(
         *ids, *leaves, eps=EPS, p=dropout_p, padding_idx=PADDING_IDX, out_dtype=dtype, dropout_mask=mask
     )

@@ -55,7 +55,7 @@ def _plain(dtype: torch.dtype, inputs: Tensors, dropout_p: float) -> Tensors:
     x, residual, weight, bias = leaves
     mask = None
     if dropout_p:
-        mask = dropout_mask(dropout_p, inputs["seed"], *x.shape, device=x.device)[0]
+        mask = dropout_mask(dropout_p, inputs["seed"], *x.shape, device=x.device)
     out = reference.dropout_add_layernorm(x, residual, weight, bias, eps=EPS, p=dropout_p, dropout_mask=mask)
     return _named(out.detach(), torch.autograd.grad(out, leaves, inputs["dout"].to(dtype)))
 

@@ -1,6 +1,7 @@
 """Fused operators for bidirectional encoders. Each name below stands alone: no model is needed to use it."""
 
 from .attention import attention, attention_varlen, attention_varlen_separate
+from .attention_dropout import attention_dropout_mask
 from .backend import use_backend
 from .bias_gelu import FusedLinearGELU, bias_gelu
 from .cross_entropy_rows import cross_entropy
@@ -15,6 +16,7 @@ __all__ = [
     "FusedLinearGELU",
     "FusedRMSNorm",
     "attention",
+    "attention_dropout_mask",
     "attention_varlen",
     "attention_varlen_separate",
     "bias_gelu",

@@ -322,8 +322,8 @@ def attention(
         scale: multiplies the scores, positive; 1/√D when None.
         dropout_p: probability of dropping an attention weight, in [0, 1). Pass 0 when not training.
         seed: int, or int64 tensor of one element on q's device (read by the kernel, so a replayed CUDA graph may
-            change it), or None: drawn from torch's generator. The mask is `dropout_mask(dropout_p, seed, N_q, N_k,
-            planes=B·H)`, plane b·H + h.
+            change it), or None: drawn from torch's generator. The mask is
+            `attention_dropout_mask(dropout_p, seed, N_q, N_k, planes=B·H)`, plane b·H + h.
         window: query i attends to key j only where |i − j| ≤ window (N_q = N_k); None: no limit.
         return_lse: return also the log of each query's softmax denominator, not differentiable.
 

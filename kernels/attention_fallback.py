@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from .dropout import dropout_mask
+from .attention_dropout import attention_dropout_mask
 
 
 def padded(
@@ -37,7 +37,7 @@ def padded(
         ), None
     kept = None
     if dropout_p > 0.0 and seed is not None:
-        kept = dropout_mask(dropout_p, seed, n_q, n_k, b * h, q.device).view(b, h, n_q, n_k)
+        kept = attention_dropout_mask(dropout_p, seed, n_q, n_k, b * h, q.device).view(b, h, n_q, n_k)
     return reference.attention(
         q, k, v, key_padding_mask=key_padding_mask, scale=scale, dropout_p=dropout_p, dropout_mask=kept, window=window
     )
@@ -65,7 +65,7 @@ def packed(
     kept = None
     if dropout_p > 0.0 and seed is not None:
         num_segments, h = cu_seqlens_q.numel() - 1, q.shape[1]
-        planes = dropout_mask(dropout_p, seed, max_q, max_k, num_segments * h, q.device)
+        planes = attention_dropout_mask(dropout_p, seed, max_q, max_k, num_segments * h, q.device)
         lengths = zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist(), strict=True)
         kept = [planes[s * h : (s + 1) * h, :n_q, :n_k] for s, (n_q, n_k) in enumerate(lengths)]
     return reference.attention_varlen(

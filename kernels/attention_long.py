@@ -9,6 +9,7 @@ check no bounds: a ragged last tile is peeled. A window skips the tiles it canno
 from __future__ import annotations
 
 from ._triton import tl, triton
+from .attention_dropout import keep_tile, keep_tile_transposed
 from .attention_schedule import locate
 from .attention_tiles import (
     LOG2E,
@@ -24,7 +25,6 @@ from .attention_tiles import (
     visible,
     zero_rest,
 )
-from .dropout import dropout_keep
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def _forward_step(
     k_origin,
     segment,
     key_head,
-    rows,
+    start_m,
     start_n,
     n_k,
     num_k,
@@ -87,7 +87,9 @@ def _forward_step(
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if CHECK or MASKED or WINDOW:
         real = real_keys(key_mask_ptr, segment, start_n, num_k if MASKED else n_k, BLOCK_N, MASKED)
-        scores = tl.where(visible(real, rows, start_n, window, BLOCK_N, WINDOW), scores, float("-inf"))
+        scores = tl.where(
+            visible(real, start_m + tl.arange(0, BLOCK_M), start_n, window, BLOCK_N, WINDOW), scores, float("-inf")
+        )
     m_new = tl.maximum(m, tl.max(scores, axis=1))
     if MASKED or WINDOW:
         m_new = tl.where(m_new == float("-inf"), -1e30, m_new)  # no real key so far: finite, so that no NaN arises
@@ -95,7 +97,7 @@ def _forward_step(
     alpha = tl.exp2((m - m_new) * qk_scale)
     l = l * alpha + tl.sum(p, axis=1)
     if DROPOUT:
-        p = tl.where(dropout_keep(tl.load(seed_ptr), p_threshold, rows, start_n, plane, BLOCK_M, BLOCK_N), p, 0.0)
+        p = tl.where(keep_tile(tl.load(seed_ptr), p_threshold, start_m, start_n, plane, BLOCK_M, BLOCK_N), p, 0.0)
     v = load_tile(v_ptr, v_strides, k_origin, key_head, start_n, n_k, BLOCK_N, D, BLOCK_D, CHECK)
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     return acc, l, m_new
@@ -173,7 +175,7 @@ def long_forward(
     for start_n in range(first, whole, BLOCK_N):
         acc, l, m = _forward_step(
             acc, l, m, q, k_ptr, v_ptr, key_mask_ptr, seed_ptr, k_strides, v_strides, k_origin, segment, head // GROUPS,
-            rows, start_n, n_k, num_k, plane, window, qk_scale, p_threshold,
+            start_m, start_n, n_k, num_k, plane, window, qk_scale, p_threshold,
             D, BLOCK_D, BLOCK_M, BLOCK_N, MASKED, WINDOW, DROPOUT, MASKED or WINDOW, EXACT, PRECISION,
         )  # fmt: skip
         if EXACT and BLOCK_D > 16:
@@ -181,7 +183,7 @@ def long_forward(
     if not (MASKED or WINDOW) and whole < end:
         acc, l, m = _forward_step(
             acc, l, m, q, k_ptr, v_ptr, key_mask_ptr, seed_ptr, k_strides, v_strides, k_origin, segment, head // GROUPS,
-            rows, whole, n_k, num_k, plane, window, qk_scale, p_threshold,
+            start_m, whole, n_k, num_k, plane, window, qk_scale, p_threshold,
             D, BLOCK_D, BLOCK_M, BLOCK_N, MASKED, WINDOW, DROPOUT, True, EXACT, PRECISION,
         )  # fmt: skip
 
@@ -207,7 +209,7 @@ def _dq_step(
     k_origin,
     segment,
     key_head,
-    rows,
+    start_m,
     start_n,
     n_k,
     num_k,
@@ -234,10 +236,10 @@ def _dq_step(
     if CHECK or MASKED or WINDOW:
         # Needed although a key that does not exist is zeros here: its P, exp(0 − L), may be inf.
         real = real_keys(key_mask_ptr, segment, start_n, num_k if MASKED else n_k, BLOCK_N, MASKED)
-        p = tl.where(visible(real, rows, start_n, window, BLOCK_N, WINDOW), p, 0.0)
+        p = tl.where(visible(real, start_m + tl.arange(0, BLOCK_M), start_n, window, BLOCK_N, WINDOW), p, 0.0)
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     if DROPOUT:
-        dp = tl.where(dropout_keep(tl.load(seed_ptr), p_threshold, rows, start_n, plane, BLOCK_M, BLOCK_N), dp, 0.0)
+        dp = tl.where(keep_tile(tl.load(seed_ptr), p_threshold, start_m, start_n, plane, BLOCK_M, BLOCK_N), dp, 0.0)
     ds = p * (dp - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
@@ -319,7 +321,7 @@ def long_backward_dq(
     for start_n in range(first, whole, BLOCK_N):
         dq = _dq_step(
             dq, q, dout, m, log2_l, delta, k_ptr, v_ptr, key_mask_ptr, seed_ptr, k_strides, v_strides, k_origin,
-            segment, head // GROUPS, rows, start_n, n_k, num_k, plane, window, qk_scale, p_threshold,
+            segment, head // GROUPS, start_m, start_n, n_k, num_k, plane, window, qk_scale, p_threshold,
             D, BLOCK_D, BLOCK_M, BLOCK_N, MASKED, WINDOW, DROPOUT, MASKED or WINDOW, EXACT, PRECISION,
         )  # fmt: skip
         if EXACT and BLOCK_D > 16:
@@ -328,7 +330,7 @@ def long_backward_dq(
     if not (MASKED or WINDOW) and whole < end:
         dq = _dq_step(
             dq, q, dout, m, log2_l, delta, k_ptr, v_ptr, key_mask_ptr, seed_ptr, k_strides, v_strides, k_origin,
-            segment, head // GROUPS, rows, whole, n_k, num_k, plane, window, qk_scale, p_threshold,
+            segment, head // GROUPS, start_m, whole, n_k, num_k, plane, window, qk_scale, p_threshold,
             D, BLOCK_D, BLOCK_M, BLOCK_N, MASKED, WINDOW, DROPOUT, True, EXACT, PRECISION,
         )  # fmt: skip
     store_tile(dq_ptr, dq * (scale * keep_scale), dq_strides, q_origin, head, start_m, n_q, BLOCK_M, D, BLOCK_D)
@@ -387,7 +389,7 @@ def _dk_dv_step(
     dp_t = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
     p_kept = p_t
     if DROPOUT:
-        keep = tl.trans(dropout_keep(tl.load(seed_ptr), p_threshold, rows, start_n, plane, BLOCK_M, BLOCK_N))
+        keep = keep_tile_transposed(tl.load(seed_ptr), p_threshold, start_m, start_n, plane, BLOCK_M, BLOCK_N)
         p_kept = tl.where(keep, p_t, 0.0)
         dp_t = tl.where(keep, dp_t, 0.0)
     dv = tl.dot(p_kept.to(dout.dtype), dout, dv, input_precision=PRECISION)

@@ -13,6 +13,7 @@ neighbouring segments: they have the same rows, so a tile has no ragged seams, a
 from __future__ import annotations
 
 from ._triton import tl, triton
+from .attention_dropout import keep_tile
 from .attention_tiles import (
     LOG2E,
     load_statistics,
@@ -27,17 +28,15 @@ from .attention_tiles import (
     visible,
     zero_rest,
 )
-from .dropout import dropout_keep
 
 
 @triton.jit
 def _tile(num_heads, BLOCK_M: tl.constexpr, HEADS: tl.constexpr):
-    """(segment, first head, [BLOCK_M] rows, dropout planes) of this program."""
+    """(segment, first head, [BLOCK_M] rows, dropout plane of the first head) of this program."""
     # Heads of one segment run side by side: together they read whole rows of memory.
     tiles = num_heads // HEADS
     segment, head = tl.program_id(0) // tiles, tl.program_id(0) % tiles * HEADS
-    rows, heads = tile_rows(BLOCK_M, HEADS)
-    return segment, head, rows, segment * num_heads + head + heads
+    return segment, head, tile_rows(BLOCK_M, HEADS)[0], segment * num_heads + head
 
 
 @triton.jit
@@ -56,14 +55,13 @@ def _visible(
 
 
 @triton.jit
-def _kept(seed_ptr, p_threshold, rows, planes, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEADS: tl.constexpr):
-    """`dropout_keep` for a tile of HEADS heads: drawn for a head's own keys alone, and repeated across the tile."""
-    if HEADS == 1:
-        return dropout_keep(tl.load(seed_ptr), p_threshold, rows, 0, planes, BLOCK_M, BLOCK_N)
-    else:
-        keep = dropout_keep(tl.load(seed_ptr), p_threshold, rows, 0, planes[:, None], BLOCK_M, BLOCK_N // HEADS)
+def _kept(seed_ptr, p_threshold, plane, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEADS: tl.constexpr):
+    """`keep_tile` for a tile of HEADS heads: drawn for a head's own keys alone, and repeated across the tile."""
+    keep = keep_tile(tl.load(seed_ptr), p_threshold, 0, 0, plane, BLOCK_M, BLOCK_N // HEADS, HEADS)
+    if HEADS > 1:
         keep = tl.broadcast_to(keep[:, None, :], (BLOCK_M, HEADS, BLOCK_N // HEADS))
-        return tl.reshape(keep, (BLOCK_M, BLOCK_N))
+        keep = tl.reshape(keep, (BLOCK_M, BLOCK_N))
+    return keep
 
 
 @triton.jit
@@ -105,7 +103,7 @@ def short_forward(
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    segment, head, rows, planes = _tile(num_heads, BLOCK_M, HEADS)
+    segment, head, rows, plane = _tile(num_heads, BLOCK_M, HEADS)
     if VARLEN and segment == num_segments:
         zero_rest(out_ptr, out_strides, head, cu_seqlens_q_ptr, num_segments, num_q, BLOCK_M, D, BLOCK_D, HEADS)
         return
@@ -129,7 +127,7 @@ def short_forward(
     p = softmax_numerator(scores, m[:, None], qk_scale, EXACT)
     l = tl.sum(p, axis=1)
     if DROPOUT:
-        keep = _kept(seed_ptr, p_threshold, rows, planes, BLOCK_M, BLOCK_N, HEADS)
+        keep = _kept(seed_ptr, p_threshold, plane, BLOCK_M, BLOCK_N, HEADS)
         p = tl.where(keep, p, 0.0)
     out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
     out = out * (keep_scale / tl.where(l == 0.0, 1.0, l))[:, None]
@@ -180,7 +178,7 @@ def short_backward(
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    segment, head, rows, planes = _tile(num_heads, BLOCK_M, HEADS)
+    segment, head, rows, plane = _tile(num_heads, BLOCK_M, HEADS)
     if VARLEN and segment == num_segments:
         zero_rest(dq_ptr, dq_strides, head, cu_seqlens_q_ptr, num_segments, num_q, BLOCK_M, D, BLOCK_D, HEADS)
         zero_rest(dk_ptr, dk_strides, head, cu_seqlens_k_ptr, num_segments, num_k, BLOCK_N, D, BLOCK_D, HEADS)
@@ -203,7 +201,7 @@ def short_backward(
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     p_kept = p
     if DROPOUT:
-        keep = _kept(seed_ptr, p_threshold, rows, planes, BLOCK_M, BLOCK_N, HEADS)
+        keep = _kept(seed_ptr, p_threshold, plane, BLOCK_M, BLOCK_N, HEADS)
         p_kept = tl.where(keep, p, 0.0)
         dp = tl.where(keep, dp, 0.0)
     dv = tl.dot(tl.trans(p_kept.to(dout.dtype)), dout, input_precision=PRECISION)

@@ -348,7 +348,7 @@ def _join_runs(
 def _gradient_config(hidden_size: int) -> Config:
     # 8 elements a thread, half of `layernorm`'s: with the rows of three tables in flight too, 16 leave registers for
     # one block a multiprocessor where the grid counts on two.
-    block_h = max(4, triton.next_power_of_2(hidden_size))
+    block_h = max(8, triton.next_power_of_2(hidden_size))
     return Config(min(64, max(1, 2048 // block_h)), block_h, 8 if block_h <= 2048 else 16)
 
 
@@ -748,7 +748,7 @@ def _run_reference(
     mask = None
     if p > 0.0 and seed is not None:
         seed = resolve_seed(seed, input_ids.device)
-        mask = dropout_mask(p, seed, input_ids.numel(), hidden_size, device=input_ids.device)
+        mask = dropout_mask(p, seed, input_ids.numel(), hidden_size, input_ids.device)
         mask = mask.view(*input_ids.shape, hidden_size)
     return reference.embed_layernorm(
         *ids,

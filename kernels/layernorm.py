@@ -221,7 +221,7 @@ def _run_reference(
         mask = None
         if seed is not None:
             rows = x.numel() // max(x.shape[-1], 1)
-            mask = dropout_mask(p, resolve_seed(seed, x.device), rows, x.shape[-1], device=x.device).view(x.shape)
+            mask = dropout_mask(p, resolve_seed(seed, x.device), rows, x.shape[-1], x.device).view(x.shape)
         s = reference.dropout(s, p, mask)
     if residual is not None:
         s = residual + s

@@ -187,14 +187,14 @@ class Config(NamedTuple):
 def forward_config(hidden_size: int) -> Config:
     # 32 elements a thread. Up to 1024 columns a row lies in one warp, which reduces it without a barrier; the masked
     # columns of a width such as 768 are then whole registers, and the compiler drops them.
-    block_h = max(4, triton.next_power_of_2(hidden_size))  # Philox makes 4 columns a call
+    block_h = max(8, triton.next_power_of_2(hidden_size))  # Philox makes 8 columns a call
     return Config(min(64, max(1, 1024 // block_h)), block_h, min(16, max(1, block_h // 1024)))
 
 
 def _backward_config(hidden_size: int, linear_bias_grad: bool) -> Config:
     # 16 elements a thread: besides the tile, dweight and dbias have to stay in registers; 8 with dlinear_bias, without
     # which halving a multiprocessor held one program (165 registers a thread on sm_90) in place of two.
-    block_h = max(4, triton.next_power_of_2(hidden_size))
+    block_h = max(8, triton.next_power_of_2(hidden_size))
     elements = 2048 if linear_bias_grad else 4096
     return Config(min(64, max(1, elements // block_h)), block_h, 8 if block_h <= elements else 16)
 

@@ -3,7 +3,7 @@
 Run in float64 these functions are what the kernels are checked against; run in float32 on a CPU they are what
 `fusebert.kernels` calls there, so each is written with PyTorch's fast operators where they say the same thing.
 Where an operator drops elements, ``dropout_mask`` (bool, True = kept) replaces PyTorch's own draw, so that a kernel's
-mask (`fusebert.kernels.dropout.dropout_mask`) can be replayed exactly.
+mask (`fusebert.kernels.dropout_mask`, and `attention_dropout_mask`) can be replayed exactly.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def row_tile(tile, stride, num_rows, H: tl.constexpr, BLOCK_M: tl.constexpr, BLO
 @triton.jit
 def row_keep(seed, p_threshold, tile, H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr):
     rows, columns = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_H)
-    keep = dropout_keep(seed, p_threshold, rows, 0, 0, BLOCK_M, BLOCK_H)
+    keep = dropout_keep(seed, p_threshold, rows, BLOCK_M, BLOCK_H)
     if H < BLOCK_H:
         keep = keep & (columns[None, :] < H)  # so that no word is drawn for a register that holds no column
     return keep

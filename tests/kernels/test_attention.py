@@ -16,10 +16,10 @@ from oracle import DEVICE, DOT_DTYPES, assert_as_good_as_torch
 
 from fusebert.kernels import (
     attention,
+    attention_dropout_mask,
     attention_fallback,
     attention_varlen,
     attention_varlen_separate,
-    dropout_mask,
     reference,
     use_backend,
 )
@@ -90,7 +90,7 @@ def test_packed_with_dropout_is_exactly_the_materialised_mask(dtype, route):
     lengths, heads, p = [19, 0, 33, 1], 2, 0.3
     cu = lengths_to_cu(lengths)
     qkv = randn(sum(lengths), 3, heads, 16, dtype=dtype)
-    planes = dropout_mask(p, SEED, 33, 33, len(lengths) * heads, device=DEVICE)
+    planes = attention_dropout_mask(p, SEED, 33, 33, len(lengths) * heads, device=DEVICE)
     masks = [planes[s * heads : (s + 1) * heads, :n, :n] for s, n in enumerate(lengths)]
 
     def definition(x):
@@ -196,7 +196,7 @@ def test_padded_with_mask_dropout_and_a_sequence_of_padding(p, route):
     mask = torch.rand(b, n, device=DEVICE) < 0.6
     mask[0, 25:] = False
     mask[1] = False
-    kept = dropout_mask(p, SEED, n, n, b * h, device=DEVICE).view(b, h, n, n) if p else None
+    kept = attention_dropout_mask(p, SEED, n, n, b * h, device=DEVICE).view(b, h, n, n) if p else None
     compare(
         lambda *x: attention(*x, key_padding_mask=mask, dropout_p=p, seed=SEED),
         lambda *x: reference.attention(*x, key_padding_mask=mask, dropout_p=p, dropout_mask=kept)[0],
@@ -268,7 +268,7 @@ def test_packed_whatever_the_shape(lengths, head_dim, heads, p, window, long):
     longest = max([*lengths, 1])
     cu = lengths_to_cu(lengths)
     qkv = randn(sum(lengths), 3, heads, head_dim)
-    planes = dropout_mask(p, SEED, longest, longest, len(lengths) * heads, device=DEVICE)
+    planes = attention_dropout_mask(p, SEED, longest, longest, len(lengths) * heads, device=DEVICE)
     masks = [planes[s * heads : (s + 1) * heads, :n, :n] for s, n in enumerate(lengths)] if p else None
 
     def definition(x):

@@ -8,7 +8,14 @@ import torch.nn.functional as F
 from attention_cases import compare, lengths_to_cu, randn
 from oracle import DEVICE, DOT_DTYPES, assert_as_good_as_torch
 
-from fusebert.kernels import attention, attention_config, attention_varlen, dropout_mask, reference, use_backend
+from fusebert.kernels import (
+    attention,
+    attention_config,
+    attention_dropout_mask,
+    attention_varlen,
+    reference,
+    use_backend,
+)
 from fusebert.kernels.attention_launch import NO_WINDOW, Problem
 
 SEED = 77
@@ -60,7 +67,7 @@ def test_packed(lengths, heads, head_dim, window, dtype, monkeypatch):
     cu, spare, p = lengths_to_cu(lengths), 21, 0.3
     longest = max(lengths)
     qkv = randn(sum(lengths) + spare, 3, heads, head_dim, dtype=dtype)
-    planes = dropout_mask(p, SEED, longest, longest, len(lengths) * heads, device=DEVICE)
+    planes = attention_dropout_mask(p, SEED, longest, longest, len(lengths) * heads, device=DEVICE)
     masks = [planes[s * heads : (s + 1) * heads, :n, :n] for s, n in enumerate(lengths)]
 
     def definition(x):
