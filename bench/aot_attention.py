@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 # (architecture, kernel, bytes of an element, BLOCK_D) -> bytes spilled where what spills nothing would cost more: a
 # second pass over 128 rows that fit one tile, and half the keys a tile for the sake of a schedule alone.
 SPILLS: dict[tuple[int, str, int, int], int] = {
-    (90, "short_backward", 2, 128): 56,
     (90, "long_backward_dk_dv", 2, 128): 24,
 }
 MOST_REGISTERS = 255  # a thread can have

@@ -27,11 +27,13 @@ h N / 2 FLOPs a byte, at most 32. The long backward trades two more matrix produ
 dO, for the same absence of atomics. Either way every gradient has one owner, so the same inputs give the same bits.
 Full tiles of the long route are not masked; the last, ragged one is peeled (under a mask or window all are masked).
 
-Considered for 128 < N ≤ 512 and left out: one backward program a (segment, head), key tile by key tile, adding dQ into
-fp32 scratch of its own. 10 N²D FLOPs and 7 NDe through HBM; but dK and dV of 512 rows at D = 64 are 256 kB, all the
-registers of a multiprocessor, so it must loop over key tiles, reading Q and dO for each, 2 (N/B) NDe, and the scratch,
-(8 N/B − 4) ND: at N = 512, B = 128, e = 2 that is 44 ND through L2 against the split's 32 ND, in a quarter of the
-programs, each four times as long. Fewer products for more traffic and less to run at once: only a clock can choose.
+Considered for 128 < N ≤ 512 and left out, until a clock can choose: one backward program a (segment, head), with dK and
+dV in registers while the queries pass. 10 N²D FLOPs, and an exponential and a draw of dropout a weight where the split
+has two. All 256 keys of N ≤ 256 in one tile, 32 queries a step: as compiled for sm_90 at D = 64 a step is 17
+instructions a weight (31 with dropout) against the split's 8 + 17 (14 + 28), in 234 registers (253): none is left to
+load ahead (a second stage spills 48 bytes), and a multiprocessor has one block of 8 warps to hide that behind. Beyond
+256 keys dQ must be added up in fp32 scratch, key tile by key tile of B: (8 N/B − 4) ND bytes, and Q and dO again for
+each, 2 (N/B) NDe: at N = 512, B = 128, e = 2 that is 44 ND through L2 against the split's 32 ND.
 
 float32 is multiplied on the plain cores, in full, unless PyTorch allows TF32. Three TF32 products ("tf32x3") would use
 the matrix units, but tiles of 64 rows then spill at D = 64 on sm_90 (88 bytes forward, 288 and 848 backward), and

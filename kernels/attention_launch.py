@@ -109,6 +109,7 @@ class Problem(NamedTuple):
             "PRECISION": dot_precision(self.q.dtype) if head_dim <= 128 else "ieee",
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
+            "maxnreg": config.maxnreg,
         }
 
 

@@ -196,16 +196,20 @@ def short_backward(
     real = real_keys(key_mask_ptr, segment, 0, n_k, BLOCK_N, MASKED, HEADS)
     p = tl.where(_visible(real, rows, window, BLOCK_M, BLOCK_N, WINDOW, HEADS), p, 0.0)
 
-    # dV before dP, so that only one of them lies beside P in the registers. Until dP is here a minus says who is dropped.
+    # Until dP is here a minus says who is dropped. dV goes first, so that only one of the two lies beside P in the
+    # registers; not in float32, whose operands lie there as well: V would wait in them.
     if DROPOUT:
         p = tl.where(_kept(seed_ptr, p_threshold, plane, BLOCK_M, BLOCK_N, HEADS), p, -p)
-    p_kept = tl.maximum(p, 0.0, propagate_nan=tl.PropagateNan.ALL) if DROPOUT else p
     dout = load_tile(dout_ptr, dout_strides, q_origin, head, 0, n_q, BLOCK_M, D, BLOCK_D, True, HEADS)
+    if EXACT:
+        v = load_tile(v_ptr, v_strides, k_origin, head, 0, n_k, BLOCK_N, D, BLOCK_D, True, HEADS)
+        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+    p_kept = tl.maximum(p, 0.0, propagate_nan=tl.PropagateNan.ALL) if DROPOUT else p
     dv = tl.dot(tl.trans(p_kept.to(dout.dtype)), dout, input_precision=PRECISION)
     store_tile(dv_ptr, dv * keep_scale, dv_strides, k_origin, head, 0, n_k, BLOCK_N, D, BLOCK_D, HEADS)
-
-    v = load_tile(v_ptr, v_strides, k_origin, head, 0, n_k, BLOCK_N, D, BLOCK_D, True, HEADS)
-    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+    if not EXACT:
+        v = load_tile(v_ptr, v_strides, k_origin, head, 0, n_k, BLOCK_N, D, BLOCK_D, True, HEADS)
+        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     if DROPOUT:
         dp = tl.where(p > 0.0, dp, 0.0)
         p = tl.abs(p)
