@@ -27,6 +27,7 @@ SHAPES = {
         "layernorm": "H=768; H=768,p=0; H=1024; H=1024,p=0; H=4096,T=16384; H=1000,T=7777; H=768,T=1",
         "mlm_loss": "V=30522; H=1024; M=1; M=777,V=1003",
         "bias_gelu": "I=3072; I=4096; I=1000,T=7777; T=1",
+        "linear_gelu": "H=768; H=1024,I=4096; H=768,gelu=tanh; T=7777,H=1000,I=1003; T=1",
         "embed_layernorm": "H=768; H=768,p=0; H=1024; T=1; T=7777,H=1000",
     },
     False: {
@@ -34,6 +35,7 @@ SHAPES = {
         "layernorm": "T=5,H=48,p=0.2; T=1,H=40,p=0",
         "mlm_loss": "M=20,H=16,V=50",
         "bias_gelu": "T=5,I=40",
+        "linear_gelu": "T=5,H=24,I=40",
         "embed_layernorm": "T=37,H=16,V=40,p=0.2",
     },
 }[ON_GPU]
