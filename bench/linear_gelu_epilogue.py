@@ -17,10 +17,11 @@ r = 790 TFLOP/s and c = 4.3 TB/s, assumed there, 2.9 ns of a token and layer, or
 product that is slower than cuBLAS's by e r / (H c), 48 % at H = 768 and 36 % at 1024, has eaten it up. (A short product
 makes this one of the better places for an epilogue: the share falls as 1 / H.)
 
-What it costs. The epilogue is about 20 instructions an element (counted in sm_90 code; tanh 14). On 128 lanes of a
-multiprocessor that does 4096 FLOPs a clock in 16 bits, that is 16 · 20 / H of the product's own time: 42 % at H = 768.
-Run one after the other, product and epilogue would gain nothing; only where one tile's epilogue runs beneath another
-tile's product is there anything to win. Hence two tilings, between which the clock decides:
+What it costs. The epilogue is about 20 instructions an element, by erf and by tanh (counted in sm_90 code). A Hopper
+multiprocessor has 128 lanes for them and does 4096 FLOPs a clock in 16 bits: 16 · 20 / H of the product's own time, or
+42 % at H = 768. Run one after the other, product and epilogue would gain next to nothing on the 48 % above; there is
+something to win only where one tile's epilogue runs beneath another tile's product. Hence two tilings, between which
+the clock decides:
 
     "pair"  tiles of 128 × 128, two programs a multiprocessor: one multiplies while the other computes GELU
     "wide"  tiles of 128 × 256, one program: 3/4 of the bytes through L2, (1/128 + 1/256) e H an element, but only the

@@ -81,6 +81,15 @@ def assert_same_bits(found, expected):
         assert torch.equal(found[name], expected[name]), name
 
 
+def assert_same(case, inputs, found, expected):
+    """To the bit, but where PyTorch's own products take part: in a graph they may be other algorithms of cuBLAS's."""
+    if case.op == "linear_gelu":
+        verdict = Judge(case, inputs, case.dropout_p).judge(found)
+        assert verdict.status == RIGHT, verdict
+    else:
+        assert_same_bits(found, expected)
+
+
 def test_the_poison_poisons():
     with poisoned():
         assert torch.empty(1000, device=DEVICE).isnan().all()
@@ -117,7 +126,7 @@ def test_compiled_whole_gives_the_same_bits(op):
         torch.compiler.reset()
         compiled = torch.compile(run.forward, fullgraph=True, backend="inductor" if ON_GPU else "aot_eager")
         out = compiled()
-        assert_same_bits(run.named(out, run.backward(out)), expected)
+        assert_same(case, inputs, run.named(out, run.backward(out)), expected)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
@@ -142,7 +151,7 @@ def test_captured_and_replayed_with_a_new_mask_each_time(op, shape):
                 inputs["seed"].fill_(seed)
             graph.replay()
             found = {name: x.clone() for name, x in run.named(out, gradients).items()}
-            assert_same_bits(found, results(run))  # an ordinary call with that seed
+            assert_same(case, inputs, found, results(run))  # an ordinary call with that seed
             replayed.append(found)
         assert_same_bits(replayed[0], replayed[2])
         first = next(iter(replayed[0]))
