@@ -93,7 +93,7 @@ def kernels(
     op: Annotated[
         str | None,
         typer.Option(
-            help="attention, layernorm, mlm_loss, bias_gelu, linear_gelu or embed_layernorm. Default: all.",
+            help="attention, layernorm, mlm_loss, bias_gelu, linear_gelu, gelu_linear, embed_layernorm. Default: all.",
             show_default=False,
         ),
     ] = None,
@@ -135,6 +135,8 @@ def kernels(
       mlm_loss         M rows, H elements of a row, V words
       bias_gelu        T rows, I elements of a row
       linear_gelu      T rows, H elements of a row, I of a result's row, gelu
+                       erf or tanh
+      gelu_linear      T rows, I elements of a row, H of a result's row, gelu
                        erf or tanh
       embed_layernorm  T tokens, H elements of a row, V words, p dropout
     """

@@ -27,11 +27,6 @@ the clock decides:
     "wide"  tiles of 128 × 256, one program: 3/4 of the bytes through L2, (1/128 + 1/256) e H an element, but only the
             next tile's loads run beneath the epilogue
 
-The same for the down projection's backward, dx = (dY W₂) ∘ GELU'(pre + b), counts better: the product's result need
-not be written nor read, 2 e I bytes a token, 8 eH of 56; the pass that goes takes 3 e I / c, at most 5.3 % of the step;
-the epilogue has 30 instructions, 63 % of the product, and b's gradient is a sum of its columns. Worth writing if this
-one wins, with the tiling that wins.
-
 On sm_90 and later tiles come and go through tensor descriptors (TMA) and a program walks over tiles, the loads of the
 next running ahead; elsewhere, and where rows do not begin at multiples of 16 bytes, a program has one tile and loads
 through pointers.
@@ -79,7 +74,7 @@ GROUP = 8  # tiles, one below the other, that are worked on before the next colu
 
 
 @triton.jit
-def _position(tile, row_tiles, column_tiles, GROUP: tl.constexpr):
+def tile_position(tile, row_tiles, column_tiles, GROUP: tl.constexpr):
     """(row, column) of the tile, counted in tiles: down a group of rows, then on to the next column."""
     first = tile // (GROUP * column_tiles) * GROUP
     height = tl.minimum(row_tiles - first, GROUP)
@@ -88,7 +83,7 @@ def _position(tile, row_tiles, column_tiles, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _load(
+def load_tile(
     x,  # [num_rows, WIDTH]: a descriptor, or a pointer
     row,
     column,
@@ -114,7 +109,7 @@ def _load(
 
 
 @triton.jit
-def _store(
+def store_tile(
     y,  # [num_rows, WIDTH] contiguous: a descriptor, or a pointer
     tile,
     row,
@@ -160,15 +155,15 @@ def _linear_gelu(
     # The epilogue counts tiles for itself: in the flattened loop the loads are already at the next one.
     finished = tl.program_id(0) - programs
     for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, programs, flatten=TMA):
-        row, column = _position(tile, row_tiles, column_tiles, GROUP)
+        row, column = tile_position(tile, row_tiles, column_tiles, GROUP)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for k in range(0, tl.cdiv(H, BLOCK_K)):
-            a = _load(x, row * BLOCK_M, k * BLOCK_K, stride_x, num_rows, H, TMA, BLOCK_M, BLOCK_K)
-            b = _load(weight, column * BLOCK_N, k * BLOCK_K, stride_w, I, H, TMA, BLOCK_N, BLOCK_K)
+            a = load_tile(x, row * BLOCK_M, k * BLOCK_K, stride_x, num_rows, H, TMA, BLOCK_M, BLOCK_K)
+            b = load_tile(weight, column * BLOCK_N, k * BLOCK_K, stride_w, I, H, TMA, BLOCK_N, BLOCK_K)
             acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
 
         finished += programs
-        row, column = _position(finished, row_tiles, column_tiles, GROUP)
+        row, column = tile_position(finished, row_tiles, column_tiles, GROUP)
         parts = (acc,)
         if SLICES == 2:
             parts = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, SLICE)), (0, 2, 1)))  # left half, right half
@@ -176,15 +171,15 @@ def _linear_gelu(
             start = column * BLOCK_N + i * SLICE
             columns = start + tl.arange(0, SLICE)
             bias = tl.load(bias_ptr + columns, mask=columns < I, other=0.0).to(tl.float32)
-            _store(pre, parts[i], row * BLOCK_M, start, num_rows, I, TMA, BLOCK_M, SLICE)
+            store_tile(pre, parts[i], row * BLOCK_M, start, num_rows, I, TMA, BLOCK_M, SLICE)
             z = parts[i] + bias[None, :]
-            _store(y, gelu(z, TANH), row * BLOCK_M, start, num_rows, I, TMA, BLOCK_M, SLICE)
+            store_tile(y, gelu(z, TANH), row * BLOCK_M, start, num_rows, I, TMA, BLOCK_M, SLICE)
 
 
 # ------------------------------------------------------------------------------------------------------------ launcher
 
 
-def _takes_descriptors(*tensors: Tensor) -> bool:
+def take_descriptors(*tensors: Tensor) -> bool:
     """Whether TMA can address these [.., .] tensors: 16 bits an element, rows at multiples of 16 bytes."""
     return all(
         x.element_size() == 2 and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in tensors
@@ -199,7 +194,7 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor, approximate: str, tiling: s
         return y, pre
     weight, flat_pre, flat_y = as_rows(weight, hidden_size), pre.view(-1, size), y.view(-1, size)
     arch = backend.architecture()
-    tma = arch >= 90 and _takes_descriptors(rows, weight, flat_pre, flat_y)
+    tma = arch >= 90 and take_descriptors(rows, weight, flat_pre, flat_y)
     chosen = _TABLE[90 if tma else 80][tiling] if x.element_size() == 2 else _FLOAT32
     tiles = triton.cdiv(rows.shape[0], chosen.block_m) * triton.cdiv(size, chosen.block_n)
     given: list[Any] = [rows, weight, bias.contiguous(), flat_pre, flat_y]
@@ -310,4 +305,4 @@ def linear_gelu(
     return _LinearGELU.apply(x, weight, bias, approximate, tiling)
 
 
-__all__ = ["TILINGS", "linear_gelu"]
+__all__ = ["GROUP", "TILINGS", "Tiling", "linear_gelu", "load_tile", "store_tile", "take_descriptors", "tile_position"]

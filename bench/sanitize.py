@@ -31,6 +31,7 @@ from ..kernels import (
     layernorm,
     masked_lm_loss,
 )
+from .gelu_linear_epilogue import gelu_linear
 from .linear_gelu_epilogue import TILINGS, linear_gelu
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -100,6 +101,11 @@ def calls(dtype: torch.dtype, p: float) -> Iterator[tuple[str, Callable[[], Tens
             yield (
                 f"linear_gelu {tiling} H={width}",
                 lambda x=x, w=matrix, b=bias, t=tiling: linear_gelu(x, w, b, tiling=t),
+            )
+            y, down = _leaf(150, matrix.shape[0], dtype=dtype), _leaf(width, matrix.shape[0], dtype=dtype)
+            yield (
+                f"gelu_linear {tiling} H={width}",
+                lambda y=y, w=down, b=bias, t=tiling: gelu_linear(y, b, w, tiling=t),
             )
     hidden, decoder, decoder_bias = _leaf(37, 64, dtype=dtype), _leaf(1003, 64, dtype=dtype), _leaf(1003, dtype=dtype)
     labels = torch.randint(1003, (37,), device=DEVICE)

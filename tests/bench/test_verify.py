@@ -36,6 +36,7 @@ CASES = {
     "layernorm dropout": layernorm._case(0, 64, 48, 0.3, DTYPE, HERE, True),
     "mlm_loss": mlm_loss._case(40, 32, 100, DTYPE, HERE, True),
     "bias_gelu": bias_gelu._case(0, 40, 48, DTYPE, HERE, True),
+    "gelu_linear": kernels.select_cases("gelu_linear", HERE, DTYPE, quick=True, shapes="T=40,H=32,I=48")[0],
     "linear_gelu": linear_gelu._case(0, 40, 32, 48, "erf", DTYPE, HERE, True),
     "embed_layernorm dropout": embed_layernorm._case(0, 200, 48, 60, 0.3, DTYPE, HERE, True),
 }
