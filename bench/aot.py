@@ -45,6 +45,8 @@ from ..kernels import (
 )
 from ..kernels._triton import interpreting, triton
 from . import aot_attention, aot_mlm_loss
+from .gelu_linear_epilogue import gelu_linear
+from .linear_gelu_epilogue import TILINGS, linear_gelu
 
 # Per multiprocessor: registers, warps, shared memory a block may have (CUDA C programming guide, compute capabilities).
 LIMITS = {80: (65536, 64, 163 * 1024), 90: (65536, 64, 227 * 1024), 100: (65536, 64, 227 * 1024)}
@@ -205,6 +207,17 @@ def _bias_gelu(width: int, approximate: Literal["none", "tanh"], dtype: torch.dt
     bias_gelu(x, bias, approximate=approximate).sum().backward()
 
 
+def _linear_gelu(hidden_size: int, tiling: str, dtype: torch.dtype) -> None:
+    x, weight = (torch.empty(rows, hidden_size, dtype=dtype) for rows in (64, 4 * hidden_size))
+    linear_gelu(x, weight, torch.empty(4 * hidden_size), tiling=tiling)
+
+
+def _gelu_linear(hidden_size: int, tiling: str, dtype: torch.dtype) -> None:
+    x, weight = (torch.empty(rows, 4 * hidden_size, dtype=dtype, requires_grad=True) for rows in (64, hidden_size))
+    bias = torch.empty(4 * hidden_size, requires_grad=True)
+    gelu_linear(x, bias, weight, tiling=tiling).backward(torch.empty(64, hidden_size, dtype=dtype))
+
+
 def _embed_layernorm(hidden_size: int, p: float, dtype: torch.dtype) -> None:
     words, types, positions = (torch.randn(rows, hidden_size, requires_grad=True) for rows in (100, 2, 64))
     weight, bias = (torch.randn(hidden_size, requires_grad=True) for _ in range(2))
@@ -227,6 +240,9 @@ def cases(arch: int, dtype: torch.dtype = torch.bfloat16, *, heaviest: bool = Fa
     found["embed_layernorm H=768 dropout=0.1"] = functools.partial(_embed_layernorm, 768, 0.1, dtype)
     found["bias_gelu I=3072 erf"] = functools.partial(_bias_gelu, 3072, "none", dtype)
     found["bias_gelu I=3072 tanh"] = functools.partial(_bias_gelu, 3072, "tanh", dtype)
+    for hidden_size, tiling in itertools.product((768, 1024), TILINGS):
+        found[f"linear_gelu H={hidden_size} {tiling}"] = functools.partial(_linear_gelu, hidden_size, tiling, dtype)
+        found[f"gelu_linear H={hidden_size} {tiling}"] = functools.partial(_gelu_linear, hidden_size, tiling, dtype)
     found |= aot_mlm_loss.cases(dtype)
     return found
 

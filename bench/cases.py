@@ -96,7 +96,7 @@ class Case:
     """An operator at one shape.
 
     Attributes:
-        op: "attention", "layernorm", "mlm_loss", "bias_gelu" or "embed_layernorm".
+        op: its name in `kernels.OPERATORS`: "attention", "layernorm", …
         name: the shape in words, unique within the operator.
         shape: the shape in numbers, for the result file.
         inputs: seed → canonical inputs, random, on the device.

@@ -93,7 +93,8 @@ def kernels(
     op: Annotated[
         str | None,
         typer.Option(
-            help="attention, layernorm, mlm_loss, bias_gelu or embed_layernorm. Default: all.", show_default=False
+            help="attention, layernorm, mlm_loss, bias_gelu, linear_gelu, gelu_linear, embed_layernorm. Default: all.",
+            show_default=False,
         ),
     ] = None,
     shapes: Annotated[
@@ -133,6 +134,10 @@ def kernels(
       layernorm        T rows, H elements of a row, p dropout
       mlm_loss         M rows, H elements of a row, V words
       bias_gelu        T rows, I elements of a row
+      linear_gelu      T rows, H elements of a row, I of a result's row, gelu
+                       erf or tanh
+      gelu_linear      T rows, I elements of a row, H of a result's row, gelu
+                       erf or tanh
       embed_layernorm  T tokens, H elements of a row, V words, p dropout
     """
     from . import kernels as suite

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import attention, bias_gelu, embed_layernorm, layernorm, mlm_loss
+from . import attention, bias_gelu, embed_layernorm, gelu_linear, layernorm, linear_gelu, mlm_loss
 from .cases import OURS, PEER, Case, Contestant, Cost, Run, Tensors, matches, with_peers
 from .ceilings import ceilings as measure_ceilings
 from .ceilings import drift
@@ -28,6 +28,8 @@ OPERATORS = {
     "layernorm": layernorm.OPERATOR,
     "mlm_loss": mlm_loss.OPERATOR,
     "bias_gelu": bias_gelu.OPERATOR,
+    "linear_gelu": linear_gelu.OPERATOR,
+    "gelu_linear": gelu_linear.OPERATOR,
     "embed_layernorm": embed_layernorm.OPERATOR,
 }
 # Input sets a contestant walks through: enough that the L2 has forgotten the first when it comes round again.

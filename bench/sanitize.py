@@ -31,6 +31,8 @@ from ..kernels import (
     layernorm,
     masked_lm_loss,
 )
+from .gelu_linear_epilogue import gelu_linear
+from .linear_gelu_epilogue import TILINGS, linear_gelu
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -92,6 +94,19 @@ def calls(dtype: torch.dtype, p: float) -> Iterator[tuple[str, Callable[[], Tens
     )
     x, gelu_bias = _leaf(37, 200, dtype=dtype), _leaf(200, dtype=torch.float32)
     yield "bias_gelu", lambda: bias_gelu(x, gelu_bias)
+    if DEVICE.type == "cuda":
+        for tiling, width in itertools.product(TILINGS, (200, 203)):  # through descriptors and through pointers
+            x, matrix = _leaf(150, width, dtype=dtype), _leaf(301 if width == 203 else 304, width, dtype=dtype)
+            bias = _leaf(matrix.shape[0], dtype=torch.float32)
+            yield (
+                f"linear_gelu {tiling} H={width}",
+                lambda x=x, w=matrix, b=bias, t=tiling: linear_gelu(x, w, b, tiling=t),
+            )
+            y, down = _leaf(150, matrix.shape[0], dtype=dtype), _leaf(width, matrix.shape[0], dtype=dtype)
+            yield (
+                f"gelu_linear {tiling} H={width}",
+                lambda y=y, w=down, b=bias, t=tiling: gelu_linear(y, b, w, tiling=t),
+            )
     hidden, decoder, decoder_bias = _leaf(37, 64, dtype=dtype), _leaf(1003, 64, dtype=dtype), _leaf(1003, dtype=dtype)
     labels = torch.randint(1003, (37,), device=DEVICE)
     labels[::5] = -100

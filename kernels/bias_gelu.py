@@ -108,6 +108,22 @@ def _density(a, tail, TANH: tl.constexpr):
     return tl.exp2(-0.7213475204 * a * a - 1.325748065)  # e^(−a²/2) / √(2π)
 
 
+@triton.jit
+def gelu(z, TANH: tl.constexpr):
+    """z Φ(z), float32."""
+    a = _distance(z)
+    return tl.maximum(z, 0.0) - a * _tail(a, TANH)
+
+
+@triton.jit
+def gelu_slope(z, TANH: tl.constexpr):
+    """Φ(z) + z φ(z), float32."""
+    a = _distance(z)
+    tail = _tail(a, TANH)
+    t = tail - a * _density(a, tail, TANH)
+    return tl.where(z < 0.0, t, 1.0 - t)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _forward(
     x_ptr,  # [M, I]
@@ -125,10 +141,8 @@ def _forward(
     z = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         z += _bias(bias_ptr, column_tile, I, BLOCK_I)
-    a = _distance(z)
-    y = tl.maximum(z, 0.0) - a * _tail(a, TANH)
     offsets, mask = _tile(row_tile, column_tile, None, num_rows, I, BLOCK_M, BLOCK_I)
-    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + offsets, gelu(z, TANH).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -163,10 +177,7 @@ def _backward(
         z = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         if bias_ptr is not None:
             z += bias
-        a = _distance(z)
-        tail = _tail(a, TANH)
-        t = tail - a * _density(a, tail, TANH)
-        dx = dy * tl.where(z < 0.0, t, 1.0 - t)
+        dx = dy * gelu_slope(z, TANH)
         offsets, mask = _tile(row_tile, column_tile, None, num_rows, I, BLOCK_M, BLOCK_I)
         tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         if dbias_ptr is not None:
@@ -377,4 +388,4 @@ class FusedLinearGELU(nn.Linear):
         return f"{super().extra_repr()}, approximate={self.approximate!r}"
 
 
-__all__ = ["FusedLinearGELU", "bias_gelu"]
+__all__ = ["FusedLinearGELU", "bias_gelu", "gelu", "gelu_slope"]

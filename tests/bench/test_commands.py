@@ -162,6 +162,27 @@ def test_step(tmp_path):
     assert 0 < result["profile"]["operator_ms"] <= result["profile"]["ms"]
 
 
+def test_step_races_fp8_where_it_runs(monkeypatch):
+    """As one more of ours, never the one that the others are compared with."""
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(step, "fp8_obstacle", lambda device: None)  # a CPU multiplies it too, slowly
+    if DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no fp8")
+    settings = step.Settings("tiny", tokens=64, seqlen=32, vocab_size=64)
+    multiplied = []
+    scaled_mm = torch._scaled_mm
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **kw: multiplied.append(1) or scaled_mm(*args, **kw))
+    for dtype, raced in ((torch.float32, False), (torch.bfloat16, True)):
+        result = step.run(settings, torch.device(DEVICE), dtype, quick=True, say=lambda _: None)
+        rows = {row["name"]: row for row in result["contestants"]}
+        assert ("fusebert, fp8" in rows) == bool(multiplied) == raced
+    row = rows["fusebert, fp8"]
+    assert row["verdict"]["status"] == "unchecked"
+    assert row["timing"]["median_ms"] > 0
+    assert rows["fusebert"]["ratio_to_ours"]["median"] == 1.0
+    assert not step.ours_that_are_not_right(result)
+
+
 def test_step_on_a_prepared_corpus(tmp_path):
     """Its vocabulary, its lengths: the batch that a run on it would begin with."""
     pytest.importorskip("transformers")

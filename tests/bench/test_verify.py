@@ -7,7 +7,16 @@ import pytest
 import torch
 from oracle import DEVICE, relative_error
 
-from fusebert.bench import attention, attention_peers, bias_gelu, embed_layernorm, kernels, layernorm, mlm_loss
+from fusebert.bench import (
+    attention,
+    attention_peers,
+    bias_gelu,
+    embed_layernorm,
+    kernels,
+    layernorm,
+    linear_gelu,
+    mlm_loss,
+)
 from fusebert.bench.attention_segments import Segments
 from fusebert.bench.cases import OURS, Case, Contestant, Run
 from fusebert.bench.verify import COARSE, FAILED, RIGHT, UNCHECKED, WRONG, Judge, verify
@@ -27,6 +36,8 @@ CASES = {
     "layernorm dropout": layernorm._case(0, 64, 48, 0.3, DTYPE, HERE, True),
     "mlm_loss": mlm_loss._case(40, 32, 100, DTYPE, HERE, True),
     "bias_gelu": bias_gelu._case(0, 40, 48, DTYPE, HERE, True),
+    "gelu_linear": kernels.select_cases("gelu_linear", HERE, DTYPE, quick=True, shapes="T=40,H=32,I=48")[0],
+    "linear_gelu": linear_gelu._case(0, 40, 32, 48, "erf", DTYPE, HERE, True),
     "embed_layernorm dropout": embed_layernorm._case(0, 200, 48, 60, 0.3, DTYPE, HERE, True),
 }
 

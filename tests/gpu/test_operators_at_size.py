@@ -27,6 +27,8 @@ SHAPES = {
         "layernorm": "H=768; H=768,p=0; H=1024; H=1024,p=0; H=4096,T=16384; H=1000,T=7777; H=768,T=1",
         "mlm_loss": "V=30522; H=1024; M=1; M=777,V=1003",
         "bias_gelu": "I=3072; I=4096; I=1000,T=7777; T=1",
+        "linear_gelu": "H=768; H=1024,I=4096; H=768,gelu=tanh; T=7777,H=1000,I=1003; T=1",
+        "gelu_linear": "H=768; H=1024,I=4096; H=768,gelu=tanh; T=7777,H=1000,I=1003; T=1",
         "embed_layernorm": "H=768; H=768,p=0; H=1024; T=1; T=7777,H=1000",
     },
     False: {
@@ -34,6 +36,8 @@ SHAPES = {
         "layernorm": "T=5,H=48,p=0.2; T=1,H=40,p=0",
         "mlm_loss": "M=20,H=16,V=50",
         "bias_gelu": "T=5,I=40",
+        "linear_gelu": "T=5,H=24,I=40",
+        "gelu_linear": "T=5,H=24,I=40",
         "embed_layernorm": "T=37,H=16,V=40,p=0.2",
     },
 }[ON_GPU]
@@ -79,6 +83,15 @@ def assert_same_bits(found, expected):
         assert torch.equal(found[name], expected[name]), name
 
 
+def assert_same(case, inputs, found, expected):
+    """To the bit, but where PyTorch's own products take part: in a graph they may be other algorithms of cuBLAS's."""
+    if case.op in ("linear_gelu", "gelu_linear"):
+        verdict = Judge(case, inputs, case.dropout_p).judge(found)
+        assert verdict.status == RIGHT, verdict
+    else:
+        assert_same_bits(found, expected)
+
+
 def test_the_poison_poisons():
     with poisoned():
         assert torch.empty(1000, device=DEVICE).isnan().all()
@@ -115,7 +128,7 @@ def test_compiled_whole_gives_the_same_bits(op):
         torch.compiler.reset()
         compiled = torch.compile(run.forward, fullgraph=True, backend="inductor" if ON_GPU else "aot_eager")
         out = compiled()
-        assert_same_bits(run.named(out, run.backward(out)), expected)
+        assert_same(case, inputs, run.named(out, run.backward(out)), expected)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
@@ -140,7 +153,7 @@ def test_captured_and_replayed_with_a_new_mask_each_time(op, shape):
                 inputs["seed"].fill_(seed)
             graph.replay()
             found = {name: x.clone() for name, x in run.named(out, gradients).items()}
-            assert_same_bits(found, results(run))  # an ordinary call with that seed
+            assert_same(case, inputs, found, results(run))  # an ordinary call with that seed
             replayed.append(found)
         assert_same_bits(replayed[0], replayed[2])
         first = next(iter(replayed[0]))

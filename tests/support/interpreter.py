@@ -1,4 +1,8 @@
-"""Triton's interpreter narrows float32 to bfloat16 by cutting bits off; GPUs round to nearest, ties to even."""
+"""bfloat16 in Triton's interpreter as GPUs have it.
+
+It narrows float32 to bfloat16 by cutting bits off, where GPUs round to nearest, ties to even, and multiplies bit
+patterns.
+"""
 
 from __future__ import annotations
 
@@ -19,3 +23,20 @@ def round_bfloat16(monkeypatch) -> None:
 
     original = interpreter._convert_float
     monkeypatch.setattr(interpreter, "_convert_float", convert)
+
+
+def multiply_bfloat16(monkeypatch) -> None:
+    """For one test, let the interpreter's tl.dot read bfloat16 as numbers, not as bit patterns (triton #11584)."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    def widen(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot(self, a, b, *rest):
+        return original(self, widen(a), widen(b), *rest)
+
+    original = interpreter.InterpreterBuilder.create_dot
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
