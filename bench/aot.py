@@ -232,7 +232,7 @@ def cases(arch: int, dtype: torch.dtype = torch.bfloat16, *, heaviest: bool = Fa
     heaviest: of attention, one variant for each entry of its tables.
     """
     found: dict[str, Callable[[], None]] = aot_attention.cases(arch, heaviest=heaviest)
-    for hidden_size in (256, 768, 1024, 4096):
+    for hidden_size in (256, 768, 1000, 1024, 4096, 5120, 8192, 16384):
         for p, biased in itertools.product((0.0, 0.1), (False, True)):
             name = f"dropout_add_layernorm H={hidden_size} dropout={p}" + (" linear_bias" if biased else "")
             found[name] = functools.partial(_dropout_add_layernorm, hidden_size, p, biased, dtype)

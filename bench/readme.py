@@ -26,8 +26,10 @@ from ..train.errors import UserError
 from .cases import OURS, PEER
 from .environment import describe
 from .report_blocks import Row, row, table
-from .report_content import Source, kernels_summary, lengths_words, pretrain_table, pretrain_words
+from .report_cells import Source
+from .report_kernels import kernels_summary
 from .report_markdown import markdown_table
+from .report_runs import lengths_words, pretrain_table, pretrain_words
 from .result_file import read_result
 from .units import interval
 

@@ -14,9 +14,11 @@ from pathlib import Path
 
 from ..train.errors import UserError
 from .report_blocks import Figure, Section, Text
-from .report_content import SECTIONS, Source, environment_section, method_section, section
+from .report_cells import Source
+from .report_content import SECTIONS, section
 from .report_html import Image, page
 from .report_markdown import markdown
+from .report_method import environment_section, method_section
 from .report_paper import DARK, LIGHT, render
 from .report_plots import plots
 from .result_file import read_result

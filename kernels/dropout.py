@@ -48,13 +48,13 @@ def halves(words):
 
 
 @triton.jit
-def dropout_keep(seed, p_threshold, rows, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """[BLOCK_M, BLOCK_N] booleans: which elements of rows, from column 0 on, survive.
+def dropout_keep(seed, p_threshold, rows, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, first_column=0):
+    """[BLOCK_M, BLOCK_N] booleans: which elements of rows, from first_column on, survive.
 
-    rows: [BLOCK_M] int32 row numbers; p_threshold: `keep_threshold`; BLOCK_N: at least 8.
+    rows: [BLOCK_M] int32 row numbers; p_threshold: `keep_threshold`; BLOCK_N and first_column: multiples of 8.
     """
     zeros = tl.zeros((BLOCK_M, BLOCK_N // 8), dtype=tl.int32)
-    groups = tl.arange(0, BLOCK_N // 8)
+    groups = first_column // 8 + tl.arange(0, BLOCK_N // 8)
     a, b, c, d = philox(seed, zeros + groups[None, :], zeros + rows[:, None], zeros)
     # join adds a last axis of 2: joined twice and flattened the order is a, b, c, d.
     words = tl.join(tl.join(a, c), tl.join(b, d))

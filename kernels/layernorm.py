@@ -29,6 +29,10 @@ Bytes through HBM a row, which are also the fewest possible, and FLOPs:
     dropout_add_layernorm backward      dy s            dresidual dx    4 eH + 8      14 H and Philox again
       without dropout                   dy s            ds              3 eH + 8      13 H
 
+Above H = 8192 (4096 with dropout or linear_bias, but for whole blocks of 8192) each row of the backward is shared by
+H / 8192 or H / 4096 programs at the same time, since the sums below would not fit in one's registers. Each reads all
+of dy and s for the row's two means: from HBM once, from L2 as often as there are programs, 4 eH bytes at 16384.
+
 With linear_bias nothing is added to these, and the linear's own backward loses a pass that reads dx, eH bytes a row.
 
 Two to five operations a byte: the memory sets the time. dw, db and da are sums over all rows: each program of the
@@ -50,7 +54,7 @@ from .backend import choose_backend
 from .dropout import dropout_mask, resolve_seed
 from .layernorm_kernels import empty_gradient, kept_shapes, launch_backward, launch_forward
 
-# A row must fit in the registers of one program (above 8192 the backward spills a tenth of it); wider: the reference.
+# In the forward a row must fit in the registers of one program; wider: the reference.
 MAX_HIDDEN_SIZE = 16384
 
 

@@ -27,21 +27,27 @@ def row_statistics(s, mask, eps, H: tl.constexpr, CENTRED: tl.constexpr = True):
 
 
 @triton.jit
-def normalised(s, mean, rstd, H: tl.constexpr, BLOCK_H: tl.constexpr):
+def normalised(s, mean, rstd, H: tl.constexpr, BLOCK_H: tl.constexpr, first_column=0):
     """x̂ again from the forward's statistics."""
     xhat = (s - mean[:, None]) * rstd[:, None]
-    if H < BLOCK_H:
+    if H % BLOCK_H != 0:
         # Beyond H dy is 0, but 0 · x̂ is not where −μ r overflowed.
-        xhat = tl.where(tl.arange(0, BLOCK_H)[None, :] < H, xhat, 0.0)
+        xhat = tl.where(first_column + tl.arange(0, BLOCK_H)[None, :] < H, xhat, 0.0)
     return xhat
 
 
 @triton.jit
-def sum_gradient(g, xhat, rstd, H: tl.constexpr, CENTRED: tl.constexpr = True):
-    """ds = r (g − ⟨g⟩ − x̂ ⟨g∘x̂⟩); not CENTRED: without ⟨g⟩."""
-    mean_gx = tl.sum(g * xhat, axis=1) / H
+def sum_gradient(g, xhat, rstd, H: tl.constexpr, CENTRED: tl.constexpr = True, more_g=None, more_gx=None):
+    """ds = r (g − ⟨g⟩ − x̂ ⟨g∘x̂⟩); not CENTRED: without ⟨g⟩. more_g, more_gx: Σg and Σg∘x̂ of the row's other columns."""
+    sum_gx = tl.sum(g * xhat, axis=1)
+    if more_gx is not None:
+        sum_gx += more_gx
+    mean_gx = sum_gx / H
     if CENTRED:
-        mean_g = tl.sum(g, axis=1) / H
+        sum_g = tl.sum(g, axis=1)
+        if more_g is not None:
+            sum_g += more_g
+        mean_g = sum_g / H
         return (g - mean_g[:, None] - xhat * mean_gx[:, None]) * rstd[:, None]
     return (g - xhat * mean_gx[:, None]) * rstd[:, None]
 
@@ -81,16 +87,16 @@ def _forward(
         offsets, mask = row_tile(tile, stride_residual, num_rows, H, BLOCK_M, BLOCK_H)
         s += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     s = s.to(y_ptr.dtype.element_ty).to(tl.float32)
+    offsets, mask = row_tile(tile, None, num_rows, H, BLOCK_M, BLOCK_H)
+    if s_ptr is not None:
+        tl.store(s_ptr + offsets, s.to(s_ptr.dtype.element_ty), mask=mask)
 
     y, mean, rstd = row_statistics(s, mask, eps, H, CENTRED)
     if weight_ptr is not None:
         y *= tl.load(weight_ptr + columns, mask=columns < H, other=0.0).to(tl.float32)[None, :]
     if bias_ptr is not None:
         y += tl.load(bias_ptr + columns, mask=columns < H, other=0.0).to(tl.float32)[None, :]
-    offsets, mask = row_tile(tile, None, num_rows, H, BLOCK_M, BLOCK_H)
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
-    if s_ptr is not None:
-        tl.store(s_ptr + offsets, s.to(s_ptr.dtype.element_ty), mask=mask)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     if mean_ptr is not None:
         tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
@@ -123,7 +129,10 @@ def _backward(
     BLOCK_H: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    columns = tl.arange(0, BLOCK_H)
+    # A row wider than a block is its column blocks' programs', one on the grid's second axis for each.
+    BLOCKS: tl.constexpr = tl.cdiv(H, BLOCK_H)
+    first = 0 if BLOCKS == 1 else tl.program_id(1) * BLOCK_H
+    columns = first + tl.arange(0, BLOCK_H)
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + columns, mask=columns < H, other=0.0).to(tl.float32)[None, :]
     # Summed over the tile's rows only at the end: until then no thread waits for another.
@@ -137,16 +146,16 @@ def _backward(
     # The few programs that this grid has must keep the memory busy by themselves: STAGES tiles are in flight.
     for tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.num_programs(0), num_stages=STAGES):
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        offsets, mask = row_tile(tile, stride_dy, num_rows, H, BLOCK_M, BLOCK_H)
+        offsets, mask = row_tile(tile, stride_dy, num_rows, H, BLOCK_M, BLOCK_H, first)
         dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        offsets, mask = row_tile(tile, stride_s, num_rows, H, BLOCK_M, BLOCK_H)
+        offsets, mask = row_tile(tile, stride_s, num_rows, H, BLOCK_M, BLOCK_H, first)
         s = tl.load(s_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         mean = tl.zeros((BLOCK_M,), dtype=tl.float32)
         if mean_ptr is not None:
             mean = tl.load(mean_ptr + rows, mask=rows < num_rows, other=0.0)
         rstd = tl.load(rstd_ptr + rows, mask=rows < num_rows, other=0.0)
 
-        xhat = normalised(s, mean, rstd, H, BLOCK_H)
+        xhat = normalised(s, mean, rstd, H, BLOCK_H, first)
         if dweight_ptr is not None:
             dweight += dy * xhat
         if dbias_ptr is not None:
@@ -154,15 +163,32 @@ def _backward(
         g = dy
         if weight_ptr is not None:
             g = dy * weight
-        ds = sum_gradient(g, xhat, rstd, H, mean_ptr is not None)
+        if BLOCKS == 1:
+            ds = sum_gradient(g, xhat, rstd, H, mean_ptr is not None)
+        else:
+            # The others' columns, of which only ⟨g⟩ and ⟨g∘x̂⟩ are wanted: read by them too, and at about this time.
+            more_g = tl.zeros((BLOCK_M,), dtype=tl.float32)
+            more_gx = tl.zeros((BLOCK_M,), dtype=tl.float32)
+            for i in tl.static_range(1, BLOCKS):
+                other = (tl.program_id(1) + i) % BLOCKS * BLOCK_H
+                offsets, mask = row_tile(tile, stride_dy, num_rows, H, BLOCK_M, BLOCK_H, other)
+                g_there = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+                if weight_ptr is not None:
+                    there = other + tl.arange(0, BLOCK_H)
+                    g_there *= tl.load(weight_ptr + there, mask=there < H, other=0.0).to(tl.float32)[None, :]
+                offsets, mask = row_tile(tile, stride_s, num_rows, H, BLOCK_M, BLOCK_H, other)
+                s_there = tl.load(s_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+                more_g += tl.sum(g_there, axis=1)
+                more_gx += tl.sum(g_there * normalised(s_there, mean, rstd, H, BLOCK_H, other), axis=1)
+            ds = sum_gradient(g, xhat, rstd, H, mean_ptr is not None, more_g, more_gx)
         if ds_out_ptr is not None:
-            offsets, mask = row_tile(tile, stride_ds_out, num_rows, H, BLOCK_M, BLOCK_H)
+            offsets, mask = row_tile(tile, stride_ds_out, num_rows, H, BLOCK_M, BLOCK_H, first)
             ds += tl.load(ds_out_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        offsets, mask = row_tile(tile, None, num_rows, H, BLOCK_M, BLOCK_H)
+        offsets, mask = row_tile(tile, None, num_rows, H, BLOCK_M, BLOCK_H, first)
         if dresidual_ptr is not None:
             tl.store(dresidual_ptr + offsets, ds.to(dresidual_ptr.dtype.element_ty), mask=mask)
         if seed_ptr is not None:
-            ds = tl.where(row_keep(seed, p_threshold, tile, H, BLOCK_M, BLOCK_H), ds * keep_scale, 0.0)
+            ds = tl.where(row_keep(seed, p_threshold, tile, H, BLOCK_M, BLOCK_H, first), ds * keep_scale, 0.0)
         if dlinear_bias_ptr is not None:
             dlinear_bias += ds
         tl.store(dx_ptr + offsets, ds.to(dx_ptr.dtype.element_ty), mask=mask)
@@ -191,12 +217,18 @@ def forward_config(hidden_size: int) -> Config:
     return Config(min(64, max(1, 1024 // block_h)), block_h, min(16, max(1, block_h // 1024)))
 
 
-def _backward_config(hidden_size: int, linear_bias_grad: bool) -> Config:
+def _backward_config(hidden_size: int, linear_bias_grad: bool, dropout: bool, dtype: torch.dtype) -> Config:
     # 16 elements a thread: besides the tile, dweight and dbias have to stay in registers; 8 with dlinear_bias, without
     # which halving a multiprocessor held one program (165 registers a thread on sm_90) in place of two.
     block_h = max(8, triton.next_power_of_2(hidden_size))
     elements = 2048 if linear_bias_grad else 4096
-    return Config(min(64, max(1, elements // block_h)), block_h, 8 if block_h <= elements else 16)
+    if hidden_size > 4096:
+        # Two or three float32 rows of sums don't fit in the registers beside the row (16384: the kernel spilled 450
+        # bytes a thread): programs share it, in halves or, where masks, Philox, float32 or a third sum want registers
+        # too, in 8 elements a thread.
+        heavy = (dropout or hidden_size > 8192) and (hidden_size % 8192 != 0 or dtype.itemsize == 4)
+        block_h = 4096 if linear_bias_grad or heavy else 8192
+    return Config(min(64, max(1, elements // block_h)), block_h, 8 if hidden_size <= elements else 16)
 
 
 def kept_shapes(x: Tensor, residual: Tensor | None, centred: bool, keep: bool) -> tuple[torch.Size, ...]:
@@ -287,14 +319,17 @@ def launch_backward(
     dy_rows, s_rows = as_rows(dy, hidden_size), as_rows(s, hidden_size)
     ds_out_rows = None if ds_out is None else as_rows(ds_out, hidden_size)
     num_rows = s_rows.shape[0]
-    config = _backward_config(hidden_size, linear_bias_grad)
-    num_programs = num_programs_for(s.device, triton.cdiv(num_rows, config.block_m), config.num_warps)
+    config = _backward_config(hidden_size, linear_bias_grad, seed is not None, s.dtype)
+    blocks = triton.cdiv(hidden_size, config.block_h)
+    num_tiles = triton.cdiv(num_rows, config.block_m)
+    # All at once: the programs of a row then find in L2 what one of them has read.
+    num_programs = max(1, num_programs_for(s.device, num_tiles * blocks, config.num_warps) // blocks)
     dlinear_bias_partial, dweight_partial, dbias_partial = (
         torch.empty((num_programs, hidden_size), dtype=torch.float32, device=s.device) if wanted else None
         for wanted in (linear_bias_grad, weight_grad, bias_grad)
     )
     with torch.cuda.device_of(s):
-        _backward[(num_programs,)](
+        _backward[(num_programs, blocks)](
             dy_rows,
             ds_out_rows,
             s_rows,
@@ -316,7 +351,8 @@ def launch_backward(
             H=hidden_size,
             BLOCK_M=config.block_m,
             BLOCK_H=config.block_h,
-            STAGES=2,
+            # Whole rows of float32, twice, are more than sm_80 has of shared memory.
+            STAGES=2 if blocks == 1 or s.element_size() == 2 else 1,
             num_warps=config.num_warps,
         )
         launch_sum_partials([(dlinear_bias_partial, dlinear_bias), (dweight_partial, dweight), (dbias_partial, dbias)])

@@ -19,19 +19,19 @@ from .dropout import dropout_keep
 
 
 @triton.jit
-def row_tile(tile, stride, num_rows, H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr):
+def row_tile(tile, stride, num_rows, H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, first_column=0):
     """(offsets, mask) of a tile in a tensor whose rows are stride elements apart, each [BLOCK_M, BLOCK_H]."""
-    rows, columns = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_H)
+    rows, columns = tile * BLOCK_M + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_H)
     # A stride of None is H, known when compiling: rows of H = 1000 elements still begin at multiples of 16 bytes.
     row_offsets = tl.cast(rows, tl.int64) * (H if stride is None else stride)
     return row_offsets[:, None] + columns[None, :], (rows[:, None] < num_rows) & (columns[None, :] < H)
 
 
 @triton.jit
-def row_keep(seed, p_threshold, tile, H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr):
-    rows, columns = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_H)
-    keep = dropout_keep(seed, p_threshold, rows, BLOCK_M, BLOCK_H)
-    if H < BLOCK_H:
+def row_keep(seed, p_threshold, tile, H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, first_column=0):
+    rows, columns = tile * BLOCK_M + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_H)
+    keep = dropout_keep(seed, p_threshold, rows, BLOCK_M, BLOCK_H, first_column)
+    if H % BLOCK_H != 0:
         keep = keep & (columns[None, :] < H)  # so that no word is drawn for a register that holds no column
     return keep
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import os
+import signal
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -93,6 +94,8 @@ def first_to_fail() -> bool:
     ranks = Ranks.of_environment()
     if ranks.alone:
         return True
+    # torchrun ends all of them as soon as one has exited: not the one that has yet to tell.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         store = dist.TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=STORE_TIMEOUT

@@ -37,13 +37,17 @@ def test_lines_that_are_not_whole_are_left_out():
 def test_sampled_while_the_block_runs_and_ended_with_it(tmp_path, monkeypatch):
     script = tmp_path / "nvidia-smi"
     script.write_text(
-        '#!/bin/sh\necho "$*" >"$0.arguments"\nwhile :; do echo "1755, 2619, 50, 400, 0x0"; sleep 0.05; done\n'
+        '#!/bin/sh\necho "$*" >"$0.arguments"\n'
+        'while :; do echo "1755, 2619, 50, 400, 0x0"; echo >>"$0.samples"; sleep 0.05; done\n'
     )
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setattr(clocks, "select_gpu", lambda _: ["-i", "GPU-1"])
+    samples = tmp_path / "nvidia-smi.samples"
     with Clocks(torch.device("cuda")) as seen:
-        time.sleep(0.5)
+        deadline = time.monotonic() + 60
+        while not (samples.is_file() and samples.stat().st_size >= 2) and time.monotonic() < deadline:
+            time.sleep(0.01)
         process = seen._process
     assert process.poll() is not None
     assert seen.found["samples"] >= 2

@@ -204,6 +204,25 @@ def test_one_column() -> None:
     torch.testing.assert_close(found["dbias"], dy.double().sum(0).float())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("hidden_size", "p", "has_linear_bias"),
+    [(4104, 0.3, True), (9001, 0.0, False), (16384, 0.3, False)],
+)
+def test_rows_shared_by_programs(hidden_size: int, p: float, has_linear_bias: bool, dtype: torch.dtype) -> None:
+    """In blocks of columns, of which the last may hold a few; several rows a program, and no sum without all blocks."""
+
+    def draw() -> tuple[Tensor | None, ...]:
+        x, residual = make(3, hidden_size, dtype=dtype), make(3, hidden_size, dtype=dtype)
+        # Values and weights that differ from block to block: a mean over the wrong ones would show.
+        trend = torch.linspace(-1, 2, hidden_size, device=DEVICE)
+        weight = make(hidden_size) + trend
+        linear_bias = make(hidden_size, scale=3.0, dtype=dtype) if has_linear_bias else None
+        return x, (residual.float() + trend).to(dtype), weight, make(hidden_size), linear_bias
+
+    check(draw, p=p, seed=hidden_size, sum_gradient=has_linear_bias)
+
+
 def test_widest_row_and_beyond() -> None:
     check(lambda: (make(2, 16384), make(2, 16384), None, None))
     check(lambda: (make(2, 16385), make(2, 16385), None, None))  # runs the reference
@@ -239,10 +258,11 @@ def test_constant_rows(value: float, hidden_size: int) -> None:
     assert all(t.isfinite().all() for t in found.values())
 
 
-def test_finite_where_mean_times_rstd_is_not() -> None:
+@pytest.mark.parametrize("hidden_size", [129, 9001])
+def test_finite_where_mean_times_rstd_is_not(hidden_size: int) -> None:
     """The columns between H and the tile's edge must not turn 0 · ∞ into a gradient."""
-    x = torch.full((5, 129), 2.0**70, device=DEVICE)
-    found = run(x, None, make(129), make(129), make(5, 129), eps=2e-38)
+    x = torch.full((5, hidden_size), 2.0**70, device=DEVICE)
+    found = run(x, None, make(hidden_size), make(hidden_size), make(5, hidden_size), eps=2e-38)
     assert all(t.isfinite().all() for t in found.values())
 
 

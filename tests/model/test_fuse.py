@@ -177,7 +177,8 @@ def test_the_masked_language_loss(family, backend):
         ours, our_grads = loss_and_gradients(model, inputs)
     logits = FAMILIES[family][2]
     assert logits not in ours
-    assert_as_good_as_torch(ours["loss"], oracle["loss"], theirs["loss"], "loss")
+    # One number: how near PyTorch's comes is chance. A logit, its logsumexp, their difference and the mean are rounded.
+    assert_as_good_as_torch(ours["loss"], oracle["loss"], theirs["loss"], "loss", roundings=4)
     assert_as_good_as_torch(flat(our_grads), flat(oracle_grads), flat(their_grads), "gradients")
     torch.testing.assert_close(model(**inputs, return_dict=False)[0], ours["loss"], rtol=1e-4, atol=1e-5)
     with torch.no_grad():  # eval, and training without labels, have their logits

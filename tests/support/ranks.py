@@ -4,23 +4,29 @@ for many runs."""
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
-import socket
+import time
 import traceback
 from collections.abc import Sequence
 from typing import Any
 
+import torch.distributed as dist
+
 Job = dict[str, Any]  # PretrainSettings' arguments
 
 
-def pretrain_in(world_size: int, jobs: Sequence[Job], seconds: float = 240.0, setup: Any = None) -> None:
+def pretrain_in(world_size: int, jobs: Sequence[Job], seconds: float = 900.0, setup: Any = None) -> None:
     """Runs the jobs one after the other, each in all of ``world_size`` processes; fails if one of them does.
 
     Args:
-        seconds: after which the processes are ended.
+        seconds: after which the processes are ended. They hang, then: a busy machine makes this ten times slower.
         setup: called with the rank in each process before the jobs.
     """
-    ports = [_free_port() for _ in jobs]
+    # The stores are here, as torchrun's are in its agent: a port that was only looked up could be another's by the
+    # time its job begins, gloo's own connections take theirs from the same range.
+    stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in jobs]
+    ports = [store.port for store in stores]
     context = multiprocessing.get_context("spawn")
     errors = context.SimpleQueue()
     processes = [
@@ -28,14 +34,17 @@ def pretrain_in(world_size: int, jobs: Sequence[Job], seconds: float = 240.0, se
     ]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join(seconds)
-    late = [process for process in processes if process.is_alive()]
-    for process in late:
+    end = time.monotonic() + seconds
+    running = list(processes)
+    # Where one fails the others may wait for it for ever.
+    while running and errors.empty() and time.monotonic() < end:
+        multiprocessing.connection.wait([process.sentinel for process in running], end - time.monotonic())
+        running = [process for process in running if process.is_alive()]
+    for process in running:
         process.kill()
         process.join()
-    assert not late, f"{len(late)} of {world_size} processes did not end within {seconds} s"
     assert errors.empty(), errors.get()
+    assert not running, f"{len(running)} of {world_size} processes did not end within {seconds} s"
     assert [process.exitcode for process in processes] == [0] * world_size
 
 
@@ -45,6 +54,7 @@ def _run(rank: int, world_size: int, jobs: Sequence[Job], ports: Sequence[int], 
 
     os.environ |= {
         "TORCHELASTIC_RUN_ID": "test",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
         "MASTER_ADDR": "127.0.0.1",
         **{name: str(rank) for name in ("RANK", "LOCAL_RANK")},
         **{name: str(world_size) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")},
@@ -61,12 +71,6 @@ def _run(rank: int, world_size: int, jobs: Sequence[Job], ports: Sequence[int], 
         os._exit(1)
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 class SkewedClock:
     """A second passes with each step; on the second process it is an hour later, and three seconds pass."""
 
@@ -80,6 +84,7 @@ class SkewedClock:
 def skew_clocks(rank: int) -> None:
     """A `setup` that gives each process's run a `SkewedClock`."""
     from fusebert.train import pretrain as module
+    from fusebert.train import readback
 
     clock, original = SkewedClock(rank), module.TrainingStep.__call__
 
@@ -87,5 +92,5 @@ def skew_clocks(rank: int) -> None:
         clock.now += 1.0
         return original(self, *args, **kwargs)
 
-    module.time = clock  # type: ignore[assignment]
+    module.time = readback.time = clock  # type: ignore[assignment]
     module.TrainingStep.__call__ = step  # type: ignore[method-assign]
