@@ -66,7 +66,7 @@ TABLES = {
         },
         long_backward_dk_dv={
             16: Config(64, 128, 8, 2),
-            32: Config(32, 128, 8, 2),
+            32: Config(64, 128, 8, 2),
             64: Config(16, 64, 8, 2),
             128: Config(16, 16, 4, 1),
             256: Config(16, 32, 8, 1),
@@ -92,7 +92,7 @@ TABLES = {
         long_backward_dk_dv={
             16: Config(64, 128, 8, 2),
             32: Config(64, 128, 8, 2),
-            64: Config(32, 128, 8, 2),
+            64: Config(64, 128, 8, 2),
             128: Config(32, 128, 8, 2),
             256: Config(16, 64, 8, 2),
         },
@@ -103,21 +103,21 @@ TABLES = {
         short_backward={16: 64, 32: 32, 64: 32, 128: 16, 256: 16},
         long_forward={
             16: Config(32, 32, 4, 2),
-            32: Config(32, 32, 4, 2),
-            64: Config(32, 32, 8, 1),
+            32: Config(32, 32, 8, 1),
+            64: Config(32, 32, 8, 1, maxnreg=128),
             128: Config(32, 16, 8, 1),
             256: Config(16, 16, 8, 1),
         },
         long_backward_dq={
-            16: Config(32, 32, 4, 2),
-            32: Config(32, 16, 4, 2),
+            16: Config(16, 32, 4, 2),
+            32: Config(16, 32, 4, 2),
             64: Config(32, 16, 4, 1),
             128: Config(32, 16, 8, 1),
             256: Config(16, 16, 8, 1),
         },
         long_backward_dk_dv={
             16: Config(32, 32, 4, 2),
-            32: Config(16, 32, 4, 2),
+            32: Config(16, 32, 4, 2, maxnreg=255),
             64: Config(32, 16, 8, 1),
             128: Config(16, 16, 8, 1),
             256: Config(16, 16, 8, 1),
@@ -142,7 +142,12 @@ NOTHING = Table({}, {}, {}, {}, {})
 
 # What differs under a padding mask, a window or grouped heads, which take more registers: entries that then spill.
 MASKED: dict[tuple[int, int], Table] = {
-    (80, 2): NOTHING._replace(short_forward={128: 32}, long_forward={32: Config(128, 64, 8, 3)}),
+    (80, 2): NOTHING._replace(
+        short_forward={128: 32},
+        long_forward={32: Config(128, 64, 8, 3), 128: Config(32, 32, 4, 2, maxnreg=168)},
+        long_backward_dq={128: Config(32, 16, 4, 2)},
+    ),
+    (90, 2): NOTHING._replace(long_backward_dk_dv={256: Config(16, 32, 8, 2)}),
     (100, 2): NOTHING._replace(
         long_forward={16: Config(128, 64, 8, 3), 32: Config(128, 64, 8, 3), 64: Config(128, 64, 8, 3)}
     ),

@@ -386,13 +386,19 @@ def _dk_dv_step(
     if WINDOW:
         keys = start_n + tl.arange(0, BLOCK_N)
         p_t = tl.where(tl.abs(keys[:, None] - rows[None, :]) <= window, p_t, 0.0)
-    dp_t = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-    p_kept = p_t
+    # In the order that `short_backward` explains.
     if DROPOUT:
         keep = keep_tile_transposed(tl.load(seed_ptr), p_threshold, start_m, start_n, plane, BLOCK_M, BLOCK_N)
-        p_kept = tl.where(keep, p_t, 0.0)
-        dp_t = tl.where(keep, dp_t, 0.0)
+        p_t = tl.where(keep, p_t, -p_t)
+    if EXACT:
+        dp_t = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+    p_kept = tl.maximum(p_t, 0.0, propagate_nan=tl.PropagateNan.ALL) if DROPOUT else p_t
     dv = tl.dot(p_kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
+    if not EXACT:
+        dp_t = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+    if DROPOUT:
+        dp_t = tl.where(p_t > 0.0, dp_t, 0.0)
+        p_t = tl.abs(p_t)
     ds_t = p_t * (dp_t - delta[None, :])
     dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
