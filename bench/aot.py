@@ -287,7 +287,11 @@ def _print(row: dict[str, Any]) -> None:
 
 def _write(out: Path, arch: int, rows: list[dict[str, Any]]) -> None:
     about = {"date": f"{datetime.date.today()}", "arch": f"sm_{arch}", "triton": triton.__version__}
-    about |= {"torch": torch.__version__, "timed": "nothing: compiled without a GPU"}
+    about |= {
+        "attention_sources": aot_attention.sources(),
+        "torch": torch.__version__,
+        "timed": "nothing: compiled without a GPU",
+    }
     lines = ",\n".join(json.dumps(row) for row in rows)
     path = out / f"{about['date']}-aot-sm_{arch}.json"
     path.write_text(f'{{"about": {json.dumps(about)}, "kernels": [\n{lines}\n]}}\n')
