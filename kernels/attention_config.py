@@ -109,7 +109,7 @@ TABLES = {
             256: Config(16, 16, 8, 1),
         },
         long_backward_dq={
-            16: Config(16, 32, 4, 2, maxnreg=255),
+            16: Config(32, 16, 4, 2, maxnreg=255),
             32: Config(16, 32, 4, 2),
             64: Config(32, 16, 4, 1),
             128: Config(32, 16, 8, 1),
