@@ -9,13 +9,14 @@ that no draw has to move from one thread to another, which would cost as much as
 with x_b bit b of x and k = segment · heads + head. In a transposed tile, which dK and dV use, a thread holds pairs of
 adjacent queries instead: it makes twice the calls and uses half of each word.
 
-Instructions of a thread as compiled for sm_90 (bench/aot.py), D = 64, bf16: without dropout, with it, and with a word
-of Philox4x32-10 a weight, drawn where the compiler likes. A thread has 64 weights of a tile in the first three:
+Instructions of a thread as compiled for sm_90 (bench/results/*-aot-sm_90.json), D = 64, bf16: without dropout, with it,
+and what it added before, as a word of Philox4x32-10 a weight, drawn where the compiler likes. 64 weights a thread, in
+dK and dV 32, twice: the loop's body and the peeled tile.
 
-    short forward     1136    1704    2616
-    short backward    1624    2248    3112
-    long dQ           1488    1976    2984
-    long dK, dV       1424    1928    2304    16 weights, the loop's body twice
+    short forward     1136    1704    (1480)
+    short backward    1656    2176    (1488)
+    long dQ           1488    1976    (1496)
+    long dK, dV       1832    2736    (880, of 16 weights)
 """
 
 from __future__ import annotations
