@@ -354,6 +354,9 @@ def launch_backward(
             # Whole rows of float32, twice, are more than sm_80 has of shared memory.
             STAGES=2 if blocks == 1 or s.element_size() == 2 else 1,
             num_warps=config.num_warps,
+            # The grid is two programs of 8 warps a multiprocessor, or one of 16. Left alone the assembler may spill to
+            # make room for one more.
+            maxnreg=128,
         )
         launch_sum_partials([(dlinear_bias_partial, dlinear_bias), (dweight_partial, dweight), (dbias_partial, dbias)])
     return dx, dresidual, dlinear_bias, dweight, dbias
