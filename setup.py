@@ -7,9 +7,9 @@ package of Hugging Face's, so it must never be imported as ``kernels``.)
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
-PACKAGES = ["kernels", "model", "train", "bench"]
+FOLDERS = ["kernels", "model", "train", "bench"]
 
 # What the kernels, the encoder and `fuse` need is PyTorch and Triton; what turns text into a model needs these too.
 TRAIN = [
@@ -36,8 +36,8 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
-    packages=[f"fusebert.{name}" for name in PACKAGES],
-    package_dir={f"fusebert.{name}": name for name in PACKAGES},
+    packages=[f"fusebert.{name}" for name in find_packages(include=[*FOLDERS, *(f"{name}.*" for name in FOLDERS)])],
+    package_dir={f"fusebert.{name}": name for name in FOLDERS},
     package_data={"fusebert.bench": ["campaign.sh"]},
     install_requires=["torch>=2.11", "triton>=3.6; sys_platform == 'linux'"],
     extras_require={

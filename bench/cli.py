@@ -130,7 +130,7 @@ def kernels(
     A key left out has its default. The keys:
       attention        N the longest segment, T tokens, H heads, D size of a
                        head, p dropout, lengths equal, real or half (half of
-                       a padded batch is padding; real: bench/lengths.py)
+                       a padded batch is padding; real: bench/operators/lengths.py)
       layernorm        T rows, H elements of a row, p dropout
       mlm_loss         M rows, H elements of a row, V words
       bias_gelu        T rows, I elements of a row
@@ -140,7 +140,7 @@ def kernels(
                        erf or tanh
       embed_layernorm  T tokens, H elements of a row, V words, p dropout
     """
-    from . import kernels as suite
+    from .operators import run as suite
 
     where = _device(device)
     if op is not None and op not in suite.OPERATORS:
@@ -195,7 +195,7 @@ def step(
     kernels --help") is not timed. Then a table of our step by operator, and
     the list of those that the machine would let go faster.
     """
-    from . import step as suite
+    from .steps import step as suite
 
     where = _device(device)
     chosen = _dtype(dtype, where, TRAINING_DTYPES)
@@ -239,7 +239,7 @@ def train(
     """
     import os
 
-    from . import train_run as suite
+    from .steps import train as suite
 
     where = _device(device)
     chosen = _dtype(dtype, where, TRAINING_DTYPES)
@@ -273,7 +273,7 @@ def parity(
     the distance of Transformers' own bf16 run. Ends with status 1 otherwise.
     """
     from ..model import BertConfig
-    from . import train_parity
+    from .steps import parity as train_parity
 
     where = _device(device)
     chosen = _dtype(dtype, where, TRAINING_DTYPES)
@@ -295,14 +295,14 @@ def tune(
 ) -> None:
     """Derive attention's launch table anew: by the clock on that GPU, elsewhere by the compiler alone.
 
-    Prints the entries for TABLES and MASKED in kernels/attention_config.py.
+    Prints the entries for TABLES and MASKED in kernels/attn/config.py.
     Takes minutes.
     """
     import torch
 
     from ..kernels import backend
-    from . import tune as suite
-    from .aot import LIMITS
+    from .compiled import tune as suite
+    from .compiled.aot import LIMITS
 
     arch = backend.architecture() if arch is None else arch
     if arch not in LIMITS:
@@ -323,7 +323,7 @@ def report(
     The page loads nothing from elsewhere. Plots need matplotlib; without it
     there are tables alone.
     """
-    from .report import write_report
+    from .report.write import write_report
 
     write_report(results, out, say=typer.echo)
 
@@ -346,7 +346,7 @@ def compare(
     status 1; files that can not be compared (another GPU, no case in common)
     with status 2.
     """
-    from . import compare as gate
+    from .report import compare as gate
 
     _fail_unless(gate.run(old, new, threshold=threshold, say=typer.echo), [])
 

@@ -1,14 +1,14 @@
 """Fused operators for bidirectional encoders. Each name below stands alone: no model is needed to use it."""
 
-from .attention import attention, attention_varlen, attention_varlen_separate
-from .attention_dropout import attention_dropout_mask
+from .attn.api import attention, attention_varlen, attention_varlen_separate
+from .attn.dropout_tile import attention_dropout_mask
 from .backend import use_backend
-from .bias_gelu import FusedLinearGELU, bias_gelu
-from .cross_entropy_rows import cross_entropy
 from .dropout import dropout_mask
-from .embed_layernorm import embed_layernorm
-from .layernorm import FusedDropoutAddLayerNorm, FusedLayerNorm, FusedRMSNorm, dropout_add_layernorm, layernorm, rmsnorm
-from .mlm_loss import masked_lm_loss
+from .embedding.api import embed_layernorm
+from .gelu import FusedLinearGELU, bias_gelu
+from .mlm.api import masked_lm_loss
+from .mlm.softmax_rows import cross_entropy
+from .norm.api import FusedDropoutAddLayerNorm, FusedLayerNorm, FusedRMSNorm, dropout_add_layernorm, layernorm, rmsnorm
 
 __all__ = [
     "FusedDropoutAddLayerNorm",

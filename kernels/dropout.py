@@ -20,7 +20,7 @@ import math
 
 import torch
 
-from ._triton import tl, triton
+from .backend import tl, triton
 
 ROUNDS = tl.constexpr(7)
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._triton import tl, triton
+from .backend import tl, triton
 from .dropout import dropout_keep
 
 

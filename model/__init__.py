@@ -1,11 +1,11 @@
 """The minimal BERT encoder, its heads, packing, Hugging Face interchange, and `fuse` for other people's models."""
 
+from .batch import IGNORE, PackedBatch, pack_padded, to_padded
 from .config import PRESETS, BertConfig
 from .encoder import BertEncoder
-from .fuse import FuseReport, fuse, unfuse
-from .hf import from_hf, save_hf
-from .hf_attention import register_attention
-from .packing import IGNORE, PackedBatch, pack_padded, to_padded
+from .fusion.api import FuseReport, fuse, unfuse
+from .fusion.attention_interface import register_attention
+from .hf.folder import from_hf, save_hf
 from .pretraining import BertForPreTraining, PreTrainingOutput
 
 __all__ = [

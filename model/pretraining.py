@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from ..kernels import FusedLayerNorm, FusedLinearGELU, masked_lm_loss
 from ..kernels.backend import choose_backend
+from .batch import IGNORE, PackedBatch
 from .config import BertConfig
 from .encoder import BertEncoder, ReadRows
-from .packing import IGNORE, PackedBatch
 from .tied_embedding import tied_rows
 
 

@@ -241,9 +241,9 @@ def pretrain_command(
     # Read when PyTorch is loaded. Where another process wants the same cores, OpenMP threads that spin while they wait
     # are a tenfold loss (measured, 2 busy cores, tiny: 200 to 600 tokens/s against 4,000); asleep they cost nothing.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from .distributed import first_to_fail
-    from .pretrain import Interrupted, pretrain
-    from .settings import PretrainSettings
+    from .run.pretrain import Interrupted, pretrain
+    from .run.settings import PretrainSettings
+    from .step.distributed import first_to_fail
 
     typed = [word for word in sys.argv[1:] if word != "--resume"]
     settings = PretrainSettings(
@@ -335,7 +335,7 @@ def _fail(message: str, status: int) -> None:
 
 def _exit_unless_first() -> None:
     """Of the processes of a torchrun job, which fail together, one tells why."""
-    from .distributed import first_to_fail
+    from .step.distributed import first_to_fail
 
     if not first_to_fail():
         sys.exit(1)

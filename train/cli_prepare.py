@@ -117,7 +117,7 @@ def command(
 
         zcat books.gz | fusebert prepare - --out data/books --tokenizer bert-base-uncased/tokenizer.json
     """
-    from .prepare import prepare
+    from .corpus.prepare import prepare
 
     started = time.perf_counter()
     with _terminable(), warnings.catch_warnings(record=True) as caught:

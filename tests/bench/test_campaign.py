@@ -116,7 +116,7 @@ def test_every_stage_for_real(tmp_path):
     pytest.importorskip("transformers")
     before = litter()
     out = tmp_path / "out"
-    done = run(out, "--quick", "--minutes", "30", "--tests", "tests/bench/test_batches.py")
+    done = run(out, "--quick", "--minutes", "30", "--tests", "tests/bench/steps/test_batches.py")
     log = done.stdout + done.stderr + "".join(p.read_text() for p in out.glob("*.log"))
     assert done.returncode == 0, log
     results = {"kernels": "kernels", "parity": "train_parity", "ragged": "step", "equal": "step"}

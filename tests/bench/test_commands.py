@@ -11,14 +11,16 @@ from oracle import DEVICE
 from small_corpus import make_corpus
 from typer.testing import CliRunner
 
-from fusebert.bench import kernels, step, train_parity
-from fusebert.bench.ceilings import ceilings
 from fusebert.bench.cli import app
-from fusebert.bench.result_file import write_json
-from fusebert.train.corpus import Corpus
+from fusebert.bench.measure.ceilings import ceilings
+from fusebert.bench.measure.result import write_json
+from fusebert.bench.operators import run as kernels
+from fusebert.bench.steps import parity as train_parity
+from fusebert.bench.steps import step
+from fusebert.train.batches.loader import batches
+from fusebert.train.batches.pack import BatchShape, PackedExamples
+from fusebert.train.corpus.corpus import Corpus
 from fusebert.train.errors import UserError
-from fusebert.train.loader import batches
-from fusebert.train.packing import BatchShape, PackedExamples
 
 SMALL = ["--model", "tiny", "--tokens", "256", "--seqlen", "64", "--vocab-size", "512", "--device", DEVICE]
 

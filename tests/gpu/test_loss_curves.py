@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracle import DEVICE
 
-from fusebert.bench import train_parity
+from fusebert.bench.steps import parity as train_parity
 from fusebert.model import BertConfig
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from oracle import DEVICE
 
-from fusebert.bench.cases import OURS
-from fusebert.bench.kernels import OPERATORS
-from fusebert.bench.verify import RIGHT, Judge, verify
+from fusebert.bench.measure.case import OURS
+from fusebert.bench.measure.verify import RIGHT, Judge, verify
+from fusebert.bench.operators.run import OPERATORS
 from fusebert.kernels import use_backend
 
 ON_GPU = DEVICE == "cuda"

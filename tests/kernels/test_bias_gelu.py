@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fusebert.kernels import use_backend
-from fusebert.kernels.bias_gelu import APPROXIMATIONS, FusedLinearGELU, bias_gelu
+from fusebert.kernels.gelu import APPROXIMATIONS, FusedLinearGELU, bias_gelu
 
 ON_GPU = DEVICE == "cuda"
 # Odd widths; rows that leave a ragged last tile; several column tiles, the last one ragged; (600, 129) and (170, 1030)
@@ -418,8 +418,8 @@ def test_module_errors() -> None:
 
 COMPILE = """
 import json, torch
-from fusebert.bench.aot import compiled_kernels
-from fusebert.kernels.bias_gelu import bias_gelu
+from fusebert.bench.compiled.aot import compiled_kernels
+from fusebert.kernels.gelu import bias_gelu
 rows = []
 for arch in (80, 90):
     for approximate in ("none", "tanh"):

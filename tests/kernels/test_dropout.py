@@ -7,8 +7,8 @@ import torch
 from oracle import DEVICE
 
 from fusebert.kernels import attention_dropout_mask, dropout_mask
-from fusebert.kernels._triton import tl, triton
-from fusebert.kernels.attention_dropout import keep_tile, keep_tile_transposed
+from fusebert.kernels.attn.dropout_tile import keep_tile, keep_tile_transposed
+from fusebert.kernels.backend import tl, triton
 from fusebert.kernels.dropout import dropout_keep, keep_threshold, philox_words, resolve_seed
 
 

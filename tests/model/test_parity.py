@@ -6,7 +6,7 @@ from bert_cases import MICRO, padded_examples, with_slack
 from oracle import DEVICE, assert_as_good_as_torch, relative_error
 
 from fusebert.model import BertConfig, from_hf, pack_padded
-from fusebert.model.hf import parameter_names
+from fusebert.model.hf.folder import parameter_names
 
 transformers = pytest.importorskip("transformers")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from oracle import DEVICE, assert_as_good_as_torch
 
-from fusebert.kernels import attention_config
+from fusebert.kernels.attn import config as attention_config
 
 SMALL_LONG = attention_config.Config(block_m=16, block_n=32, num_warps=4, num_stages=1)
 

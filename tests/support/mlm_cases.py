@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from oracle import DEVICE, assert_as_good_as_torch, relative_error
 
 from fusebert.kernels import masked_lm_loss, reference, use_backend
-from fusebert.kernels._triton import interpreting
+from fusebert.kernels.backend import interpreting
 
 IGNORE = -100
 REDUCTIONS = ["mean", "sum", "none"]

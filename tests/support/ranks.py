@@ -49,8 +49,8 @@ def pretrain_in(world_size: int, jobs: Sequence[Job], seconds: float = 900.0, se
 
 
 def _run(rank: int, world_size: int, jobs: Sequence[Job], ports: Sequence[int], setup: Any, errors: Any) -> None:
-    from fusebert.train.pretrain import pretrain
-    from fusebert.train.settings import PretrainSettings
+    from fusebert.train.run.pretrain import pretrain
+    from fusebert.train.run.settings import PretrainSettings
 
     os.environ |= {
         "TORCHELASTIC_RUN_ID": "test",
@@ -83,8 +83,8 @@ class SkewedClock:
 
 def skew_clocks(rank: int) -> None:
     """A `setup` that gives each process's run a `SkewedClock`."""
-    from fusebert.train import pretrain as module
-    from fusebert.train import readback
+    from fusebert.train.run import pretrain as module
+    from fusebert.train.run import readback
 
     clock, original = SkewedClock(rank), module.TrainingStep.__call__
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from fusebert.train.prepare import prepare
+from fusebert.train.corpus.prepare import prepare
 
 ANIMALS = ["fox", "owl", "hare", "crab", "wolf", "toad", "lynx", "mole", "seal", "wren"]
 PLACES = ["forest", "tower", "meadow", "harbour", "valley", "swamp", "mountain", "garden", "island", "hedge"]

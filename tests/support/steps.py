@@ -2,8 +2,8 @@
 
 import torch
 
+from fusebert.model.batch import IGNORE, PackedBatch
 from fusebert.model.config import BertConfig
-from fusebert.model.packing import IGNORE, PackedBatch
 from fusebert.model.pretraining import BertForPreTraining
 
 

@@ -9,7 +9,7 @@ import torch
 from small_corpus import make_corpus
 
 from fusebert.model.config import BertConfig
-from fusebert.model.hf import save_hf
+from fusebert.model.hf.folder import save_hf
 from fusebert.model.pretraining import BertForPreTraining
 from fusebert.train import cli
 
@@ -58,7 +58,7 @@ def test_every_option_of_the_settings_is_an_option(
 ) -> None:
     import dataclasses
 
-    from fusebert.train.settings import PretrainSettings
+    from fusebert.train.run.settings import PretrainSettings
 
     monkeypatch.setenv("COLUMNS", "200")
     assert call(monkeypatch, "pretrain", "--help") == 0

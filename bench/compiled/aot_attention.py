@@ -1,0 +1,190 @@
+"""Every way attention can be launched, as calls to compile: enumerated from the launch tables themselves.
+
+A launch is an entry of `attention_config.TABLES` (element size, BLOCK_D, and a segment length of the short route or the
+long route's tiles) under a variant, what else decides the code: dropout, a window, a padding mask, grouped heads. Of
+the rest a few cases stand for all: head sizes below BLOCK_D and a schedule in place of the padded grid (`_between`);
+unequal lengths of queries and keys (fewer loads of the same tiles) and fp16 (bf16 but for the conversions). Padded
+tensors without a mask are packed ones without cu_seqlens. ``heaviest`` takes one variant an entry, which
+tests have the time to compile; for all of them they read the committed table, if it is of these `sources`.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+from unittest import mock
+
+import torch
+
+from ...kernels import backend
+from ...kernels.attn import config as attention_config
+from ...kernels.attn.config import Table
+from ...kernels.attn.launch import NO_WINDOW, Problem, backward, forward, like_query, new_stats
+
+if TYPE_CHECKING:
+    from .aot import Resources
+
+# What decides how attention is compiled, beside Triton.
+SOURCES = ("config", "dropout_tile", "launch", "long", "schedule", "short", "tile")
+
+LONG = 512  # rows: no tile of any table holds them
+HEADS = 4
+MATRIX_ROWS = 64  # of the left factor: Hopper's and Blackwell's matrix instructions; fewer take Ampere's
+
+
+def _said(node: ast.AST) -> Iterator[str]:
+    """The code as words, without docstrings (and f-strings, which are messages): alike in every version of Python."""
+    yield type(node).__name__
+    for _, value in ast.iter_fields(node):
+        for item in value if isinstance(value, list) else [value]:
+            docstring = isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant)
+            if isinstance(item, ast.AST) and not docstring and not isinstance(item, ast.JoinedStr):
+                yield from _said(item)
+            elif isinstance(item, (str, int, float)):
+                yield repr(item)
+
+
+def sources() -> str:
+    """A digest of attention's kernels, tables and launcher: another one may compile to something else."""
+    folder = Path(attention_config.__file__).parent
+    files = [folder.parent / "dropout.py", *(folder / f"{name}.py" for name in SOURCES)]
+    words = "\n".join(word for file in files for word in _said(ast.parse(file.read_text(encoding="utf-8"))))
+    return hashlib.sha256(words.encode()).hexdigest()
+
+
+class Variant(NamedTuple):
+    """What besides the shape decides which code is compiled."""
+
+    form: str = "packed"  # or "masked": a padded batch with its mask; "scheduled": packed, and few tiles of many exist
+    window: bool = False
+    dropout: bool = False
+    groups: int = 1
+    tf32: bool = False
+
+    def __str__(self) -> str:
+        parts = [self.form, *(name for name in ("window", "dropout", "tf32") if getattr(self, name))]
+        return " ".join([*parts, f"groups={self.groups}"] if self.groups > 1 else parts)
+
+
+PLAIN = Variant()
+DROPOUT = Variant(dropout=True)
+WINDOW = Variant(window=True, dropout=True)
+MASKED = Variant("masked", window=True, dropout=True)
+GROUPED = MASKED._replace(groups=2)
+SCHEDULED = Variant("scheduled", dropout=True)
+
+
+def call(dtype: torch.dtype, head_dim: int, n_q: int, n_k: int, variant: Variant) -> None:
+    """Forward and backward as the launcher chooses them, on tensors nobody fills."""
+    heads, key_heads = HEADS, HEADS // variant.groups
+    cu_q = cu_k = mask = None
+    longest_q, longest_k = n_q, n_k
+    if variant.form == "scheduled":  # `attention_schedule.grid`: a segment may be far longer than these are
+        longest_q, longest_k = 64 * n_q, 64 * n_k
+    if variant.form != "masked":
+        q = torch.empty(2 * n_q, heads, head_dim, dtype=dtype)
+        k, v = (torch.empty(2 * n_k, key_heads, head_dim, dtype=dtype) for _ in range(2))
+        cu_q, cu_k = (torch.tensor([0, n, 2 * n], dtype=torch.int32) for n in (n_q, n_k))
+    else:
+        q = torch.empty(2, heads, n_q, head_dim, dtype=dtype)
+        k, v = (torch.empty(2, key_heads, n_k, head_dim, dtype=dtype) for _ in range(2))
+        mask = torch.ones(2, n_k, dtype=torch.uint8)
+    seed = torch.zeros(1, dtype=torch.int64) if variant.dropout else None
+    window, p = 5 if variant.window else NO_WINDOW, 0.1 if variant.dropout else 0.0
+    problem = Problem(q, k, v, cu_q, cu_k, mask, seed, longest_q, longest_k, head_dim**-0.5, p, window)
+    out, stats = like_query(q), new_stats(q)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if variant.tf32 else "ieee"
+    try:
+        forward(problem, out, stats)
+        backward(problem, out, stats, out, like_query(q), like_query(k), like_query(v))
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def _tables(arch: int, dtype: torch.dtype) -> tuple[Table, Table]:
+    """What plain calls look up, and masked ones."""
+    with mock.patch.object(backend, "architecture", return_value=arch):
+        return attention_config.table(dtype), attention_config.table(dtype, masked=True)
+
+
+def _longest(table: Table, head_dim: int) -> list[int]:
+    """The segment lengths at which one of the short kernels still takes the whole segment, and then does not."""
+    return sorted({table.short_forward[head_dim], table.short_backward[head_dim]} - {0})
+
+
+def _of_table(arch: int, dtype: torch.dtype, heaviest: bool) -> Iterator[tuple[torch.dtype, int, int, int, Variant]]:
+    plain, masked = _tables(arch, dtype)
+    for head_dim in plain.long_forward:
+        for n in _longest(masked, head_dim):
+            for variant in (WINDOW,) if heaviest else (WINDOW, MASKED, DROPOUT, PLAIN):
+                yield dtype, head_dim, n, n, variant
+        if _longest(plain, head_dim) != _longest(masked, head_dim):
+            for n in _longest(plain, head_dim):
+                if heaviest or n not in _longest(masked, head_dim):
+                    yield dtype, head_dim, n, n, DROPOUT
+        if not heaviest:
+            for n in (16, 32, 64):
+                if n < max(_longest(plain, head_dim), default=0) and n not in _longest(masked, head_dim):
+                    yield dtype, head_dim, n, n, WINDOW
+        own = any(getattr(plain, name)[head_dim] != getattr(masked, name)[head_dim] for name in Table._fields)
+        for variant in (GROUPED, *([DROPOUT] if own else [])) if heaviest else (GROUPED, WINDOW, DROPOUT, PLAIN):
+            yield dtype, head_dim, LONG, LONG, variant
+        if dtype == torch.float32 and not heaviest:
+            yield dtype, head_dim, LONG, LONG, GROUPED._replace(tf32=True)
+
+
+def _between() -> Iterator[tuple[torch.dtype, int, int, int, Variant]]:
+    """Head sizes between two entries, and a schedule with each."""
+    for head_dim in (48, 80, 96):
+        yield torch.bfloat16, head_dim, 128, 128, WINDOW
+    for head_dim in (48, 64, 80, 96, 128):
+        yield torch.bfloat16, head_dim, LONG, LONG, SCHEDULED
+
+
+def _of_berts_head() -> Iterator[tuple[torch.dtype, int, int, int, Variant]]:
+    """What `_of_table` leaves out, at D = 64."""
+    for n in (16, 64, 128, LONG):
+        yield torch.float16, 64, n, n, WINDOW
+        yield torch.bfloat16, 64, n, n, DROPOUT
+    yield torch.bfloat16, 64, 16, 128, WINDOW
+    yield torch.bfloat16, 64, 128, 16, WINDOW
+
+
+def cases(arch: int, *, heaviest: bool = False) -> dict[str, Callable[[], None]]:
+    """Name -> a call to make within `compiled_kernels`."""
+    found = [case for dtype in (torch.bfloat16, torch.float32) for case in _of_table(arch, dtype, heaviest)]
+    found += _between()
+    if not heaviest:
+        found += _of_berts_head()
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    return {
+        f"attention {names[dtype]} D={d} N={n if n == m else f'{n}x{m}'} {variant}": functools.partial(
+            call, dtype, d, n, m, variant
+        )
+        for dtype, d, n, m, variant in found
+    }
+
+
+def problems(r: Resources, shared_limit: int, matrix: str) -> list[str]:
+    """What is wrong with a compiled kernel of attention, in words."""
+    constants = r.constants
+    found = []
+    if r.spill_bytes:
+        found.append(f"spills {r.spill_bytes} bytes")
+    if r.shared_bytes > shared_limit:
+        found.append(f"takes {r.shared_bytes} bytes of shared memory; there are {shared_limit}")
+    # The rows of the left factors: of S and dQ queries, of dK and dV keys; the short backward has both.
+    rows = {"short_backward": max(constants["BLOCK_M"], constants["BLOCK_N"])}
+    rows |= {"long_backward_dk_dv": constants["BLOCK_N"]}
+    if constants["EXACT"] and constants["PRECISION"] == "ieee":
+        meant = None
+    else:
+        meant = matrix if rows.get(r.name, constants["BLOCK_M"]) >= MATRIX_ROWS else "HMMA"
+    if r.matrix_instruction != meant:
+        found.append(f"multiplies with {r.matrix_instruction}, not {meant}")
+    return found

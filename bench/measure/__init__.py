@@ -1,0 +1,1 @@
+"""What every benchmark shares: cases, timing, checking, the machine, result files."""

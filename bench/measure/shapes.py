@@ -1,0 +1,112 @@
+"""Shapes as one writes them on the command line, and the built-in ones: ``N=128; N=512,D=128,lengths=half``.
+
+A shape is keys with values, separated by commas; shapes are separated by semicolons; a key left out has its default.
+Each operator has its own keys, named as in the papers and in the tables.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from .case import Case
+
+Value = int | float | str
+Shape = dict[str, Value]
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """What may be said of a shape.
+
+    Attributes:
+        meaning: in a few words.
+        default: its type is the value's: a positive integer, a probability in [0, 1), or one of ``choices``.
+    """
+
+    meaning: str
+    default: Value
+    choices: tuple[str, ...] = ()
+
+    def read(self, name: str, text: str) -> Value:
+        """The value in ``text``.
+
+        Raises:
+            ValueError: it is none of those allowed.
+        """
+        if isinstance(self.default, str):
+            if text not in self.choices:
+                raise ValueError(f"{name}={text}: choose one of {', '.join(self.choices)}")
+            return text
+        kind = type(self.default)
+        allowed = "a positive integer" if kind is int else "a number from 0 up to, not including, 1"
+        try:
+            value = kind(text)
+        except ValueError:
+            raise ValueError(f"{name}={text}: must be {allowed}") from None
+        if not (value >= 1 if kind is int else 0 <= value < 1):
+            raise ValueError(f"{name}={text}: must be {allowed}")
+        return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """What the suite knows of an operator.
+
+    Attributes:
+        keys: device → what a shape of it may say.
+        built_in: device → (value, shapes): the order of running when time is short, low first, and the shapes.
+        shaped: (shape with a value for every key, device, dtype, quick=, value=) → its case.
+    """
+
+    keys: Callable[[torch.device], Mapping[str, Key]]
+    built_in: Callable[[torch.device], Sequence[tuple[int, str]]]
+    shaped: Callable[..., Case]
+
+    def cases(
+        self, device: torch.device, dtype: torch.dtype, *, quick: bool = False, shapes: str | None = None
+    ) -> list[Case]:
+        """The cases of ``shapes``, in their order, or the built-in ones (``quick``: the first of them).
+
+        Raises:
+            ValueError: as `parse`, or a shape is impossible.
+        """
+        keys = self.keys(device)
+        if shapes is not None:
+            wanted = list(enumerate(parse(shapes, keys)))
+        else:
+            wanted = [(value, shape) for value, text in self.built_in(device) for shape in parse(text, keys)]
+            wanted = wanted[: 1 if quick else None]
+        return [self.shaped(shape, device, dtype, quick=quick, value=value) for value, shape in wanted]
+
+
+def parse(text: str, keys: Mapping[str, Key]) -> list[Shape]:
+    """The shapes in ``text``, each with a value for every key.
+
+    Raises:
+        ValueError: it is not of the form above, a key is not known or given twice, or a value is not allowed.
+    """
+    shapes = []
+    for part in text.split(";"):
+        shape: Shape = {}
+        for pair in filter(None, (pair.strip() for pair in part.split(","))):
+            name, equals, value = (piece.strip() for piece in pair.partition("="))
+            if not equals or not value:
+                raise ValueError(f"shapes are written N=128,D=64; N=512, not {pair!r}")
+            if name not in keys:
+                raise ValueError(f"{pair}: there is no key {name!r}: choose among {', '.join(keys)}")
+            if name in shape:
+                raise ValueError(f"{part.strip()}: {name} is given twice")
+            shape[name] = keys[name].read(name, value)
+        if shape:
+            shapes.append({name: shape.get(name, key.default) for name, key in keys.items()})
+    if not shapes:
+        raise ValueError(f"shapes are written N=128,D=64; N=512, not {text!r}")
+    return shapes
+
+
+__all__ = ["Key", "Operator", "Shape", "Value", "parse"]

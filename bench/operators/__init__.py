@@ -1,0 +1,1 @@
+"""Each operator beside its peers."""

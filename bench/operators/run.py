@@ -1,0 +1,325 @@
+"""Each operator against its reference, its peers and the roofline: verify, then time, then say how sure that is."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..measure.case import OURS, PEER, Case, Contestant, Cost, Run, Tensors, matches, with_peers
+from ..measure.ceilings import ceilings as measure_ceilings
+from ..measure.ceilings import drift
+from ..measure.clocks import Clocks, clock_lines
+from ..measure.environment import describe, environment, nvidia_smi
+from ..measure.result import SCHEMA, write_json
+from ..measure.timing import Ratio, Timing, Work, interleave, l2_bytes, ratio
+from ..measure.verify import FAILED, RIGHT, Judge, Verdict, one_line, verify
+from ..report.tables import case_lines, ceiling_lines, drift_line, missing_lines, summary_lines
+from . import attention, bias_gelu, embed_layernorm, gelu_linear, layernorm, linear_gelu, mlm_loss
+
+OPERATORS = {
+    "attention": attention.OPERATOR,
+    "layernorm": layernorm.OPERATOR,
+    "mlm_loss": mlm_loss.OPERATOR,
+    "bias_gelu": bias_gelu.OPERATOR,
+    "linear_gelu": linear_gelu.OPERATOR,
+    "gelu_linear": gelu_linear.OPERATOR,
+    "embed_layernorm": embed_layernorm.OPERATOR,
+}
+# Input sets a contestant walks through: enough that the L2 has forgotten the first when it comes round again.
+L2_MULTIPLE, MOST_INPUT_SETS = 4, 64
+# Graphs alive at once when a backward is timed alone, by what they hold if each holds three times its inputs.
+GRAPHS_BYTES, MOST_GRAPHS = 12 << 30, 24
+
+
+@dataclasses.dataclass(frozen=True)
+class _Effort:
+    """How long to measure one pass of one case, per contestant and at the least in all."""
+
+    seconds_per_contestant: float
+    max_rounds: int
+
+
+FULL, QUICK = _Effort(0.35, 60), _Effort(0.02, 7)
+
+
+def select_cases(
+    op: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    quick: bool = False,
+    shapes: str | None = None,
+    peers: Sequence[str] | None = None,
+) -> list[Case]:
+    """The cases of an operator, or of all, the most valuable first.
+
+    Args:
+        shapes: these (see `shapes`), of one operator, in place of the built-in ones.
+        peers: only these peers (see `with_peers`).
+
+    Raises:
+        ValueError: there is no such operator or peer, or a shape is not allowed.
+    """
+    if op is not None and op not in OPERATORS:
+        raise ValueError(f"there is no benchmark of {op!r}: choose one of {', '.join(OPERATORS)}")
+    if shapes is not None and op is None:
+        raise ValueError(f"shapes belong to one operator: give one of {', '.join(OPERATORS)} with them")
+    chosen = [operator for name, operator in OPERATORS.items() if op in (None, name)]
+    cases = [case for operator in chosen for case in operator.cases(device, dtype, quick=quick, shapes=shapes)]
+    if peers is not None:
+        existing = list(dict.fromkeys(name for case in cases for name in _peer_names(case)))
+        for given in peers:
+            if not any(matches(name, given) for name in existing):
+                raise ValueError(f"there is no peer {given!r} here: choose among {'; '.join(existing)}")
+        cases = [with_peers(case, peers) for case in cases]
+    return sorted(cases, key=lambda case: case.value)
+
+
+def _peer_names(case: Case) -> list[str]:
+    return [c.name for c in case.contestants if c.role == PEER] + [gap.name for gap in case.missing]
+
+
+def _input_bytes(case: Case) -> int:
+    return sum(x.numel() * x.element_size() for x in case.inputs(0).values())
+
+
+def input_sets(case: Case) -> list[Tensors]:
+    """What the timed calls walk through: enough sets that together they exceed the L2 several times."""
+    if case.device.type == "cuda":
+        count = math.ceil(L2_MULTIPLE * l2_bytes(case.device) / _input_bytes(case))
+        return [case.inputs(seed) for seed in range(max(2, min(MOST_INPUT_SETS, count)))]
+    sets = [case.inputs(seed) for seed in range(2)]
+    for drawn in sets:
+        drawn.pop("seed", None)  # without it a CPU drops with torch's own generator, as in training; faster
+    return sets
+
+
+def work(name: str, contestant: Contestant, runs: list[Run], *, max_graphs: int = 1) -> Work:
+    """The timed call of the pass ``name``, walking through ``runs``; a forward saves what its backward would need.
+
+    Gradients are new tensors (see `Run`), so nothing is accumulated and no accumulation is timed.
+
+    Args:
+        max_graphs: calls of a backward alone in a burst, each of which holds what its forward saved.
+    """
+
+    def pick(index: int) -> Run:
+        return runs[index % len(runs)]
+
+    if name == "inference":
+
+        def inference(run: Run) -> None:
+            with torch.no_grad():
+                run.forward()
+
+        return Work(inference, pick, contestant.context)
+    if name == "forward":
+        return Work(lambda run: run.forward(), pick, contestant.context)
+    if name == "forward+backward":
+        return Work(Run.forward_backward, pick, contestant.context)
+
+    def graph(index: int) -> tuple[Run, torch.Tensor]:
+        return pick(index), pick(index).forward()
+
+    def backward(state: tuple[Run, torch.Tensor]) -> None:
+        state[0].backward(state[1])
+
+    return Work(backward, graph, contestant.context, max_calls=max_graphs)
+
+
+def _peak_bytes(timed: Work, device: torch.device) -> int | None:
+    """Memory beyond what is held before the call, at its highest; None on a CPU, where nobody counts."""
+    if device.type != "cuda":
+        return None
+    state = timed.prepare(0)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    with timed.context():
+        timed.run(state)
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _contestant_json(
+    contestant: Contestant,
+    verdict: Verdict,
+    timing: Timing | None,
+    against: Ratio | None,
+    peak_bytes: int | None,
+    cost: Cost,
+    ceilings: dict[str, Any],
+) -> dict[str, Any]:
+    found: dict[str, Any] = {"name": contestant.name, "role": contestant.role, "verdict": verdict.as_json()}
+    if timing is not None:
+        seconds = 1e-3 * timing.median
+        found |= {
+            "timing": timing.as_json(),
+            "ratio_to_ours": None if against is None else dataclasses.asdict(against),
+            "peak_bytes": peak_bytes,
+            "flops_per_s": cost.flops / seconds,
+            "bytes_per_s": cost.bytes / seconds,
+            "roofline": cost.floor_ms(ceilings) / timing.median,
+        }
+    return found
+
+
+def run_case(case: Case, ceilings: dict[str, Any], *, effort: _Effort = FULL) -> list[dict[str, Any]]:
+    """Verify a case's contestants, time those that are right, pass by pass; a result for each pass."""
+    torch.compiler.reset()  # compiled peers count their recompilations per function, over all cases
+    inputs = case.inputs(12345)
+    judges = {p: Judge(case, inputs, p) for p in sorted({0.0, case.dropout_p})}
+    verdicts = {contestant.name: verify(case, contestant, judges) for contestant in case.contestants}
+    del judges, inputs
+    sets = input_sets(case)
+    max_graphs = max(1, min(MOST_GRAPHS, GRAPHS_BYTES // (3 * _input_bytes(case))))
+    results = []
+    for name, cost in case.passes.items():
+        works: dict[str, Work] = {}
+        peaks: dict[str, int | None] = {}
+        for contestant in case.contestants:
+            if not verdicts[contestant.name].may_be_timed:
+                continue
+            try:
+                runs = [contestant.bind(inputs, case.dropout_p) for inputs in sets]
+                timed = work(name, contestant, runs, max_graphs=max_graphs)
+                with timed.context():
+                    timed.run(timed.prepare(0))  # compiles
+                peaks[contestant.name] = _peak_bytes(timed, case.device)
+                works[contestant.name] = timed
+            except Exception as error:  # right, but does not fit, say
+                verdicts[contestant.name] = Verdict(FAILED, detail=one_line(error))
+        seconds = effort.seconds_per_contestant * len(works)
+        timings = {}
+        if works:
+            rounds = effort.max_rounds
+            timings = interleave(works, case.device, seconds=seconds, max_rounds=rounds, device_time=True)
+        ours = next((c.name for c in case.contestants if c.role == OURS and c.name in timings), None)
+        rows = []
+        for contestant in case.contestants:
+            timing = timings.get(contestant.name)
+            against = ratio(timing.samples, timings[ours].samples) if timing and ours else None
+            verdict, peak = verdicts[contestant.name], peaks.get(contestant.name)
+            rows.append(_contestant_json(contestant, verdict, timing, against, peak, cost, ceilings))
+        results.append(
+            {
+                "op": case.op,
+                "case": case.name,
+                "pass": name,
+                "dtype": str(case.dtype).removeprefix("torch."),
+                "shape": dict(case.shape),
+                "dropout": case.dropout_p,
+                "flops": cost.flops,
+                "bytes": cost.bytes,
+                "floor_ms": cost.floor_ms(ceilings),
+                "limit": cost.limit(ceilings),
+                "contestants": rows,
+                "missing": [dataclasses.asdict(gap) for gap in case.missing],
+            }
+        )
+    return results
+
+
+def run(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    op: str | None = None,
+    shapes: str | None = None,
+    peers: Sequence[str] | None = None,
+    quick: bool = False,
+    minutes: float | None = None,
+    out: Path | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Run the benchmark, print each case's table as it is measured, and return (and write) the result.
+
+    Args:
+        op, shapes, peers: as in `select_cases`.
+        minutes: begin no case that would end later; the most valuable come first, and what is left out is named.
+        out: written after every case, so that a run cut short leaves what it had.
+        say: takes each piece of output.
+
+    Raises:
+        ValueError: as `select_cases`.
+    """
+    begin = time.monotonic()
+    selected = select_cases(op, device, dtype, quick=quick, shapes=shapes, peers=peers)
+    where = environment(device)
+    say(describe(where))
+    limits = measure_ceilings(device, dtype, quick=quick)
+    say("\n".join(ceiling_lines(limits)))
+    result: dict[str, Any] = {
+        "schema": SCHEMA,
+        "kind": "kernels",
+        "environment": where,
+        "settings": {
+            "op": op,
+            "shapes": shapes,
+            "peers": None if peers is None else list(peers),
+            "dtype": str(dtype).removeprefix("torch."),
+            "quick": quick,
+            "minutes": minutes,
+        },
+        "ceilings": limits,
+        "results": [],
+        "left_out": [],
+        "did_not_fit": [],
+    }
+    longest: dict[str, float] = {}  # seconds a case of an operator has taken at most
+    with Clocks(device) as clocks:
+        for i, case in enumerate(selected):
+            started = time.monotonic()
+            expected = longest.get(case.op, 0.0)
+            if i and minutes is not None and started + expected - begin > 60 * minutes:
+                result["left_out"].append(f"{case.op} {case.name}")
+                continue
+            try:
+                passes = run_case(case, limits, effort=QUICK if quick else FULL)
+            except torch.OutOfMemoryError as error:  # the oracle, in float64: the others go on
+                say(f"\n{case.op} {case.name}: not measured: {one_line(error)}")
+                result["did_not_fit"].append(f"{case.op} {case.name}")
+                passes = []
+            result["results"] += passes
+            for measured in passes:
+                say("\n".join(case_lines(measured)))
+            if case.missing:
+                say("\n".join(missing_lines(case.missing)))
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            longest[case.op] = max(expected, time.monotonic() - started)
+            if out is not None:
+                write_json(out, result)
+    result["clocks"] = clocks.found
+    result["ceilings_drift"] = drift(limits, device, dtype)
+    result["seconds"] = time.monotonic() - begin
+    result["nvidia_smi_after"] = nvidia_smi(device) if device.type == "cuda" else None
+    if out is not None:
+        write_json(out, result)
+    say("\n".join(summary_lines(result["results"])))
+    say("\n".join([*clock_lines(clocks.found), drift_line(result["ceilings_drift"])]))
+    if result["left_out"]:
+        say(f"Left out for want of time ({minutes} minutes): {'; '.join(result['left_out'])}")
+    return result
+
+
+def ours_that_are_not_right(result: dict[str, Any]) -> list[str]:
+    """Our own contestants that broke the rule, with what is wrong: this fails a run."""
+    found = []
+    for measured in result["results"]:
+        for row in measured["contestants"]:
+            if row["role"] == OURS and row["verdict"]["status"] != RIGHT:
+                problem = f"{measured['op']} {measured['case']}: {row['name']} is {row['verdict']['status']}"
+                found.append(f"{problem} ({row['verdict']['detail']})")
+    return list(dict.fromkeys(found))
+
+
+__all__ = ["OPERATORS", "input_sets", "ours_that_are_not_right", "run", "run_case", "select_cases", "work"]

@@ -1,0 +1,1 @@
+"""Result files as tables, plots, documents and comparisons."""

@@ -1,0 +1,91 @@
+"""A finished pretraining run as a result file: ``python -m fusebert.bench.record RUN --out FILE``.
+
+What ``fusebert pretrain`` reports says how well a model learned and how fast, and not where: neither the commit nor the
+versions. This adds them, right after the run, on the same machine and from the same sources: it refuses when a source
+file is newer than the run's report or PyTorch is not the one that ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...train.corpus.corpus import Corpus, CorpusError
+from ...train.errors import UserError
+from ...train.run.log import read_log
+from ..measure.environment import environment
+from ..measure.result import SCHEMA, write_json
+
+PACKAGES = ("kernels", "model", "train")
+THREADS = re.compile(r"CPU \((?P<n>\d+) threads\)")  # what the log calls a CPU
+# Where things lie on the machine of the run says nothing to anyone else.
+PLACES = ("data", "out", "hf_directory", "loss_curve")
+
+
+def _newest_source(root: Path) -> Path:
+    return max(
+        (path for name in PACKAGES for path in (root / name).rglob("*.py")), key=lambda path: path.stat().st_mtime
+    )
+
+
+def record(run: Path, root: Path) -> dict[str, Any]:
+    """The run's report with environment, settings and corpus.
+
+    Args:
+        run: ``fusebert pretrain``'s --out, finished.
+        root: the folder of the packages that ran.
+
+    Raises:
+        UserError: the run is not finished, or is not what these sources and this PyTorch gave.
+    """
+    path = run / "report.json"
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        ran = path.stat().st_mtime
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {error}; give the folder of a finished fusebert pretrain") from error
+    began = [entry for entry in read_log(run / "log.jsonl") if entry["kind"] == "run"]
+    if not began:
+        raise UserError(f"{run / 'log.jsonl'}: does not say how the run began; give the folder of fusebert pretrain")
+    begin = began[-1]
+    if begin["torch"] != torch.__version__:
+        raise UserError(f"{run}: ran with PyTorch {begin['torch']}, this is {torch.__version__}; run it again")
+    changed = _newest_source(root)
+    if changed.stat().st_mtime > ran:
+        raise UserError(f"{run}: {changed} was changed after this run; run it again")
+    settings = begin["settings"]
+    corpus = Corpus.open(Path(settings["data"]))
+    where = environment(torch.device("cpu" if begin["device"].startswith("CPU") else "cuda"))
+    threads = THREADS.fullmatch(begin["device"])
+    if threads:
+        where["torch_threads"] = int(threads["n"])  # the run's, not this process's
+    return {
+        "schema": SCHEMA,
+        "kind": "pretrain",
+        "environment": where,
+        "settings": {name: value for name, value in settings.items() if name not in PLACES},
+        "shape": begin["shape"],
+        "corpus": {"vocab_size": corpus.vocab_size, "train_tokens": corpus.split("train").num_tokens},
+        "report": {name: value for name, value in report.items() if name not in PLACES},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make a result file of a finished pretraining run.")
+    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("--out", type=Path, required=True, help="the result file")
+    args = parser.parse_args()
+    try:
+        write_json(args.out, record(args.run, Path(__file__).parents[2]))
+    except (UserError, CorpusError) as error:
+        print(f"fusebert: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+__all__ = ["record"]

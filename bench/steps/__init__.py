@@ -1,0 +1,1 @@
+"""The training step and whole runs beside Transformers."""

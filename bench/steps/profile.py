@@ -1,0 +1,241 @@
+"""Where the time of a step goes: each operator's, beside the least that the machine's measured rates allow it.
+
+Every operator that reaches the dispatcher is labelled, forward and backward, and timed by PyTorch's profiler (on a GPU
+the time of the kernels it launched). What it had to do follows from its arguments: FLOPs of products by PyTorch's own
+formulas and, for ours, those of their files; bytes by reading each input and writing each output once. A lookup reads
+the rows it takes, not the table. floor = max(FLOPs / matmul rate, bytes / copy rate); roofline = floor / time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from ..measure.case import Cost
+from ..report.tables import columns
+
+LABEL = "fusebert_step::"
+AT_ROOFLINE = 0.8  # nearer than this is not worth anybody's time
+WRITTEN_ONLY = (
+    "aten::copy_",
+    "aten::fill_",
+    "aten::zero_",
+    "aten::bernoulli_",
+    "aten::_foreach_copy_",
+    "aten::random_",
+)
+LOOKUPS = ("aten::embedding", "aten::index_select", "aten::gather", "aten::index")
+
+
+def _sum_of_products(cu_q: Tensor, cu_k: Tensor) -> int:
+    return int((cu_q.diff().long() * cu_k.diff().long()).sum())
+
+
+def _attention_qkv(factor: int) -> Callable[..., int]:
+    def flops(qkv: Tensor, cu_seqlens: Tensor, *_: Any, **__: Any) -> int:
+        return factor * _sum_of_products(cu_seqlens, cu_seqlens) * qkv.shape[2] * qkv.shape[3]
+
+    return flops
+
+
+def _attention(factor: int) -> Callable[..., int]:
+    def flops(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, *_: Any, **__: Any) -> int:
+        if cu_q is None or cu_k is None:  # [B, H, N, D]
+            return factor * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * q.shape[3]
+        return factor * _sum_of_products(cu_q, cu_k) * q.shape[1] * q.shape[2]
+
+    return flops
+
+
+def _linear_cross_entropy(hidden: Tensor, weight: Tensor, *rest: Any, **_: Any) -> int:
+    need_hidden, need_weight = rest[-3:-1]
+    return 2 * hidden.shape[0] * hidden.shape[1] * weight.shape[0] * (1 + bool(need_hidden) + bool(need_weight))
+
+
+# Two products forward; backward four and the scores again.
+OURS: Mapping[str, Callable[..., int]] = {
+    "fusebert::attention_qkv": _attention_qkv(4),
+    "fusebert::attention_qkv_backward": _attention_qkv(10),
+    "fusebert::attention": _attention(4),
+    "fusebert::attention_backward": _attention(10),
+    "fusebert::linear_cross_entropy": _linear_cross_entropy,
+}
+
+
+def _size(value: Any) -> int:
+    """Bytes of the tensors in ``value``; one that is expanded counts what it holds."""
+    tensors = [x for x in tree_leaves(value) if isinstance(x, Tensor)]
+    return sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in tensors)
+
+
+def _bytes(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:
+    schema = func._schema
+    given = {a.name: x for a, x in zip(schema.arguments, args, strict=False)} | dict(kwargs)
+    total = 0
+    for argument in schema.arguments:
+        size = _size(given.get(argument.name))
+        written = argument.alias_info is not None and argument.alias_info.is_write and argument.name != "grads"
+        if written:
+            total += size * (1 if schema.name in WRITTEN_ONLY else 2)
+        elif schema.name in LOOKUPS and argument.name in ("weight", "self"):
+            total += _size(out)
+        else:
+            total += size
+    returned = out if isinstance(out, tuple | list) else (out,)
+    fresh = [x for x, r in zip(returned, schema.returns, strict=False) if r.alias_info is None]
+    return total + _size(fresh)
+
+
+def _is_view(func: Any) -> bool:
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+
+
+def _label(func: Any, args: tuple[Any, ...]) -> str:
+    """The operator's name; products by their shape, M × K × N."""
+    name = func._schema.name.removeprefix("aten::")
+    if name in ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm"):
+        a, b = [x for x in args if isinstance(x, Tensor)][-2:] if name != "_scaled_mm" else args[:2]
+        batch = f"{a.shape[0]} × " if a.ndim == 3 else ""
+        return f"{name} {batch}{a.shape[-2]} × {a.shape[-1]} × {b.shape[-1]}"
+    return str(name)
+
+
+@dataclasses.dataclass
+class _Count:
+    calls: int = 0
+    flops: float = 0.0
+    bytes: float = 0.0
+
+
+class _Labels(TorchDispatchMode):
+    """Labels every operator that does something, and counts what it had to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, _Count] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if _is_view(func) or func._schema.name.startswith("prim::"):
+            return func(*args, **kwargs)
+        label = _label(func, args)
+        with record_function(LABEL + label):
+            out = func(*args, **kwargs)
+        count = self.counts.setdefault(label, _Count())
+        count.calls += 1
+        count.bytes += _bytes(func, args, kwargs, out)
+        formula = OURS.get(func._schema.name)
+        if formula is not None:
+            count.flops += formula(*args, **kwargs)
+        elif func._overloadpacket in flop_registry:
+            count.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+        return out
+
+
+def profile_step(
+    step: Callable[[int], Any], device: torch.device, ceilings: Mapping[str, float], *, steps: int = 4
+) -> dict[str, Any]:
+    """Runs ``step`` (which takes the batch's number) ``steps`` times under the profiler.
+
+    Args:
+        ceilings: as `ceilings.ceilings` measured them.
+
+    Returns:
+        JSON types, a step's share of everything: ``ms`` of wall-clock time under the profiler, ``operator_ms`` of it in
+        operators, and ``operators``, slowest first.
+    """
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    labels = _Labels()
+    # CPU time and GPU time of one label are two events of one name; the host's knows the kernels it launched.
+    with profile(activities=activities) as profiler:
+        begin = time.perf_counter()
+        with labels:
+            for i in range(steps):
+                step(i)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        wall = 1e3 * (time.perf_counter() - begin) / steps
+    found = []
+    for event in profiler.key_averages():
+        if not event.key.startswith(LABEL) or event.device_type != torch.autograd.DeviceType.CPU:
+            continue
+        name = event.key.removeprefix(LABEL)
+        microseconds = event.device_time_total if device.type == "cuda" else event.cpu_time_total
+        count, ms = labels.counts[name], 1e-3 * microseconds / steps
+        cost = Cost(flops=count.flops / steps, bytes=count.bytes / steps)
+        floor = cost.floor_ms(ceilings)
+        found.append(
+            {
+                "name": name,
+                "calls": count.calls / steps,
+                "ms": ms,
+                "flops": cost.flops,
+                "bytes": cost.bytes,
+                "floor_ms": floor,
+                "limit": cost.limit(ceilings),
+                "roofline": floor / ms if ms else None,
+            }
+        )
+    found.sort(key=lambda row: -row["ms"])
+    in_operators = sum(row["ms"] for row in found)
+    for row in found:
+        row["share"] = row["ms"] / in_operators if in_operators else None
+    return {"ms": wall, "operator_ms": in_operators, "operators": found}
+
+
+def to_do(profiled: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Operators below their roofline, by the time that is lost there; those that lose less than 1 % are left out."""
+    rows = [
+        {**row, "lost_ms": row["ms"] - row["floor_ms"]}
+        for row in profiled["operators"]
+        if row["roofline"] is not None and row["roofline"] < AT_ROOFLINE
+    ]
+    rows = [row for row in rows if row["lost_ms"] >= 0.01 * profiled["operator_ms"]]
+    return sorted(rows, key=lambda row: -row["lost_ms"])
+
+
+def profile_lines(profiled: Mapping[str, Any], *, most: int = 25) -> list[str]:
+    """The table, and the list of what is not at its roofline."""
+    rows, total = profiled["operators"], profiled["operator_ms"]
+    table = [["operator", "calls", "time", "share", "GFLOP", "MB", "limit", "roofline"]]
+    for row in rows[:most]:
+        table.append(
+            [
+                row["name"],
+                f"{row['calls']:.0f}",
+                f"{row['ms']:.3f} ms",
+                f"{100 * row['share']:.1f} %",
+                f"{row['flops'] / 1e9:.3g}" if row["flops"] else "",
+                f"{row['bytes'] / 1e6:.3g}",
+                row["limit"],
+                "" if row["roofline"] is None else f"{100 * row['roofline']:.0f} %",
+            ]
+        )
+    rest = rows[most:]
+    if rest:
+        share = sum(row["ms"] for row in rest)
+        table.append([f"{len(rest)} more", "", f"{share:.3f} ms", f"{100 * share / total:.1f} %", "", "", "", ""])
+    lines = [
+        "",
+        f"our step by operator: {total:.1f} ms of {profiled['ms']:.1f} ms under the profiler; the rest is Python, "
+        "autograd, gaps and the profiler itself",
+        *columns(table),
+    ]
+    lost = to_do(profiled)
+    if lost:
+        table = [["not at its roofline", "lost", "roofline"]]
+        table += [[row["name"], f"{row['lost_ms']:.3f} ms", f"{100 * row['roofline']:.0f} %"] for row in lost]
+        lines += ["", *columns(table)]
+    return lines
+
+
+__all__ = ["profile_lines", "profile_step", "to_do"]

@@ -1,0 +1,1 @@
+"""Bidirectional attention for packed segments and padded batches: README.md has the equations."""

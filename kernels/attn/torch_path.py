@@ -1,0 +1,134 @@
+"""Attention from PyTorch's own operators, for tensors the kernels do not take (on a CPU, or float64).
+
+Differentiable as it stands. What PyTorch fuses goes to ``scaled_dot_product_attention``; the rest (a window, a seeded
+mask, the log-sum-exp) to the definition in `reference`. A seed names the same dropout mask here as on a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+from .dropout_tile import attention_dropout_mask
+
+
+def padded(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_padding_mask: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: int | Tensor | None,
+    window: int | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """(out, lse or None) for q [B, H, N_q, D] and k, v [B, H_k, N_k, D]."""
+    b, h, n_q, _ = q.shape
+    n_k = k.shape[2]
+    if window is None and not return_lse and (seed is None or dropout_p == 0.0):
+        mask = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale, enable_gqa=h != k.shape[1]
+        ), None
+    kept = None
+    if dropout_p > 0.0 and seed is not None:
+        kept = attention_dropout_mask(dropout_p, seed, n_q, n_k, b * h, q.device).view(b, h, n_q, n_k)
+    return reference.attention(
+        q, k, v, key_padding_mask=key_padding_mask, scale=scale, dropout_p=dropout_p, dropout_mask=kept, window=window
+    )
+
+
+def packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float,
+    dropout_p: float,
+    seed: int | Tensor | None,
+    window: int | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """(out, lse or None) for q [T_q, H, D] and k, v [T_k, H_k, D]."""
+    if window is None and not return_lse and (seed is None or dropout_p == 0.0):
+        if torch.compiler.is_compiling():
+            return _gathered(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, dropout_p), None
+        return _segment_by_segment(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, dropout_p), None
+    kept = None
+    if dropout_p > 0.0 and seed is not None:
+        num_segments, h = cu_seqlens_q.numel() - 1, q.shape[1]
+        planes = attention_dropout_mask(dropout_p, seed, max_q, max_k, num_segments * h, q.device)
+        lengths = zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist(), strict=True)
+        kept = [planes[s * h : (s + 1) * h, :n_q, :n_k] for s, (n_q, n_k) in enumerate(lengths)]
+    return reference.attention_varlen(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, scale=scale, dropout_p=dropout_p, dropout_masks=kept, window=window
+    )
+
+
+def _segment_by_segment(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float, dropout_p: float
+) -> Tensor:
+    """A call for each segment, on a CPU faster than padding them to one length; one call where they have one length."""
+    lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
+    rest_q, rest_k = q.shape[0] - sum(lengths_q), k.shape[0] - sum(lengths_k)  # rows behind the last segment
+    sdpa = functools.partial(
+        F.scaled_dot_product_attention, dropout_p=dropout_p, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    if rest_q == rest_k == 0 and len(set(lengths_q)) == len(set(lengths_k)) == 1 and lengths_q[0] and lengths_k[0]:
+        batch = [x.unflatten(0, (len(lengths_q), -1)).transpose(1, 2) for x in (q, k, v)]  # each (S, h, n, D)
+        return sdpa(*batch).transpose(1, 2).flatten(0, 1)
+
+    def split(x: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
+        return x.transpose(0, 1).unsqueeze(0).split(lengths, dim=2)  # each (1, h, n, D)
+
+    *queries, rest = split(q, [*lengths_q, rest_q])
+    keys, values = split(k, [*lengths_k, rest_k])[:-1], split(v, [*lengths_k, rest_k])[:-1]
+    outs = [
+        sdpa(x, y, z) if y.shape[2] else x * 0.0 for x, y, z in zip(queries, keys, values, strict=True) if x.shape[2]
+    ]
+    return torch.cat([*outs, rest * 0.0], dim=2)[0].transpose(0, 1)
+
+
+def _gathered(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float,
+    dropout_p: float,
+) -> Tensor:
+    """All segments padded to max_q and max_k: no shape depends on a length, so it compiles without a graph break."""
+
+    def pad(x: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+        rows = cu_seqlens[:-1, None] + torch.arange(longest, device=x.device)
+        return x[rows.clamp(max=x.shape[0] - 1)].transpose(1, 2)  # (S, h, longest, D)
+
+    real = torch.arange(max_k, device=q.device) < cu_seqlens_k.diff()[:, None]  # (S, max_k)
+    out = F.scaled_dot_product_attention(
+        pad(q, cu_seqlens_q, max_q),
+        pad(k, cu_seqlens_k, max_k),
+        pad(v, cu_seqlens_k, max_k),
+        attn_mask=real[:, None, None, :],
+        dropout_p=dropout_p,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    ).transpose(1, 2)  # (S, max_q, h, D)
+    rows = torch.arange(q.shape[0], device=q.device, dtype=cu_seqlens_q.dtype)
+    segment = torch.bucketize(rows, cu_seqlens_q[1:], right=True)  # S: in no segment
+    of = segment.clamp(max=cu_seqlens_q.numel() - 2)
+    out = out[of, (rows - cu_seqlens_q[of]).clamp(max=max_q - 1)]
+    return torch.where((segment == of)[:, None, None], out, 0.0)
+
+
+__all__ = ["packed", "padded"]

@@ -1,0 +1,1 @@
+"""Three embeddings, LayerNorm and dropout in one pass: README.md has the equations."""

@@ -1,0 +1,1 @@
+"""The masked-LM loss and cross entropy: README.md has the equations."""

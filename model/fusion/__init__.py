@@ -1,0 +1,1 @@
+"""`fuse` and `unfuse`: the fused kernels in models that other libraries define."""

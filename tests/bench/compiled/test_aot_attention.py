@@ -1,0 +1,160 @@
+"""Attention's kernels as the compiler sees them, for GPUs that need not be here: every entry of the launch tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fusebert.bench.compiled import aot, aot_attention
+from fusebert.kernels.attn import config as attention_config
+from fusebert.kernels.backend import triton
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """sm_<arch> -> rows of the table, from the command that writes it, in processes where Triton may compile."""
+    out = tmp_path_factory.mktemp("aot")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "fusebert.bench.aot",
+        "--only",
+        "attention",
+        "--heaviest",
+        "--out",
+        str(out),
+    ]
+    ran = subprocess.run(
+        [*command, "--arch", *map(str, aot.LIMITS)], env=environment, cwd=out, capture_output=True, text=True
+    )
+    assert ran.returncode in (0, 1), ran.stderr
+    tables = {arch: json.loads(next(out.glob(f"*sm_{arch}.json")).read_text())["kernels"] for arch in aot.LIMITS}
+    return ran.returncode, tables
+
+
+def committed(arch: int):
+    """(about, rows) of the newest table in bench/results."""
+    newest = max((Path(__file__).parents[3] / "bench/results").glob(f"*-aot-sm_{arch}.json"))
+    table = json.loads(newest.read_text())
+    return table["about"], table["kernels"]
+
+
+def entries(arch: int) -> set[tuple[str, tuple[int, int], int]]:
+    """(kernel, tile, BLOCK_D) of every long entry that the launcher can look up on sm_<arch>."""
+    found = set()
+    for dtype in (torch.bfloat16, torch.float32):
+        for table in aot_attention._tables(arch, dtype):
+            for kernel in ("long_forward", "long_backward_dq", "long_backward_dk_dv"):
+                for head_dim, config in getattr(table, kernel).items():
+                    found.add((kernel, (config.block_m, config.block_n), head_dim))
+    return found
+
+
+@pytest.mark.parametrize("arch", aot.LIMITS)
+def test_every_entry_compiles_as_meant(arch, compiled):
+    """Nothing spills, all fits, matrix instructions are the chip's, stores are wide."""
+    _, tables = compiled
+    wrong = [
+        f"{row['case']}: {row['kernel']} {row['tile']}: {row['problems']}" for row in tables[arch] if row["problems"]
+    ]
+    assert not wrong, "\n".join(wrong)
+    rows = [row for row in tables[arch] if row["kernel"] != "schedule_tiles"]  # which stores a few integers
+    for row in rows:
+        assert row["blocks_per_multiprocessor"] >= 1, row
+        assert row["stores_128"] > 0, row
+    seen = {(row["kernel"], tuple(row["tile"]), int(row["case"].split("D=")[1].split()[0])) for row in rows}
+    assert entries(arch) <= seen
+    assert {"short_forward", "short_backward"} <= {row["kernel"] for row in tables[arch]}
+
+
+def test_the_status_says_whether_all_is_well(compiled):
+    status, tables = compiled
+    assert status == any(row["problems"] for rows in tables.values() for row in rows)
+
+
+@pytest.mark.parametrize("arch", aot.LIMITS)
+def test_the_committed_table_is_whole_clean_and_of_these_kernels(arch, compiled):
+    """What tests have no time to compile, every variant of every entry, is read; what they compile must be as read."""
+    about, rows = committed(arch)
+    assert about["attention_sources"] == aot_attention.sources(), (
+        "attention's kernels or tables have changed: python -m fusebert.bench.aot --arch 80 90 100 --out bench/results"
+    )
+    rows = [row for row in rows if row["case"].startswith("attention")]
+    assert {row["case"] for row in rows} == aot_attention.cases(arch).keys()
+    assert not [row for row in rows if row["problems"] or row["spill_bytes"]]
+    if about["triton"] == triton.__version__:
+        assert [row for row in compiled[1][arch] if row not in rows] == []
+
+
+def test_another_source_is_noticed(monkeypatch, tmp_path):
+    before = aot_attention.sources()
+    folder = Path(attention_config.__file__).parent
+    (tmp_path / "attn").mkdir()
+    for file in (folder.parent / "dropout.py", *folder.glob("*.py")):
+        (tmp_path / file.relative_to(folder.parent)).write_text(file.read_text() + "# a comment\n")
+    monkeypatch.setattr(attention_config, "__file__", str(tmp_path / "attn" / "config.py"))
+    assert aot_attention.sources() == before
+    changed = tmp_path / "attn" / "long.py"
+    changed.write_text(changed.read_text().replace('float("-inf")', "-1e30", 1))
+    assert aot_attention.sources() != before
+
+
+def resources(**changes):
+    constants = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_D": 64, "EXACT": False, "PRECISION": "ieee"}
+    constants |= changes.pop("constants", {})
+    fields = {"name": "long_forward", "arch": 90, "num_warps": 8, "num_stages": 2, "registers": 200, "spill_bytes": 0}
+    fields |= {"shared_bytes": 65536, "tensor_memory_columns": 0, "instructions": {"HGMMA.64x64x16.F32": 8}}
+    return aot.Resources(**(fields | changes), constants=constants)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, None),
+        ({"spill_bytes": 8}, "spills 8 bytes"),
+        ({"shared_bytes": 232449}, "232449 bytes of shared memory; there are 232448"),
+        ({"instructions": {"HMMA.16816.F32": 8}}, "multiplies with HMMA, not HGMMA"),
+        ({"constants": {"BLOCK_M": 32}}, "multiplies with HGMMA, not HMMA"),
+        ({"name": "long_backward_dk_dv", "constants": {"BLOCK_M": 32}}, None),
+        ({"constants": {"EXACT": True}}, "multiplies with HGMMA, not None"),
+        ({"constants": {"EXACT": True}, "instructions": {"FFMA": 99}}, None),
+        ({"constants": {"EXACT": True, "PRECISION": "tf32"}, "instructions": {"FFMA": 9}}, "multiplies with None"),
+    ],
+)
+def test_what_counts_as_wrong(changes, words):
+    found = aot_attention.problems(resources(**changes), aot.LIMITS[90][2], "HGMMA")
+    assert found == [] if words is None else words in "; ".join(found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "blocks", "by"),
+    [
+        ({}, 1, "registers"),
+        ({"registers": 128}, 2, "registers"),
+        ({"registers": 64, "shared_bytes": 120000}, 1, "shared memory"),
+        ({"arch": 100, "registers": 64, "shared_bytes": 1024, "tensor_memory_columns": 256}, 2, "tensor memory"),
+        ({"registers": 16, "shared_bytes": 0}, 8, "warps"),
+    ],
+)
+def test_occupancy(changes, blocks, by):
+    assert (resources(**changes).blocks_per_multiprocessor, resources(**changes).limited_by) == (blocks, by)
+
+
+def test_a_new_entry_is_compiled(monkeypatch):
+    """The cases come from the tables: an entry that is added brings its own."""
+    before = aot_attention.cases(90, heaviest=True)
+    table = attention_config.TABLES[90, 2]
+    more = table._replace(**{name: {**getattr(table, name), 512: getattr(table, name)[256]} for name in table._fields})
+    monkeypatch.setitem(attention_config.TABLES, (90, 2), more)
+    monkeypatch.setitem(attention_config.MASKED, (90, 2), attention_config.NOTHING)
+    added = aot_attention.cases(90, heaviest=True).keys() - before.keys()
+    assert any("D=512 N=512 masked window dropout groups=2" in name for name in added)

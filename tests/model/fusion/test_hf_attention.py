@@ -1,0 +1,300 @@
+"""attn_implementation="fusebert": padding is never lost, and what the kernels do not compute is right or an error."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from oracle import DEVICE
+from torch import nn
+
+from fusebert.kernels import use_backend
+from fusebert.model.fusion import attention_interface as hf_attention
+from fusebert.model.fusion.attention_interface import attention_forward, register_attention
+
+transformers = pytest.importorskip("transformers", minversion="5")
+masking_utils = pytest.importorskip("transformers.masking_utils")
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+SMALL = {**SIZES, "vocab_size": 61, "max_position_embeddings": 40}
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+
+
+@pytest.fixture(autouse=True)
+def _registered():
+    register_attention()
+    hf_attention._warn_once.cache_clear()
+
+
+class Encoder(nn.Module):
+    """What attention_forward asks of a module."""
+
+    is_causal = False
+
+
+def inputs_for(lengths=(17, 3, 11)):
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    ids = torch.randint(3, 61, mask.shape, generator=torch.Generator().manual_seed(0)) * mask
+    return ids.to(DEVICE), mask.long().to(DEVICE)
+
+
+def bert(implementation, cls="BertModel", **fields):
+    torch.manual_seed(0)
+    cls = getattr(transformers, cls)
+    model = cls(cls.config_class(**{**SMALL, "attn_implementation": implementation, **fields}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval().to(DEVICE)
+
+
+def qkv(batch=2, heads=2, n_q=9, n_k=9, size=16, groups=1):
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(batch, heads, n_q, size), *[(batch, heads // groups, n_k, size)] * 2]
+    return [torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes]
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize(
+    ("cls", "fields"),
+    [
+        ("BertModel", {}),
+        ("ModernBertModel", {**SPECIAL, "global_attn_every_n_layers": 2, "local_attention": 6}),
+    ],
+)
+def test_padded_batches_are_sdpas(cls, fields, backend, recwarn):
+    ids, mask = inputs_for()
+    with torch.no_grad(), use_backend(backend):
+        ours = bert("fusebert", cls, **fields)(ids, mask).last_hidden_state
+        theirs = bert("sdpa", cls, **fields)(ids, mask).last_hidden_state
+        unpadded = bert("fusebert", cls, **fields)(ids).last_hidden_state
+    torch.testing.assert_close(ours[mask.bool()], theirs[mask.bool()], rtol=1e-4, atol=1e-5)
+    assert (unpadded - ours)[mask.bool()].norm() > 1e-2, "the mask changes nothing here: the test says nothing"
+    assert not [str(w.message) for w in recwarn if "fusebert" in str(w.message)]
+
+
+def test_a_window_without_padding():
+    fields = {**SPECIAL, "global_attn_every_n_layers": 2, "local_attention": 6}
+    ids, _ = inputs_for()
+    with torch.no_grad():
+        ours, theirs = (bert(name, "ModernBertModel", **fields)(ids)[0] for name in ("fusebert", "sdpa"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_from_pretrained(tmp_path):
+    bert("sdpa").save_pretrained(tmp_path)
+    model = transformers.AutoModel.from_pretrained(tmp_path, attn_implementation="fusebert").to(DEVICE).eval()
+    ids, mask = inputs_for()
+    with torch.no_grad():
+        ours, theirs = model(ids, mask)[0], bert("sdpa")(ids, mask)[0]
+    torch.testing.assert_close(ours[mask.bool()], theirs[mask.bool()], rtol=1e-4, atol=1e-5)
+
+
+def test_no_mask_is_read():
+    """Whether a mask hides anything is not asked: on the meta device there would be no answer."""
+    mask = torch.ones(2, 9, dtype=torch.int64, device="meta")
+    config = transformers.BertConfig(**SMALL, attn_implementation="fusebert")
+    made = masking_utils.create_bidirectional_mask(config, torch.empty(2, 9, 32, device="meta"), mask)
+    assert (made.shape, made.dtype) == ((2, 9), torch.bool)
+    assert masking_utils.create_bidirectional_mask(config, torch.empty(2, 9, 32, device="meta"), None) is None
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("window", [None, 0, 2, 20])
+def test_masks_say_what_sdpas_say(window, padded):
+    """Of every (query, key) pair, from Transformers' own requests."""
+    _, mask = inputs_for()
+    mask = mask if padded else None
+    embeds = torch.empty(3, 17, 32, device=DEVICE)
+    create = "create_bidirectional_mask" if window is None else "create_bidirectional_sliding_window_mask"
+
+    def made(implementation):
+        config = transformers.BertConfig(**SMALL, attn_implementation=implementation)
+        config.sliding_window = window
+        return getattr(masking_utils, create)(config, embeds, mask)
+
+    theirs = made("eager")
+    theirs = torch.ones(3, 1, 17, 17, dtype=torch.bool, device=DEVICE) if theirs is None else theirs == 0
+    ours = hf_attention._four_dimensional(made("fusebert"), 17)
+    ours = torch.ones_like(theirs) if ours is None else ours
+    assert torch.equal(ours.expand(3, 1, 17, 17), theirs.expand(3, 1, 17, 17))
+
+
+def test_a_mask_that_a_model_laid_something_over():
+    """or_mask_function: no longer a mask of padding, so it is Transformers' 4-D mask."""
+    _, mask = inputs_for()
+    embeds = torch.empty(3, 17, 32, device=DEVICE)
+
+    def made(implementation):
+        config = transformers.BertConfig(**SMALL, attn_implementation=implementation)
+        nothing_before = {"and_mask_function": lambda b, h, q, k: k >= q}
+        return masking_utils.create_bidirectional_mask(config, embeds, mask, **nothing_before)
+
+    assert torch.equal(made("fusebert"), made("sdpa"))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"mask_function": masking_utils.causal_mask_function},
+        {"use_vmap": True},
+        {"kv_offset": 2},
+        {"allow_is_bidirectional_skip": False},
+    ],
+)
+def test_requests_for_more_than_padding(other):
+    """Whatever else a request holds, the answer is Transformers' own mask of every pair."""
+    _, mask = inputs_for()
+    request = {"mask_function": masking_utils.bidirectional_mask_function, "allow_is_bidirectional_skip": True, **other}
+    sizes = {"batch_size": 3, "q_length": 15, "kv_length": 15, "q_offset": 0, "device": DEVICE}
+    mask = mask[:, :15].bool()
+    ours = hf_attention.build_mask(**sizes, attention_mask=mask, **request)
+    request |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    assert torch.equal(ours, masking_utils.sdpa_mask(**sizes, attention_mask=mask, **request))
+    assert ours.shape == (3, 1, 15, 15)
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_a_callers_mask_of_four_dimensions_runs_on_sdpa(kind):
+    ids, _ = inputs_for()
+    allowed = (torch.rand(3, 1, 17, 17, generator=torch.Generator().manual_seed(2)) < 0.7).to(DEVICE)
+    allowed |= torch.eye(17, dtype=torch.bool, device=DEVICE)
+    if kind == "float":
+        allowed = torch.zeros_like(allowed, dtype=torch.float32).masked_fill(~allowed, -1e9)
+    with torch.no_grad():
+        theirs = bert("sdpa")(ids, allowed).last_hidden_state
+        with pytest.warns(UserWarning, match=r"4 dimensions .*: Transformers' SDPA attention runs"):
+            ours = bert("fusebert")(ids, allowed).last_hidden_state
+        torch.testing.assert_close(ours, theirs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            bert("fusebert")(ids, allowed)  # said once
+
+
+def test_attention_weights_are_the_eager_attentions():
+    ids, mask = inputs_for()
+    with torch.no_grad():
+        theirs = bert("eager")(ids, mask, output_attentions=True)
+        with pytest.warns(UserWarning, match="output_attentions=True"):
+            ours = bert("fusebert")(ids, mask, output_attentions=True)
+    assert len(ours.attentions) == 2
+    for x, y in zip(ours.attentions, theirs.attentions, strict=True):
+        torch.testing.assert_close(x, y)
+    torch.testing.assert_close(ours.last_hidden_state, theirs.last_hidden_state)
+
+
+def test_attention_weights_within_a_window():
+    fields = {**SPECIAL, "global_attn_every_n_layers": 2, "local_attention": 6}
+    ids, mask = inputs_for()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours, theirs = (
+            bert(name, "ModernBertModel", **fields)(ids, mask, output_attentions=True) for name in ("fusebert", "eager")
+        )
+    rows = mask.bool()
+    for x, y in zip(ours.attentions, theirs.attentions, strict=True):
+        torch.testing.assert_close(x.transpose(1, 2)[rows], y.transpose(1, 2)[rows])
+
+
+@pytest.mark.filterwarnings("ignore:output_attentions=True")
+def test_attention_weights_where_there_is_no_eager_attention():
+    with pytest.raises(ValueError, match="Encoder has no eager attention"):
+        attention_forward(Encoder(), *qkv(), None, output_attentions=True)
+
+
+def test_a_decoder_stays_causal():
+    ids, mask = inputs_for()
+    with torch.no_grad():
+        theirs = bert("sdpa", is_decoder=True)(ids, mask).last_hidden_state
+        with pytest.warns(UserWarning, match="SDPA attention runs"):
+            ours = bert("fusebert", is_decoder=True)(ids, mask).last_hidden_state
+        torch.testing.assert_close(ours[mask.bool()], theirs[mask.bool()])
+        ours, theirs = (bert(name, is_decoder=True)(ids).last_hidden_state for name in ("fusebert", "sdpa"))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_causal_module_without_a_mask():
+    class Decoder(nn.Module):
+        is_causal = True
+
+    q, k, v = qkv()
+    expected = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    with pytest.warns(UserWarning, match="Decoder is causal"):
+        out, _ = attention_forward(Decoder(), q, k, v, None)
+    torch.testing.assert_close(out, expected)
+    cu = torch.tensor([0, 4, 9], dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ValueError, match="is_causal=True"):
+        attention_forward(Decoder(), q[:1], k[:1], v[:1], None, cu_seq_lens_q=cu, max_length_q=5)
+
+
+def test_queries_of_another_length_and_grouped_heads():
+    """Cross-attention, the padding being the keys'; and key heads that queries share."""
+    q, k, v = qkv(heads=4, n_q=5, n_k=9, groups=2)
+    real = torch.arange(9, device=DEVICE) < torch.tensor([9, 4], device=DEVICE)[:, None]
+    expected = nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=real[:, None, None], scale=0.3, enable_gqa=True
+    )
+    for backend in ("reference", "triton"):
+        with use_backend(backend):
+            out, weights = attention_forward(Encoder(), q, k, v, real, scaling=0.3)
+        torch.testing.assert_close(out, expected.transpose(1, 2), rtol=1e-4, atol=1e-5)
+        assert weights is None
+
+
+def test_a_packed_batch():
+    """As DataCollatorWithFlattening gives it: one row of segments, which do not see one another."""
+    q, k, v = qkv(batch=1)
+    cu = torch.tensor([0, 4, 9], dtype=torch.int32, device=DEVICE)
+    out, _ = attention_forward(Encoder(), q, k, v, None, cu_seq_lens_q=cu, max_length_q=5)
+    for rows in (slice(0, 4), slice(4, 9)):
+        alone, _ = attention_forward(Encoder(), *(x[:, :, rows] for x in (q, k, v)), None)
+        torch.testing.assert_close(out[:, rows], alone, rtol=1e-4, atol=1e-5)
+    mask = torch.ones(1, 9, dtype=torch.bool, device=DEVICE)
+    with pytest.raises(ValueError, match=r"cu_seq_lens_q .* without attention_mask.*\[1, 9\]"):
+        attention_forward(Encoder(), q, k, v, mask, cu_seq_lens_q=cu, max_length_q=5)
+
+
+def test_a_position_bias_runs_on_sdpa():
+    q, k, v = qkv()
+    bias = torch.randn(1, 2, 9, 9, device=DEVICE)
+    real = torch.arange(9, device=DEVICE) < torch.tensor([9, 4], device=DEVICE)[:, None]
+    expected = nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=bias.masked_fill(~real[:, None, None], -torch.inf)
+    )
+    with pytest.warns(UserWarning, match="position bias"):
+        out, _ = attention_forward(Encoder(), q, k, v, real, position_bias=bias)
+    torch.testing.assert_close(out, expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize("name", hf_attention.UNSUPPORTED)
+def test_arguments_that_nobody_here_computes(name):
+    with pytest.raises(ValueError, match=f"does not compute {name}, which Encoder passes"):
+        attention_forward(Encoder(), *qkv(), None, **{name: torch.ones(2)})
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.ones(2, 9),
+        torch.ones(9, dtype=torch.bool),
+        torch.ones(1, 9, dtype=torch.bool),
+        torch.ones(2, 8, dtype=torch.bool),
+        torch.ones(2, 9, 9, dtype=torch.int64),
+    ],
+)
+def test_masks_of_no_known_form(mask):
+    with pytest.raises(ValueError, match=r"attention_mask must be bool \[B, N_k\] = \[2, 9\]"):
+        attention_forward(Encoder(), *qkv(), mask.to(DEVICE))
+
+
+def test_a_callers_mask_of_three_dimensions():
+    ids, _ = inputs_for()
+    with pytest.raises(ValueError, match=r"attention_mask must have shape \[B, N\]"):
+        bert("fusebert")(ids, torch.ones(3, 17, 17, dtype=torch.bool, device=DEVICE))
+
+
+def test_only_asking_imports_transformers():
+    script = "import sys, fusebert.model.fusion.attention_interface; print('transformers' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd="/", check=False)
+    assert run.stdout.strip() == "False", run.stderr

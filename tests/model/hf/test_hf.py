@@ -1,0 +1,458 @@
+"""Hugging Face folders, both ways: what Transformers loads, what it wrote, and what is refused."""
+
+import dataclasses
+import json
+import os
+import pathlib
+
+import pytest
+import torch
+from bert_cases import MICRO, padded_examples
+from oracle import relative_error
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+from fusebert.model import BertConfig, BertForPreTraining, from_hf, pack_padded, save_hf
+from fusebert.model.hf.folder import HF_DEFAULTS
+
+TEXT = [
+    "The quick brown fox, naïve café!",
+    "它中文字 unaffable ABC-def's 123",
+    "[CLS] a [MASK] b[MASK]c [SEP]",
+    "",
+    "Ünïcode\tand\x07  spaces",
+]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = BertForPreTraining(MICRO)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    save_hf(model, tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, **changes}))
+
+
+def change_tensors(folder, change):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def assert_same_parameters(left, right):
+    left, right = dict(left.named_parameters()), dict(right.named_parameters())
+    assert left.keys() == right.keys()
+    for name, parameter in left.items():
+        assert torch.equal(parameter, right[name]), name
+
+
+# ---- to Transformers and back ----
+
+
+def test_transformers_loads_what_we_wrote(model, folder):
+    transformers = pytest.importorskip("transformers")
+    theirs, info = transformers.BertForPreTraining.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    assert not theirs.training
+    for name in MICRO.__dataclass_fields__:
+        assert getattr(theirs.config, name) == getattr(MICRO, name), name
+
+    examples = padded_examples(MICRO)
+    batch = pack_padded(**examples)
+    model.eval()
+    with torch.no_grad():
+        out = theirs(examples["input_ids"], examples["attention_mask"], examples["token_type_ids"])
+        hidden = model.encode(batch)
+        mlm, nsp = model.predict_tokens(hidden), model.nsp_logits(model.pool(hidden, batch.cu_seqlens))
+    assert relative_error(mlm, out.prediction_logits[examples["attention_mask"].bool()]) <= 1e-5
+    assert relative_error(nsp, out.seq_relationship_logits) <= 1e-5
+
+
+def test_auto_classes_find_the_model(folder):
+    transformers = pytest.importorskip("transformers")
+    assert type(transformers.AutoModelForPreTraining.from_pretrained(folder)).__name__ == "BertForPreTraining"
+    assert type(transformers.AutoModelForMaskedLM.from_pretrained(folder)).__name__ == "BertForMaskedLM"
+
+
+def test_a_round_trip_keeps_every_bit(model, folder):
+    assert_same_parameters(from_hf(folder), model)
+    assert from_hf(str(folder)).config == MICRO
+
+
+def test_a_round_trip_through_transformers_keeps_every_bit(model, folder, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.BertForPreTraining.from_pretrained(folder)
+    assert_same_parameters(from_hf(theirs), model)
+    theirs.save_pretrained(tmp_path / "whole")
+    assert_same_parameters(from_hf(tmp_path / "whole"), model)
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 2
+    assert_same_parameters(from_hf(tmp_path / "shards"), model)
+
+
+def test_reading_a_folder_needs_no_transformers(folder, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    from_hf(folder)
+
+
+def test_old_names_buffers_and_tied_copies_are_accepted(model, folder):
+    def age(tensors):
+        for name in list(tensors):
+            old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+            tensors[old] = tensors.pop(name)
+        tensors["bert.embeddings.position_ids"] = torch.arange(40)[None]
+        tensors["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"].clone()
+        tensors["cls.predictions.decoder.bias"] = tensors.pop("cls.predictions.bias")
+
+    change_tensors(folder, age)
+    assert_same_parameters(from_hf(folder), model)
+
+
+def test_half_precision_becomes_float32(model, folder):
+    def halve(tensors):
+        tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()})
+
+    change_tensors(folder, halve)
+    for name, parameter in from_hf(folder).named_parameters():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, dict(model.named_parameters())[name].bfloat16().float()), name
+
+
+def test_saving_a_half_precision_model_writes_float32(model, tmp_path):
+    save_hf(model.bfloat16(), tmp_path / "bert")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "bert" / "model.safetensors").values()} == {torch.float32}
+    assert_same_parameters(from_hf(tmp_path / "bert"), model.float())
+
+
+def test_missing_heads_are_initialised_and_named(model, folder):
+    transformers = pytest.importorskip("transformers")
+    masked_lm = transformers.BertForMaskedLM.from_pretrained(folder)
+    with pytest.warns(
+        UserWarning, match="BertForMaskedLM has no pooler and no next-sentence head: initialised at random"
+    ):
+        ours = from_hf(masked_lm)
+    changed = {name for name, p in ours.named_parameters() if not torch.equal(p, dict(model.named_parameters())[name])}
+    assert changed == {"pooler.weight", "pooler.bias", "nsp_classifier.weight", "nsp_classifier.bias"}
+
+    with pytest.warns(UserWarning, match="BertModel has no masked-language-model head and no next-sentence head"):
+        ours = from_hf(transformers.BertModel.from_pretrained(folder))
+    assert torch.equal(ours.pooler.weight, model.pooler.weight)
+    assert torch.equal(ours.encoder.layers[1].qkv.weight, model.encoder.layers[1].qkv.weight)
+    assert ours.mlm_dense.weight.std() < 0.03  # normal(0, initializer_range)
+
+
+def test_settings_left_out_have_transformers_defaults(folder):
+    transformers = pytest.importorskip("transformers")
+    defaults, theirs = dataclasses.asdict(BertConfig(**HF_DEFAULTS)), transformers.BertConfig()
+    assert defaults == {name: getattr(theirs, name) for name in defaults}
+
+    path = folder / "config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(
+        json.dumps({k: v for k, v in settings.items() if k not in ("layer_norm_eps", "pad_token_id", "dtype")})
+    )
+    assert from_hf(folder).config == MICRO
+
+
+# ---- the files ----
+
+
+def test_saving_again_replaces_the_model_and_keeps_other_files(model, folder):
+    (folder / "notes.txt").write_text("mine")
+    with torch.no_grad():
+        model.mlm_bias.add_(1.0)
+    save_hf(model, folder)
+    assert_same_parameters(from_hf(folder), model)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert sorted(p.name for p in folder.parent.iterdir()) == ["bert"]
+
+
+def test_a_save_that_fails_leaves_the_old_model_and_no_rubbish(model, folder, monkeypatch):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def disk_full(*args, **kwargs):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", disk_full)
+    for target in (folder, folder.parent / "other"):
+        with pytest.raises(OSError, match=r"cannot write .*model\.safetensors: .*No space left"):
+            save_hf(model, target)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert sorted(p.name for p in folder.parent.iterdir()) == ["bert"]
+
+
+@pytest.mark.parametrize("moved", [0, 1])
+def test_a_save_cut_short_while_replacing_cannot_be_loaded(model, folder, monkeypatch, moved):
+    replace, moves = pathlib.Path.replace, []
+
+    def killed(self, target):
+        if len(moves) == moved:
+            raise KeyboardInterrupt
+        moves.append(replace(self, target))
+
+    monkeypatch.setattr("pathlib.Path.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_hf(model, folder)
+    with pytest.raises(ValueError, match=r"config\.json is missing"):
+        from_hf(folder)
+
+
+def test_files_have_the_permissions_of_the_umask(model, tmp_path):
+    previous = os.umask(0o027)
+    try:
+        save_hf(model, tmp_path / "bert")
+    finally:
+        os.umask(previous)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "bert").iterdir()} == {0o640}
+
+
+# ---- what is refused ----
+
+
+def test_a_name_is_not_downloaded():
+    with pytest.raises(ValueError, match=r"bert-base-uncased is not a folder.*hf download"):
+        from_hf("google-bert/bert-base-uncased")
+
+
+def test_a_source_of_another_type(model):
+    for source, name in ((torch.nn.Linear(2, 2), "Linear"), (model, "BertForPreTraining"), (None, "NoneType")):
+        with pytest.raises(TypeError, match=f"source must be a folder or a Transformers model; got {name}"):
+            from_hf(source)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "roberta"}, "model_type must be 'bert'; got 'roberta'"),
+        ({"hidden_act": "gelu_new"}, "hidden_act must be 'gelu'; got 'gelu_new'"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type must be 'absolute'"),
+        ({"is_decoder": True}, "is_decoder must be False"),
+        ({"add_cross_attention": True}, "add_cross_attention must be False"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings must be True"),
+        ({"pruned_heads": {"1": [0]}}, "pruned_heads must be"),
+        ({"quantization_config": {"bits": 8}}, "quantization_config must be None"),
+        ({"num_attention_heads": 5}, "hidden_size must be a multiple"),
+        ({"layer_norm_eps": "1e-12"}, "layer_norm_eps must be a positive number"),
+    ],
+)
+def test_settings_of_another_arithmetic(folder, change, message):
+    change_config(folder, **change)
+    with pytest.raises(ValueError, match=rf"config\.json: {message}"):
+        from_hf(folder)
+
+
+def test_every_tensor_that_does_not_fit_is_listed_at_once(folder):
+    def spoil(tensors):
+        del tensors["bert.encoder.layer.1.attention.self.key.bias"]
+        tensors["classifier.weight"] = torch.zeros(2, 32)
+        tensors["bert.embeddings.word_embeddings.weight"] = torch.zeros(60, 32)
+        tensors["cls.seq_relationship.bias"] = torch.zeros(2, dtype=torch.int64)
+        tensors["cls.predictions.decoder.bias"] = tensors["cls.predictions.bias"] + 1
+
+    change_tensors(folder, spoil)
+    with pytest.raises(ValueError, match="does not hold a BertForPreTraining") as caught:
+        from_hf(folder)
+    for line in (
+        "bert.encoder.layer.1.attention.self.key.bias is missing",
+        "classifier.weight is unknown",
+        "bert.embeddings.word_embeddings.weight has shape (60, 32), the configuration says (61, 32)",
+        "cls.seq_relationship.bias is torch.int64, not floating point",
+        "cls.predictions.decoder.bias differs from cls.predictions.bias",
+    ):
+        assert line in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_long_list_is_cut(folder):
+    change_config(folder, num_hidden_layers=4)
+    with pytest.raises(ValueError, match="and 22 more"):
+        from_hf(folder)
+
+
+def test_half_a_head_is_not_a_missing_head(folder):
+    change_tensors(folder, lambda tensors: tensors.pop("cls.predictions.transform.dense.weight"))
+    with pytest.raises(ValueError, match=r"cls\.predictions\.transform\.dense\.weight is missing"):
+        from_hf(folder)
+
+
+def test_untied_decoder(folder):
+    def untie(tensors):
+        tensors["cls.predictions.decoder.weight"] = torch.zeros(61, 32)
+
+    change_tensors(folder, untie)
+    with pytest.raises(ValueError, match=r"decoder.weight differs from bert.embeddings.word_embeddings.weight"):
+        from_hf(folder)
+
+
+def test_damaged_and_missing_files(folder):
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        from_hf(folder)
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors is missing"):
+        from_hf(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(ValueError, match=r"pickle, which can run code.*save_pretrained"):
+        from_hf(folder)
+    config.write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        from_hf(folder)
+    config.write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        from_hf(folder)
+    config.unlink()
+    with pytest.raises(ValueError, match=r"config\.json is missing"):
+        from_hf(folder)
+
+
+@pytest.mark.parametrize("weight_map", [{"a": "../model.safetensors"}, {"a": 3}, None])
+def test_an_index_cannot_point_out_of_its_folder(folder, weight_map):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match=r"index\.json is damaged"):
+        from_hf(folder)
+
+
+def test_a_missing_shard_is_named(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    with pytest.raises(ValueError, match=r"model-1\.safetensors is missing"):
+        from_hf(folder)
+
+
+def test_saving_something_else_or_over_a_file(model, tmp_path):
+    with pytest.raises(TypeError, match=r"got DataParallel.*\.module"):
+        save_hf(torch.nn.DataParallel(model), tmp_path / "bert")
+    (tmp_path / "bert").write_text("a file")
+    with pytest.raises(ValueError, match="bert is a file"):
+        save_hf(model, tmp_path / "bert")
+
+
+# ---- the tokenizer ----
+
+
+def bert_tokenizer(lowercase=True, special=SPECIAL, **normalizer):
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase, **normalizer)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=90, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(TEXT * 3, trainer)
+    ids = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0", pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1", special_tokens=ids
+    )
+    return tokenizer
+
+
+def short_word_tokenizer():
+    tokenizer = bert_tokenizer()
+    tokenizer.model = models.WordPiece(tokenizer.get_vocab(), unk_token="[UNK]", max_input_chars_per_word=6)
+    return tokenizer
+
+
+def bare_tokenizer():
+    description = {**json.loads(bert_tokenizer().to_str()), "post_processor": None}
+    return Tokenizer.from_str(json.dumps(description))
+
+
+def odd_tokenizer():
+    tokenizer = bert_tokenizer()
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
+
+
+def sparse_tokenizer():
+    tokenizer = bert_tokenizer()
+    tokenizer.add_tokens([AddedToken("fox, naïve", lstrip=True)])
+    return tokenizer
+
+
+TOKENIZERS = {
+    "uncased": bert_tokenizer,
+    "cased": lambda: bert_tokenizer(lowercase=False),
+    "cased, accents stripped": lambda: bert_tokenizer(lowercase=False, strip_accents=True),
+    "Chinese together": lambda: bert_tokenizer(handle_chinese_chars=False),
+    "special tokens elsewhere": lambda: bert_tokenizer(special=SPECIAL[::-1]),
+    "a mask only as a word": lambda: bert_tokenizer(special=[*SPECIAL[:4], AddedToken("[MASK]", single_word=True)]),
+    "no mask": lambda: bert_tokenizer(special=SPECIAL[:4]),
+    "control characters kept": lambda: bert_tokenizer(clean_text=False),
+    "short words only": short_word_tokenizer,
+    "no special tokens around a text": bare_tokenizer,
+    "another pipeline": odd_tokenizer,
+    "an added token": sparse_tokenizer,
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_auto_tokenizer_encodes_as_the_tokenizers_library(tmp_path, kind):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = TOKENIZERS[kind]()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    model = BertForPreTraining(dataclasses.replace(MICRO, vocab_size=96))
+    save_hf(model, tmp_path / "bert", tmp_path / "tokenizer.json")
+
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "bert")
+    for text in TEXT:
+        ours, their = tokenizer.encode(text), theirs(text)
+        assert their["input_ids"] == ours.ids, text
+        assert their["attention_mask"] == ours.attention_mask
+    ours, their = tokenizer.encode(TEXT[0], TEXT[1]), theirs(TEXT[0], TEXT[1])
+    assert (their["input_ids"], their["token_type_ids"]) == (ours.ids, ours.type_ids)
+    assert len(theirs) == tokenizer.get_vocab_size()
+    assert theirs.model_max_length == MICRO.max_position_embeddings
+    for role, token in zip(("pad", "unk", "cls", "sep", "mask"), SPECIAL, strict=True):
+        assert getattr(theirs, f"{role}_token_id") == tokenizer.token_to_id(token), role
+
+
+def test_tokenizer_files(tmp_path):
+    tokenizer = bert_tokenizer(lowercase=False)
+    tokenizer.save(str(tmp_path / "tok.json"))
+    save_hf(
+        BertForPreTraining(dataclasses.replace(MICRO, vocab_size=96)), tmp_path / "bert", str(tmp_path / "tok.json")
+    )
+    assert (tmp_path / "bert" / "tokenizer.json").read_bytes() == (tmp_path / "tok.json").read_bytes()
+    settings = json.loads((tmp_path / "bert" / "tokenizer_config.json").read_text())
+    assert (settings["tokenizer_class"], settings["do_lower_case"]) == ("BertTokenizer", False)
+    vocabulary = (tmp_path / "bert" / "vocab.txt").read_text(encoding="utf-8").split("\n")[:-1]
+    assert vocabulary == [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
+
+
+def test_tokenizers_that_are_refused(model, tmp_path):
+    bert_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"tokenizer\.json has \d\d tokens but the model only 61"):
+        save_hf(model, tmp_path / "bert", tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match="nothing is not a file"):
+        save_hf(model, tmp_path / "bert", tmp_path / "nothing")
+    (tmp_path / "tokenizer.json").write_bytes(b"\xff\x00")
+    with pytest.raises(ValueError, match=r"is not a tokenizer.json"):
+        save_hf(model, tmp_path / "bert", tmp_path / "tokenizer.json")
+    assert not (tmp_path / "bert").exists()
+
+
+def test_a_config_of_ours_is_a_config_of_theirs(tmp_path):
+    """Values away from the defaults arrive, None among them."""
+    transformers = pytest.importorskip("transformers")
+    config = BertConfig(33, 48, 1, 3, 20, "gelu", 0.25, 0.0, 12, 3, 0.5, 1e-5, None)
+    save_hf(BertForPreTraining(config), tmp_path / "bert")
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path / "bert")
+    assert {name: getattr(theirs, name) for name in config.__dataclass_fields__} == dataclasses.asdict(config)
+    assert from_hf(tmp_path / "bert").config == config

@@ -1,0 +1,318 @@
+"""The corpus on disk: what is written is read, and nothing damaged or unfinished passes for a corpus."""
+
+import collections
+import errno
+import json
+import math
+import os
+import pickle
+
+import numpy as np
+import pytest
+
+from fusebert.train.corpus import corpus as corpus_module
+from fusebert.train.corpus.corpus import SPECIAL_TOKENS, Corpus, CorpusError, CorpusWriter
+from fusebert.train.text.tokenizer import bert_tokenizer
+
+PIECES = 400
+
+
+def save_tokenizer(folder, pieces=PIECES):
+    tokens = [*SPECIAL_TOKENS, *(f"w{i}" for i in range(pieces)), "##ing", "##", "#"]
+    path = folder / "given.json"
+    bert_tokenizer({token: i for i, token in enumerate(tokens)}, lowercase=True).save(str(path))
+    return path
+
+
+@pytest.fixture
+def tokenizer_file(tmp_path):
+    return save_tokenizer(tmp_path)
+
+
+def random_documents(count, seed=0, vocab_size=PIECES):
+    rng = np.random.default_rng(seed)
+    return [
+        [rng.integers(5, vocab_size, rng.integers(1, 30)).tolist() for _ in range(rng.integers(1, 9))]
+        for _ in range(count)
+    ]
+
+
+def read_back(split):
+    return [
+        [
+            shard.tokens[shard.sentences[s] : shard.sentences[s + 1]].tolist()
+            for s in range(shard.documents[d], shard.documents[d + 1])
+        ]
+        for shard in split.shards
+        for d in range(shard.num_documents)
+    ]
+
+
+def write(directory, tokenizer_file, train, heldout, **options):
+    with CorpusWriter(directory, tokenizer_file, **options) as writer:
+        for split, documents in (("train", train), ("heldout", heldout)):
+            for document in documents:
+                writer.add(split, document)
+        return writer.finish({"from": "a test"})
+
+
+@pytest.fixture
+def written(tmp_path, tokenizer_file):
+    write(tmp_path / "made", tokenizer_file, random_documents(20), random_documents(3, seed=1))
+    return tmp_path / "made"
+
+
+@pytest.mark.parametrize("shard_tokens", [1, 300, 1 << 25])
+def test_round_trip(tmp_path, tokenizer_file, shard_tokens):
+    train, heldout = random_documents(40), random_documents(7, seed=1)
+    made = write(tmp_path / "a" / "b", tokenizer_file, train, heldout, shard_tokens=shard_tokens)
+    for corpus in (made, Corpus.open(str(tmp_path / "a" / "b"), verify=True)):
+        for name, documents in (("train", train), ("heldout", heldout)):
+            split = corpus.split(name)
+            assert read_back(split) == documents
+            assert split.num_documents == len(documents)
+            assert split.num_sentences == sum(map(len, documents))
+            assert split.num_tokens == sum(len(s) for d in documents for s in d)
+    shards = made.split("train").shards
+    assert {1: len(shards) == 40, 300: 5 < len(shards) < 40, 1 << 25: len(shards) == 1}[shard_tokens]
+    assert shards[0].tokens.dtype == np.uint16
+    assert isinstance(shards[0].tokens, np.memmap)
+    assert made.manifest["source"] == {"from": "a test"}
+    assert made.special == (0, 1, 2, 3, 4)
+    assert made.vocab_size == PIECES + 8
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["b"]
+
+
+def test_large_vocabularies_take_four_bytes(tmp_path):
+    tokenizer_file = save_tokenizer(tmp_path, pieces=70_000)
+    documents = [[[5, 69_999, 70_004]]]
+    made = write(tmp_path / "made", tokenizer_file, documents, documents)
+    assert made.split("train").shards[0].tokens.dtype == np.uint32
+    assert read_back(made.split("train")) == documents
+
+
+def test_blocks_are_documents_one_after_another(tmp_path, tokenizer_file):
+    documents = [*random_documents(9), [[], [7, 8], []], [[]], [], [[9]]]
+    with CorpusWriter(tmp_path / "made", tokenizer_file) as writer:
+        sentences = [s for d in documents for s in d]
+        tokens = np.array([t for s in sentences for t in s])
+        writer.add_block("train", tokens, [len(s) for s in sentences], [len(d) for d in documents])
+        for document in documents:
+            writer.add("heldout", document)
+        made = writer.finish({})
+    # Empty sentences and documents do not exist.
+    assert read_back(made.split("train")) == [*documents[:9], [[7, 8]], [[9]]]
+    assert read_back(made.split("heldout")) == read_back(made.split("train"))
+
+
+def test_unigram_entropy_is_that_of_the_training_tokens(tmp_path, tokenizer_file):
+    train = random_documents(30)
+    made = write(tmp_path / "made", tokenizer_file, train, [[[5] * 999]], shard_tokens=100)
+    counts = collections.Counter(t for d in train for s in d for t in s)
+    total = sum(counts.values())
+    expected = -math.fsum(n / total * math.log(n / total) for n in counts.values())
+    assert made.unigram_entropy == pytest.approx(expected, rel=1e-12)
+
+
+def test_pickles_without_its_arrays(written):
+    corpus = Corpus.open(written)
+    before = len(pickle.dumps(corpus))
+    documents = read_back(corpus.split("train"))
+    data = pickle.dumps(corpus)
+    assert len(data) == before
+    assert read_back(pickle.loads(data).split("train")) == documents
+
+
+def test_continues_word(written):
+    corpus = Corpus.open(written)
+    assert np.flatnonzero(corpus.continues_word).tolist() == [PIECES + 5]  # "##ing"; neither "##" nor "#"
+    assert corpus.continues_word.shape == (corpus.vocab_size,)
+
+
+def test_bad_blocks(tmp_path, tokenizer_file):
+    with CorpusWriter(tmp_path / "made", tokenizer_file) as writer:
+        for ids in ([PIECES + 8], [-1]):
+            with pytest.raises(ValueError, match=rf"must be in \[0, {PIECES + 8}\)"):
+                writer.add("train", [ids])
+        with pytest.raises(ValueError, match="do not add up"):
+            writer.add_block("train", np.arange(5), [2, 2], [2])
+        with pytest.raises(ValueError, match="do not add up"):
+            writer.add_block("train", np.arange(5), [2, 3], [3])
+        with pytest.raises(ValueError, match="got 'test'"):
+            writer.add("test", [[5]])
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps({"model": {"type": "WordPiece", "vocab": {"[PAD]": 0, "[UNK]": 1}}}))
+    with pytest.raises(CorpusError, match="lacks the special tokens"):
+        CorpusWriter(tmp_path / "made", path)
+    with pytest.raises(ValueError, match="choose one of train, heldout"):
+        write(tmp_path / "made", tokenizer_file, [[[5]]], [[[5]]]).split("test")
+
+
+# ---- nothing half-written looks finished
+
+
+def test_an_exception_leaves_nothing(tmp_path, tokenizer_file):
+    def interrupted():
+        with CorpusWriter(tmp_path / "made", tokenizer_file, shard_tokens=1) as writer:
+            writer.add("train", [[5]])
+            assert any(tmp_path.glob("made.partial-*/train-00000.tokens.npy"))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [p.name for p in tmp_path.iterdir()] == [tokenizer_file.name]
+
+
+def test_no_space_left_leaves_nothing(tmp_path, tokenizer_file, monkeypatch):
+    left = 4  # files written before the disk is full: in the middle of the second shard
+
+    def fsync(handle):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(corpus_module.os, "fsync", fsync)
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path / "made", tokenizer_file, random_documents(9), random_documents(1), shard_tokens=1)
+    assert [p.name for p in tmp_path.iterdir()] == [tokenizer_file.name]
+
+
+@pytest.mark.parametrize(("train", "heldout"), [([[[5]]], []), ([], [[[5]]]), ([[[]]], [[[5]]])])
+def test_an_empty_split_is_no_corpus(tmp_path, tokenizer_file, train, heldout):
+    with pytest.raises(CorpusError, match="would have no document"):
+        write(tmp_path / "made", tokenizer_file, train, heldout)
+    assert [p.name for p in tmp_path.iterdir()] == [tokenizer_file.name]
+
+
+def test_overwrite_replaces_only_by_a_complete_corpus(written, tokenizer_file):
+    before = read_back(Corpus.open(written).split("train"))
+    with pytest.raises(CorpusError, match="--overwrite"):
+        CorpusWriter(written, tokenizer_file)
+    with pytest.raises(CorpusError, match="would have no document"):
+        write(written, tokenizer_file, [[[5]]], [], overwrite=True)
+    assert read_back(Corpus.open(written, verify=True).split("train")) == before
+    write(written, tokenizer_file, [[[7]]], [[[8]]], overwrite=True)
+    assert read_back(Corpus.open(written, verify=True).split("train")) == [[[7]]]
+    assert sorted(p.name for p in written.parent.iterdir()) == sorted([written.name, tokenizer_file.name])
+
+
+def test_a_failed_rename_puts_the_old_corpus_back(written, tokenizer_file, monkeypatch):
+    before = read_back(Corpus.open(written).split("train"))
+    rename = os.rename
+    monkeypatch.setattr(
+        corpus_module.os,
+        "rename",
+        lambda a, b: (_ for _ in ()).throw(OSError("moved")) if ".partial-" in str(a) else rename(a, b),
+    )
+    with pytest.raises(OSError, match="moved"):
+        write(written, tokenizer_file, [[[7]]], [[[8]]], overwrite=True)
+    assert read_back(Corpus.open(written, verify=True).split("train")) == before
+
+
+def test_what_is_no_corpus_is_never_replaced(tmp_path, tokenizer_file, written, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine").write_text("mine")
+    (written / "notes.txt").write_text("mine")
+    for name, message in (("file", "is a file"), ("folder", "is not empty"), (written.name, "notes.txt")):
+        with pytest.raises(CorpusError, match=message):
+            CorpusWriter(tmp_path / name, tokenizer_file, overwrite=True)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(CorpusError, match="current folder"):
+        CorpusWriter(".", tokenizer_file)
+    monkeypatch.undo()
+    write(tmp_path / "empty", tokenizer_file, [[[7]]], [[[8]]])
+    Corpus.open(tmp_path / "empty")
+
+
+# ---- damage
+
+
+def edit_manifest(directory, change):
+    path = directory / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def one_line(error):
+    return "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / "manifest.json").unlink(), "not a finished corpus"),
+        (lambda d: (d / "manifest.json").write_text("{"), "can't be read"),
+        (lambda d: (d / "manifest.json").write_bytes(b"\xff"), "can't be read"),
+        (lambda d: (d / "manifest.json").write_text("[]"), "no JSON object"),
+        (lambda d: (d / "manifest.json").write_text("[" * 100_000), "can't be read"),
+        (lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+        (lambda d: (d / "tokenizer.json").write_text("{}"), "not the tokenizer"),
+        (lambda d: (d / "train-00000.tokens.npy").unlink(), "is missing"),
+        (lambda d: os.truncate(d / "train-00000.tokens.npy", 200), "200 bytes where"),
+        (lambda d: (d / "heldout-00000.documents.npy").write_bytes(b""), "0 bytes where"),
+        (lambda d: edit_manifest(d, lambda m: m.update(version=2)), "format version 2"),
+        (lambda d: edit_manifest(d, lambda m: m.pop("splits")), "split train"),
+        (lambda d: edit_manifest(d, lambda m: m["splits"].pop("heldout")), "split heldout"),
+        (lambda d: edit_manifest(d, lambda m: m["splits"]["train"].update(shards=[])), "is empty"),
+        (lambda d: edit_manifest(d, lambda m: m["splits"]["train"]["shards"][0].update(tokens="9")), "a shard"),
+        (lambda d: edit_manifest(d, lambda m: m["splits"]["train"]["shards"][0].pop("files")), "files of"),
+        (lambda d: edit_manifest(d, lambda m: m["special_tokens"].update(mask=10**6)), "outside the vocabulary"),
+        (lambda d: edit_manifest(d, lambda m: m.update(vocab_size=None)), "vocab_size"),
+        (lambda d: edit_manifest(d, lambda m: m.pop("unigram_entropy")), "unigram_entropy"),
+        (lambda d: edit_manifest(d, lambda m: m.pop("tokenizer")), "tokenizer"),
+    ],
+)
+def test_damage_is_found_on_opening(written, damage, message):
+    damage(written)
+    with pytest.raises(CorpusError, match=message) as error:
+        Corpus.open(written)
+    assert one_line(error)
+
+
+def test_no_folder_no_corpus(tmp_path, written):
+    for path in (tmp_path / "nothing", written / "manifest.json"):
+        with pytest.raises(CorpusError, match="fusebert prepare"):
+            Corpus.open(path)
+
+
+def overwrite_entry(path, index, value):
+    array = np.load(path)
+    array[index] = value
+    np.save(path, array)  # of the same size
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "value"),
+    [("sentences", 3, 10**9), ("sentences", 0, 1), ("sentences", -1, 10**9), ("documents", 2, 0), ("documents", 1, -1)],
+)
+def test_offsets_never_lead_outside(written, name, index, value):
+    overwrite_entry(written / f"train-00000.{name}.npy", index, value)
+    shard = Corpus.open(written).split("train").shards[0]
+    with pytest.raises(CorpusError, match="offsets do not rise"):
+        getattr(shard, name)
+
+
+def test_another_dtype_or_a_pickle_is_not_read(written):
+    path = written / "train-00000.tokens.npy"
+    size, tokens = path.stat().st_size, np.load(path)
+    np.save(path, tokens.astype(np.int16))
+    with pytest.raises(CorpusError, match="int16"):
+        _ = Corpus.open(written).split("train").shards[0].tokens
+    np.save(path, np.array([None]), allow_pickle=True)
+    os.truncate(path, size)
+    with pytest.raises(CorpusError, match="can't be read"):
+        _ = Corpus.open(written).split("train").shards[0].tokens
+
+
+def test_verify_finds_a_flipped_bit(written):
+    path = written / "heldout-00000.tokens.npy"
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
+    Corpus.open(written)
+    with pytest.raises(CorpusError, match="sha256 differs"):
+        Corpus.open(written, verify=True)

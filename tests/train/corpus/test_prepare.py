@@ -1,0 +1,373 @@
+"""From text to a corpus: what comes out is the text, the same whatever the workers, or nothing at all."""
+
+import errno
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import typer
+import zstandard
+from tokenizers import Tokenizer
+from typer.testing import CliRunner
+
+from fusebert.train.cli_prepare import command, parse_size
+from fusebert.train.corpus import corpus as corpus_module
+from fusebert.train.corpus import prepare as prepare_module
+from fusebert.train.corpus.corpus import Corpus, CorpusError
+from fusebert.train.corpus.prepare import prepare
+from fusebert.train.errors import UserError
+from fusebert.train.text import pydocs
+
+SAYING = "the quick brown fox jumps over one lazy dog while seven small birds sing among old trees near cold water"
+WORDS = SAYING.split()
+
+pytestmark = pytest.mark.filterwarnings("ignore:the text repeats too little")
+
+
+def some_documents(count, seed=0):
+    """Documents of 1 … 8 sentences of words that a small vocabulary learns whole."""
+    rng = random.Random(seed)
+    return [
+        [" ".join(rng.choices(WORDS, k=rng.randint(3, 12))).capitalize() + "." for _ in range(rng.randint(1, 8))]
+        for _ in range(count)
+    ]
+
+
+def write_text(path, documents):
+    path.write_text("\n\n".join(" ".join(sentences) for sentences in documents))
+    return str(path)
+
+
+def read_back(corpus, *names):
+    """The documents of a corpus as sets of decoded sentences, spaces taken out."""
+    tokenizer = Tokenizer.from_file(str(corpus.tokenizer_path))
+    found = []
+    for name in names:
+        for shard in corpus.split(name).shards:
+            for d in range(shard.num_documents):
+                bounds = shard.sentences[shard.documents[d] : shard.documents[d + 1] + 1]
+                ids = [shard.tokens[a:b].tolist() for a, b in itertools.pairwise(bounds)]
+                found.append(tuple(text.replace(" ", "") for text in tokenizer.decode_batch(ids)))
+    return found
+
+
+def folded(documents):
+    return [tuple(sentence.lower().replace(" ", "") for sentence in sentences) for sentences in documents]
+
+
+def hashes(directory):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
+
+
+def test_the_corpus_is_the_text(tmp_path):
+    documents = some_documents(300)
+    made = prepare([write_text(tmp_path / "a.txt", documents)], tmp_path / "out", vocab_size=100)
+    assert sorted(read_back(made, "train", "heldout")) == sorted(folded(documents))
+    # In order, so that neighbouring documents of the input are neighbours in the corpus.
+    heldout = set(read_back(made, "heldout"))
+    assert read_back(made, "train") == [d for d in folded(documents) if d not in heldout]
+    assert 16 <= made.split("heldout").num_documents <= 20
+    assert 1.0 < made.unigram_entropy < 5.0
+    assert made.vocab_size == 100
+    assert made.manifest["source"]["inputs"] == [str(tmp_path / "a.txt")]
+    Corpus.open(tmp_path / "out", verify=True)
+    assert sorted(os.listdir(tmp_path)) == ["a.txt", "out"]
+
+
+def test_every_kind_of_input_is_the_same_corpus(tmp_path, monkeypatch):
+    documents = some_documents(200)
+    text = "\n\n".join(" ".join(d) for d in documents).encode()
+    lines = b"".join(json.dumps({"body": " ".join(d)}).encode() + b"\n" for d in documents)
+    files = {"a.txt": text, "b.txt.gz": gzip.compress(text), "c.txt.zst": zstandard.compress(text)}
+    files |= {"d.jsonl": lines, "e.jsonl.gz": gzip.compress(lines), "f.jsonl.zst": zstandard.compress(lines)}
+    made = {}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        made[name] = prepare([str(tmp_path / name)], tmp_path / f"out-{name}", vocab_size=100, text_field="body")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+    made["-"] = prepare(["-"], tmp_path / "out-stdin", vocab_size=100)
+    expected = hashes(made["a.txt"].directory)
+    for corpus in made.values():
+        found = hashes(corpus.directory)
+        assert {k: v for k, v in found.items() if k != "manifest.json"} == {
+            k: v for k, v in expected.items() if k != "manifest.json"
+        }
+
+
+def test_workers_do_not_show(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_module, "_BATCH_CHARS", 2000)
+    text = write_text(tmp_path / "a.txt", some_documents(400))
+    prepare([text], tmp_path / "one", vocab_size=100, workers=1)
+    prepare([text], tmp_path / "two", vocab_size=100, workers=2)
+    assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
+
+
+def test_the_split_depends_on_the_text_alone(tmp_path):
+    documents = some_documents(400)
+    tokenizer = prepare([write_text(tmp_path / "a.txt", documents)], tmp_path / "a", vocab_size=100).tokenizer_path
+    heldout = set(read_back(Corpus.open(tmp_path / "a"), "heldout"))
+    doubled = documents + documents
+    random.Random(0).shuffle(doubled)
+    b = prepare([write_text(tmp_path / "b.txt", doubled)], tmp_path / "b", tokenizer=tokenizer)
+    assert set(read_back(b, "heldout")) == heldout
+    assert not heldout & set(read_back(b, "train"))
+    assert b.tokenizer_path.read_bytes() == tokenizer.read_bytes()
+    other = prepare([str(tmp_path / "a.txt")], tmp_path / "c", tokenizer=tokenizer, seed=1)
+    assert set(read_back(other, "heldout")) != heldout
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction", "least", "most"),
+    [
+        (2, 0.01, 1, 1),
+        (2, 0.99, 1, 1),
+        (30, 0.01, 3, 3),
+        (200, 0.01, 16, 16),
+        (1000, 0.3, 250, 350),
+        (50, 0.999, 49, 49),
+    ],
+)
+def test_how_much_is_held_out(tmp_path, count, fraction, least, most):
+    documents = [[f"This is document number {i}."] for i in range(count)]
+    made = prepare([write_text(tmp_path / "a.txt", documents)], tmp_path / "out", vocab_size=60, heldout=fraction)
+    assert least <= made.split("heldout").num_documents <= most
+    assert made.split("train").num_documents + made.split("heldout").num_documents == count
+
+
+def test_the_sample_for_the_tokenizer_is_bounded_and_not_held_out():
+    documents = [f"Document {i} " + "x" * (i % 7 * 40) for i in range(2000)]
+    survey = prepare_module._survey(iter(documents), 0.2, 0, 20_000)
+    by_rank = sorted(documents, key=lambda text: prepare_module._hashes(text, 0)[1])
+    for order in (by_rank, by_rank[::-1], random.Random(0).sample(documents, len(documents))):
+        assert sorted(prepare_module._survey(iter(order), 0.2, 0, 20_000).sample) == sorted(survey.sample)
+    assert 12_000 < sum(map(len, survey.sample)) <= 20_000
+    assert all(prepare_module._hashes(text, 0)[0] >= survey.heldout_below for text in survey.sample)
+    # Drawn from everywhere, not from the start.
+    assert {int(text.split()[1]) // 500 for text in survey.sample} == {0, 1, 2, 3}
+
+
+def test_special_tokens_in_the_text_are_text(tmp_path):
+    documents = [[f"BERT writes [MASK] and [SEP] number {i}."] for i in range(50)]
+    made = prepare([write_text(tmp_path / "a.txt", documents)], tmp_path / "out", vocab_size=100)
+    for name in ("train", "heldout"):
+        assert not set(made.split(name).shards[0].tokens.tolist()) & {0, 2, 3, 4}
+
+
+def test_one_sentence_a_line(tmp_path):
+    documents = [["one. two. four", "three", f"five {word}"] for word in WORDS]
+    (tmp_path / "a.txt").write_text("\n\n".join("\n".join(lines) for lines in documents))
+    made = prepare([str(tmp_path / "a.txt")], tmp_path / "out", vocab_size=100, sentences="lines")
+    assert {d[:2] for d in read_back(made, "train", "heldout")} == {("one.two.four", "three")}
+
+
+def test_a_size_cap(tmp_path, monkeypatch):
+    documents = some_documents(300)
+    text = write_text(tmp_path / "a.txt", documents)
+    made = prepare([text], tmp_path / "out", vocab_size=100, max_bytes=5000)
+    found = folded(documents)[: made.split("train").num_documents + made.split("heldout").num_documents]
+    assert sorted(read_back(made, "train", "heldout")) == sorted(found)
+    assert 4000 < sum(len(" ".join(d)) for d in documents[: len(found)]) <= 5000
+
+    class Endless(io.RawIOBase):
+        def readable(self):
+            return True
+
+        def readinto(self, buffer):
+            sentence = b"\xc3\xa9 never ends.\n\nIt goes on.\n\n"
+            buffer[: len(sentence)] = sentence
+            return len(sentence)
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(Endless())))
+    made = prepare(["-"], tmp_path / "endless", vocab_size=30, max_bytes=20_000)
+    assert made.split("train").num_tokens > 3000
+
+
+def test_docstrings(tmp_path, monkeypatch):
+    for i in range(40):
+        source = "".join(
+            f"def f{j}():\n    '''{' '.join(s)} {i}.'''\n" for j, s in enumerate(some_documents(3, seed=i))
+        )
+        (tmp_path / f"m{i}.py").write_text(source)
+    monkeypatch.setattr(pydocs, "python_files", lambda: sorted(tmp_path.glob("m*.py")))
+    made = prepare([], tmp_path / "out", corpus="pydocs", vocab_size=100, workers=1)
+    source = made.manifest["source"]
+    assert made.split("train").num_documents + made.split("heldout").num_documents == source["modules"]
+    assert 30 < source["modules"] <= 40 < source["docstrings"]
+    assert "inputs" not in source
+
+
+def test_a_vocabulary_the_text_cannot_fill(tmp_path):
+    text = write_text(tmp_path / "a.txt", some_documents(30))
+    with pytest.warns(UserWarning, match="fill a vocabulary of 5000 tokens"):
+        made = prepare([text], tmp_path / "out", vocab_size=5000)
+    assert made.vocab_size < 300
+
+
+# ---- bad input, and the unexpected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"inputs": []}, "give either inputs"),
+        ({"corpus": "pydocs"}, "not both"),
+        ({"inputs": [], "corpus": "wikipedia"}, "no corpus 'wikipedia'"),
+        ({"vocab_size": 15}, "--vocab-size must be at least 16"),
+        ({"vocab_size": 100, "tokenizer": "t.json"}, "not both"),
+        ({"tokenizer": "t.json"}, "t.json does not exist"),
+        ({"heldout": 0.0}, "--heldout"),
+        ({"heldout": float("nan")}, "--heldout"),
+        ({"max_bytes": 0}, "--max-bytes"),
+        ({"workers": 0}, "--workers"),
+        ({"seed": -1}, "--seed"),
+        ({"sentences": "nltk"}, "no sentence splitter"),
+        ({"inputs": ["missing.txt"]}, "missing.txt does not exist"),
+        ({"max_bytes": 1}, "there is no text"),
+    ],
+)
+def test_bad_arguments(tmp_path, arguments, message):
+    given = {"inputs": [write_text(tmp_path / "a.txt", some_documents(5))], **arguments}
+    with pytest.raises(UserError, match=message) as error:
+        prepare(out=tmp_path / "out", **given)
+    assert "\n" not in str(error.value)
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "there is no text"),
+        (b" \n\n\t\n", "there is no text"),
+        (b"One document.", "nothing can be held out"),
+        (b"The same.\n\nThe same.\n\nThe  same.", "nothing can be held out"),
+        (b"Fine.\n\nText.\n\n\x00\x01", "a.txt is not a text file: a NUL byte at byte 14"),
+    ],
+)
+def test_bad_text(tmp_path, data, message):
+    (tmp_path / "a.txt").write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        prepare([str(tmp_path / "a.txt")], tmp_path / "out", vocab_size=50)
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_an_existing_corpus_is_kept_unless_told(tmp_path):
+    text = write_text(tmp_path / "a.txt", some_documents(30))
+    prepare([text], tmp_path / "out", vocab_size=100)
+    before = hashes(tmp_path / "out")
+    with pytest.raises(CorpusError, match="--overwrite"):
+        prepare([text], tmp_path / "out", vocab_size=110)
+    (tmp_path / "bad.txt").write_bytes(b"\0")
+    with pytest.raises(UserError, match="NUL"):
+        prepare([text, str(tmp_path / "bad.txt")], tmp_path / "out", vocab_size=110, overwrite=True)
+    assert hashes(tmp_path / "out") == before
+    assert prepare([text], tmp_path / "out", vocab_size=110, overwrite=True).vocab_size == 110
+    assert sorted(os.listdir(tmp_path)) == ["a.txt", "bad.txt", "out"]
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), RuntimeError("bug"), OSError(errno.ENOSPC, "No space left on device")]
+)
+def test_a_crash_half_way_leaves_nothing(tmp_path, monkeypatch, error):
+    monkeypatch.setattr(prepare_module, "_BATCH_CHARS", 500)
+    add_block, calls = corpus_module.CorpusWriter.add_block, []
+
+    def failing(self, *args):
+        calls.append(sorted(os.listdir(tmp_path)))
+        if len(calls) == 5:
+            raise error
+        add_block(self, *args)
+
+    monkeypatch.setattr(corpus_module.CorpusWriter, "add_block", failing)
+    with pytest.raises(type(error)) as caught:
+        prepare([write_text(tmp_path / "a.txt", some_documents(50))], tmp_path / "out", vocab_size=100)
+    assert any(name.startswith("out.partial-") for name in calls[-1])
+    assert "out" not in calls[-1]
+    assert os.listdir(tmp_path) == ["a.txt"]
+    if isinstance(error, OSError):
+        assert str(tmp_path / "out") in str(caught.value)
+
+
+def test_a_worker_that_dies_is_reported(tmp_path, monkeypatch):
+    text = write_text(tmp_path / "a.txt", some_documents(50))
+
+    def documents(self, progress):
+        yield from (f"Document {i}." for i in range(20))
+        yield _Deadly("x")
+
+    monkeypatch.setattr(prepare_module, "_survey", lambda *_: prepare_module._Survey(20, 1 << 60, ["document 1 2"] * 9))
+    monkeypatch.setattr(prepare_module._Source, "documents", documents)
+    with pytest.raises(UserError, match=r"a worker process died.*fewer --workers"):
+        prepare([text], tmp_path / "out", vocab_size=100, workers=2)
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+class _Deadly(str):
+    """A document that ends the process that receives it."""
+
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
+# ---- the command line
+
+app = typer.Typer()
+app.command()(command)
+
+
+def test_the_command(tmp_path):
+    text = write_text(tmp_path / "a.txt", some_documents(100))
+    out = tmp_path / "out"
+    result = CliRunner().invoke(app, [text, "--out", str(out), "--vocab-size", "900", "--max-bytes", "10kB"])
+    assert result.exit_code == 0, result.output
+    assert "fusebert: warning: the text repeats too little" in result.output
+    made = Corpus.open(out)
+    for number in (made.split("train").num_tokens, made.split("heldout").num_documents, made.vocab_size):
+        assert f"{number:,} " in result.output
+    assert f"unigram entropy {made.unigram_entropy:.3f}" in result.output
+    assert f"fusebert pretrain --data {out}" in result.output
+
+
+def test_help_teaches():
+    result = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "120"})
+    assert result.exit_code == 0
+    for word in ("--corpus pydocs", "--tokenizer", ".jsonl", "blank line", "30522"):
+        assert word in result.output
+
+
+def test_sizes():
+    given = {"48MB": 48_000_000, "1.5 GiB": 3 << 29, "7": 7, "2k": 2000, "3mib": 3 << 20, "10B": 10}
+    assert {text: parse_size(text) for text in given} == given
+    for text in ("", "MB", "-1", "48XB", "1e6", "4 8"):
+        with pytest.raises(UserError, match="is no size"):
+            parse_size(text)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_cleans_up(tmp_path, number):
+    program = (
+        "import typer; from fusebert.train.cli_prepare import command\n"
+        "app = typer.Typer(); app.command()(command); app()"
+    )
+    running = subprocess.Popen(
+        [sys.executable, "-c", program, "-", "--out", str(tmp_path / "out")],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("out.scratch-*/stdin.txt")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert list(tmp_path.glob("out.scratch-*/stdin.txt"))
+    running.send_signal(number)
+    running.communicate(timeout=60)
+    assert running.returncode not in (0, None)
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,364 @@
+"""The whole run on a small corpus: it learns, it stops and goes on bit for bit, it says what is wrong."""
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_corpus import make_corpus
+
+from fusebert.model.config import BertConfig
+from fusebert.model.hf.folder import from_hf, save_hf
+from fusebert.model.pretraining import BertForPreTraining
+from fusebert.train.batches.loader import heldout_batches
+from fusebert.train.batches.pack import BatchShape
+from fusebert.train.corpus.corpus import Corpus
+from fusebert.train.errors import UserError
+from fusebert.train.run import checkpoint, readback
+from fusebert.train.run import pretrain as pretrain_module
+from fusebert.train.run.evaluate import evaluate
+from fusebert.train.run.log import read_log
+from fusebert.train.run.pretrain import Interrupted, pretrain
+from fusebert.train.run.report import Report
+from fusebert.train.run.settings import PretrainSettings
+from fusebert.train.step.step import TrainingStep
+
+# On the CPU whatever the machine: there a continuation is the same to the bit.
+SMALL: dict[str, Any] = {
+    "model": "tiny",
+    "seqlen": 32,
+    "tokens_per_batch": 256,
+    "device": "cpu",
+    "log_every": 1,
+    "eval_every": 1000,
+    "threads": 1,
+    "tensorboard": False,
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def run(corpus: Path, out: Path, **settings: Any) -> Report:
+    return pretrain(PretrainSettings(data=corpus, out=out, **{**SMALL, **settings}), resume_command="RESUME")
+
+
+def losses(out: Path) -> list[tuple[int, float, float]]:
+    return [(r["step"], r["mlm_loss"], r["grad_norm"]) for r in read_log(out / "log.jsonl") if r["kind"] == "train"]
+
+
+def weights(out: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(out / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
+
+
+def assert_same_run(one: Path, other: Path, steps: int) -> None:
+    assert [step for step, _, _ in losses(one)] == list(range(1, steps + 1))
+    assert losses(one) == losses(other)
+    ours, theirs = weights(one, steps), weights(other, steps)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_run_learns_and_leaves_everything(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    report = run(corpus, out, steps=100, tokens_per_batch=512, lr=4e-3, dropout=0.0, eval_every=25, log_every=10)
+
+    assert report.after.mlm_loss < 0.85 * report.unigram_entropy < report.before.mlm_loss
+    assert "clearly below the unigram entropy" in report.as_text()
+    assert report.after.mlm_accuracy > report.before.mlm_accuracy
+    assert report.tokens == pytest.approx(100 * 512, rel=0.05)
+
+    records = read_log(out / "log.jsonl")
+    assert [r["step"] for r in records if r["kind"] == "train"] == sorted([*range(10, 110, 10), 25, 75])
+    assert [r["step"] for r in records if r["kind"] == "eval"] == [0, 25, 50, 75, 100]
+    last = [r for r in records if r["kind"] == "train"][-1]
+    for name in ("mlm_loss", "nsp_loss", "nsp_accuracy", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_bytes"):
+        assert last[name] >= 0, name
+    assert 0 < last["mfu"] < 1
+
+    assert (out / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    saved = json.loads((out / "report.json").read_text())
+    assert saved["after"]["mlm_loss"] == report.after.mlm_loss
+    assert (out / "report.md").read_text() == report.as_text()
+    assert len(report.guesses) == 5
+    assert all(guess.sentence.count("[MASK]") == 1 and len(guess.guesses) == 5 for guess in report.guesses)
+    assert f"{report.after.mlm_loss:.3f}" in capsys.readouterr().out
+
+    # The export is the model that was evaluated, and brings its tokenizer.
+    opened = Corpus.open(corpus)
+    shape = BatchShape.fit(opened.split("train"), 512, 32)
+    heldout = heldout_batches(opened, shape, tokens=pretrain_module.HELDOUT_TOKENS["cpu"])
+    again = evaluate(from_hf(out / "hf"), heldout, torch.float32)
+    assert again.mlm_loss == pytest.approx(report.after.mlm_loss, rel=1e-5)
+    assert (out / "hf" / "tokenizer.json").is_file()
+
+
+def test_continuing_is_bit_identical(corpus: Path, tmp_path: Path) -> None:
+    """Six steps, against the same run found after its third and continued; dropout on, two micro-batches a step."""
+    settings = {"steps": 6, "save_every": 3, "batch_tokens": 512}
+    run(corpus, tmp_path / "straight", **settings)
+    shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-00000006")
+    torch.rand(1)  # the generator is elsewhere in another process, too
+    run(corpus, tmp_path / "resumed", resume=True, **settings)
+    assert_same_run(tmp_path / "straight", tmp_path / "resumed", steps=6)
+    state = json.loads((tmp_path / "resumed" / "checkpoints" / "step-00000006" / "trainer.json").read_text())["state"]
+    assert state["batches"] == 12
+
+
+def test_continuing_in_fp16_with_lamb_is_bit_identical(corpus: Path, tmp_path: Path) -> None:
+    """The loss scale and LAMB's state are in the checkpoint; another optimiser is another run."""
+    settings = {"steps": 4, "save_every": 2, "precision": "fp16", "optimizer": "lamb", "checkpoint_activations": True}
+    run(corpus, tmp_path / "straight", **settings)
+    shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-00000004")
+    with pytest.raises(UserError, match=r"another --optimizer \(lamb there, adamw here\)"):
+        run(corpus, tmp_path / "resumed", resume=True, **{**settings, "optimizer": "adamw"})
+    saved = tmp_path / "resumed" / "checkpoints" / "step-00000002" / "trainer.json"
+    content = json.loads(saved.read_text())
+    assert content["state"]["loss_scale"]["_growth_tracker"] == 2
+    content["state"]["loss_scale"]["scale"] /= 4  # to see that it is taken up
+    saved.write_text(json.dumps(content))
+    run(corpus, tmp_path / "resumed", resume=True, **settings)
+    state = json.loads((tmp_path / "resumed" / "checkpoints" / "step-00000004" / "trainer.json").read_text())["state"]
+    assert state["loss_scale"]["scale"] == content["state"]["loss_scale"]["scale"]
+    assert state["loss_scale"]["_growth_tracker"] == 4
+    assert [step for step, _, _ in losses(tmp_path / "resumed")] == [1, 2, 3, 4]
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-00000004")
+    content["state"]["loss_scale"]["scale"] *= 4
+    saved.write_text(json.dumps(content))
+    run(corpus, tmp_path / "resumed", resume=True, **settings)
+    assert_same_run(tmp_path / "straight", tmp_path / "resumed", steps=4)
+
+
+# However slowly the signal comes, the run is not over: a step is held until it has.
+WAITS_IN_STEP_4 = """
+import signal, time
+from fusebert.train.cli import main
+from fusebert.train.step.step import TrainingStep
+
+original, steps = TrainingStep.__call__, [0]
+
+def wait(self, *args, **kwargs):
+    steps[0] += 1
+    while steps[0] == 4 and signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        time.sleep(0.01)
+    return original(self, *args, **kwargs)
+
+TrainingStep.__call__ = wait
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_run_goes_on(corpus: Path, tmp_path: Path, number: signal.Signals) -> None:
+    out, steps = tmp_path / "interrupted", 10
+    options = {**SMALL, "steps": steps, "workers": 1, "data": corpus, "out": out}
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if name != "tensorboard"]
+    command = [sys.executable, "-c", WAITS_IN_STEP_4, "pretrain", "--no-tensorboard", *words]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while len(losses(out)) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does: the workers get it too
+    else:
+        process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    done = len(losses(out))
+    assert done == 4
+    assert f"stopped after step {done}, saved in {out}/checkpoints/step-{done:08d}" in errors
+    resume = errors.strip().splitlines()[-1]
+    assert resume.startswith("fusebert pretrain ")
+    assert resume.endswith(" --resume")
+    assert not (out / "hf").exists()
+
+    run(corpus, out, steps=steps, resume=True)
+    run(corpus, tmp_path / "straight", steps=steps)
+    assert_same_run(tmp_path / "straight", out, steps)
+
+
+def test_the_second_signal_stops_at_once(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    handled: list[Any] = []
+    original = TrainingStep.__call__
+
+    def interrupt(self: TrainingStep, *args: Any, **kwargs: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        handled.append(signal.getsignal(signal.SIGINT))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(TrainingStep, "__call__", interrupt)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted, match=r"(?s)stopped after step 1, .*RESUME"):
+        run(corpus, tmp_path / "run", steps=5)
+    assert handled == [signal.SIG_DFL]  # by which the system ends the process
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_minutes_end_on_time_with_the_rate_at_zero(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock of which a step takes one second, and suddenly two: 60 seconds less those kept for the end."""
+    now = [0.0]
+
+    class Clock:
+        perf_counter = staticmethod(lambda: now[0])
+
+    original = TrainingStep.__call__
+    rates: list[tuple[float, float]] = []
+
+    def slow(self: TrainingStep, window: Any, lr: float, **kwargs: Any) -> Any:
+        rates.append((now[0], lr))
+        now[0] += 1.0 if now[0] < 30 else 2.0
+        return original(self, window, lr, **kwargs)
+
+    for module in (pretrain_module, readback):
+        monkeypatch.setattr(module, "time", Clock)
+    monkeypatch.setattr(TrainingStep, "__call__", slow)
+    settings = {"minutes": 1.0, "lr": 1e-3, "eval_every": None}
+    report = run(corpus, tmp_path / "run", **settings)
+    usable = 60 - pretrain_module.FINISH_SECONDS
+    assert usable - 2 <= report.seconds <= usable
+    assert report.steps == len(rates) == 30 + (usable - 30) // 2
+    assert rates[-1][1] < 0.05 * 1e-3
+    peak_at = max(rates, key=lambda pair: pair[1])[0]
+    assert peak_at == pytest.approx(0.1 * usable, abs=1.5)
+    assert len([r for r in read_log(tmp_path / "run" / "log.jsonl") if r["kind"] == "eval"]) == 11
+
+    # A run that had its time does nothing more, and one that is given more goes on from there.
+    assert run(corpus, tmp_path / "run", resume=True, **settings).steps == report.steps
+    now[0] += 1000.0  # what passes between two sessions is not the run's
+    longer = run(corpus, tmp_path / "run", resume=True, **{**settings, "minutes": 1.2})
+    assert report.steps + 5 <= longer.steps <= report.steps + 7
+
+
+def test_a_run_that_diverges_is_stopped(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = TrainingStep.__call__
+    steps = [0]
+
+    def poison(self: TrainingStep, *args: Any, **kwargs: Any) -> Any:
+        steps[0] += 1
+        if steps[0] == 5:
+            next(self.model.parameters()).data.fill_(float("nan"))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(TrainingStep, "__call__", poison)
+    with pytest.raises(UserError, match=r"not finite.*steps 5 to 5.*step-00000004, is intact"):
+        run(corpus, tmp_path / "run", steps=10, save_every=4)
+    assert checkpoint.read_state(tmp_path / "run" / "checkpoints" / "step-00000004").step == 4
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = checkpoint._write_tensors
+
+    def full(path: Path, tensors: Any) -> Any:
+        if "step-00000004" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return original(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "_write_tensors", full)
+    with pytest.raises(OSError, match=r"No space left.*step-00000002, is intact.*RESUME") as caught:
+        run(corpus, tmp_path / "run", steps=10, save_every=2)
+    assert caught.value.errno == errno.ENOSPC
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_checkpoints_found_damaged(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    run(corpus, out, steps=4, save_every=2)
+    newest, older = checkpoint.list_checkpoints(out / "checkpoints")
+    (newest / "optimizer.safetensors").write_bytes(b"")
+    assert run(corpus, out, steps=4, save_every=2, resume=True).steps == 4
+    assert "step-00000004/optimizer.safetensors is damaged" in capsys.readouterr().err
+    for path in (newest, older):
+        (path / "trainer.json").unlink()
+    with pytest.raises(UserError, match=r"no checkpoint .* is sound"):
+        run(corpus, out, steps=4, resume=True)
+
+
+def test_what_a_run_can_not_be_continued_with(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run(corpus, out, steps=2)
+    with pytest.raises(UserError, match=r"already holds a run .*--resume.*another --out"):
+        run(corpus, out, steps=4)
+    other = make_corpus(tmp_path, seed=1)
+    changes: list[tuple[str, dict[str, Any]]] = [
+        ("--model .*hidden_size 128 there, 256 here", {"model": "mini"}),
+        ("--seed .*0 there, 3 here", {"seed": 3}),
+        ("--batch-tokens .*256 there, 512 here", {"batch_tokens": 512}),
+        ("--data ", {"data": other}),
+    ]
+    for message, change in changes:
+        settings = PretrainSettings(**{"data": corpus, "out": out, "steps": 4, "resume": True, **SMALL, **change})
+        with pytest.raises(UserError, match=message):
+            pretrain(settings, resume_command="RESUME")
+    # The rate and the length may change.
+    assert run(corpus, out, steps=3, lr=1e-5, resume=True).steps == 3
+
+
+def test_starting_from_a_hugging_face_folder(corpus: Path, tmp_path: Path) -> None:
+    first = run(corpus, tmp_path / "first", steps=20, lr=2e-3)
+    settings = {"model": "auto", "init_from": tmp_path / "first" / "hf", "steps": 1, "lr": 1e-9}
+    second = run(corpus, tmp_path / "second", **settings)
+    assert second.before.mlm_loss == pytest.approx(first.after.mlm_loss, rel=1e-5)
+
+    torch.manual_seed(0)
+    wrong = BertForPreTraining(BertConfig.preset("tiny", 300))
+    save_hf(wrong, tmp_path / "wrong", None)
+    with pytest.raises(UserError, match=r"vocabulary of 300 tokens.*one of \d+"):
+        run(corpus, tmp_path / "third", **{**settings, "init_from": tmp_path / "wrong"})
+
+    tokenizer = json.loads((tmp_path / "first" / "hf" / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["fox"], vocab["owl"] = vocab["owl"], vocab["fox"]
+    (tmp_path / "first" / "hf" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match=r"another vocabulary .* of the same size"):
+        run(corpus, tmp_path / "fourth", **settings)
+
+
+def test_full_sentences_have_no_next_sentence_figures(corpus: Path, tmp_path: Path) -> None:
+    report = run(corpus, tmp_path / "run", steps=2, nsp=False, whole_word=True, precision="bf16")
+    assert report.after.nsp_accuracy is None
+    assert report.after.num_pairs == 0
+    assert "NSP" not in report.as_text()
+
+
+def test_the_verdict_is_honest() -> None:
+    fields: dict[str, Any] = {f.name: None for f in dataclasses.fields(Report)}
+    for loss, words in ((5.6, "clearly below"), (5.9, "just below"), (6.1, "NOT below")):
+        evaluation = pretrain_module.Evaluation(loss, 0.1, None, None, 10, 0)
+        report = Report(**{**fields, "unigram_entropy": 6.0, "after": evaluation})
+        assert report.verdict().startswith(words)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_run_on_the_gpu(corpus: Path, tmp_path: Path) -> None:
+    settings = {"steps": 100, "tokens_per_batch": 512, "lr": 4e-3, "dropout": 0.0, "device": "cuda", "threads": None}
+    settings["workers"] = 2
+    report = run(corpus, tmp_path / "run", **settings)
+    assert report.precision == "bf16"
+    assert report.after.mlm_loss < 0.85 * report.unigram_entropy

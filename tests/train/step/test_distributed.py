@@ -1,0 +1,234 @@
+"""Several processes are one: the same losses and weights as a process alone on the same global batches, and a run goes
+on with any number of them. Over gloo, on the CPU whatever the machine."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import pretrain_in, skew_clocks
+from safetensors.torch import load_file
+from small_corpus import make_corpus
+
+from fusebert.train.errors import UserError
+from fusebert.train.run import pretrain as pretrain_module
+from fusebert.train.run.checkpoint import TrainerState
+from fusebert.train.run.log import read_log
+from fusebert.train.run.pretrain import pretrain
+from fusebert.train.run.settings import PretrainSettings, resolve
+from fusebert.train.step.distributed import Ranks
+
+SMALL: dict[str, Any] = {
+    "model": "tiny",
+    "seqlen": 32,
+    "tokens_per_batch": 256,
+    "device": "cpu",
+    "log_every": 1,
+    "eval_every": 3,
+    "threads": 1,
+    "tensorboard": False,
+}
+# Dropout is on. A step is two micro-batches, or, to go on with four processes, four.
+TWO = {"batch_tokens": 512, "steps": 4}
+FOUR = {"batch_tokens": 1024, "steps": 6, "save_every": 3}
+REL = 1e-6  # of a loss, where gradients are summed in another order
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs: by how many processes, and where one went on with another number after its third step."""
+    place = tmp_path_factory.mktemp("runs")
+
+    def job(name: str, **settings: Any) -> dict[str, Any]:
+        return {**SMALL, "data": corpus, "out": place / name, **settings}
+
+    def go_on(name: str, before: str, **settings: Any) -> dict[str, Any]:
+        shutil.copytree(place / before, place / name)
+        shutil.rmtree(place / name / "checkpoints" / "step-00000006")
+        return job(name, resume=True, **settings)
+
+    def alone(*jobs: dict[str, Any]) -> None:
+        for each in jobs:
+            pretrain(PretrainSettings(**each), resume_command="RESUME")
+
+    threads = torch.get_num_threads()
+    alone(job("two, 1", **TWO), job("1", **FOUR))
+    pretrain_in(
+        2,
+        [
+            job("two, 2", **TWO, workers=2),
+            job("2 ddp", **FOUR),
+            job("2 fsdp", **FOUR, parallel="fsdp"),
+            # The sizes of a step are not given: they are the run's.
+            go_on("1 to 2", "1", **{k: v for k, v in FOUR.items() if k != "batch_tokens"}, tokens_per_batch=None),
+            go_on("1 to 2 fsdp", "1", **FOUR, parallel="fsdp"),
+        ],
+    )
+    pretrain_in(4, [go_on("2 to 4 fsdp", "2 fsdp", **FOUR, parallel="fsdp")])
+    alone(go_on("2 to 1", "2 ddp", **FOUR), go_on("2 fsdp to 1", "2 fsdp", **FOUR))
+    torch.set_num_threads(threads)
+    return place
+
+
+def records(out: Path, kind: str) -> list[dict[str, Any]]:
+    return [record for record in read_log(out / "log.jsonl") if record["kind"] == kind]
+
+
+def losses(out: Path) -> list[tuple[float, ...]]:
+    return [(r["step"], r["mlm_loss"], r["nsp_loss"], r["mlm_accuracy"], r["tokens"]) for r in records(out, "train")]
+
+
+def weights(out: Path, step: int, name: str = "model") -> dict[str, torch.Tensor]:
+    return load_file(out / "checkpoints" / f"step-{step:08d}" / f"{name}.safetensors")
+
+
+def test_two_processes_are_one_to_the_bit(runs: Path) -> None:
+    """Two of them with a micro-batch each, and one with both: g₁ + g₂ either way, under the same dropout masks."""
+    one, two = runs / "two, 1", runs / "two, 2"
+    assert len(losses(one)) == 4
+    assert losses(one) == losses(two)
+    assert [r["grad_norm"] for r in records(one, "train")] == [r["grad_norm"] for r in records(two, "train")]
+    for name in ("model", "optimizer"):
+        ours, theirs = weights(one, 4, name), weights(two, 4, name)
+        assert ours.keys() == theirs.keys()
+        assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+
+
+@pytest.mark.parametrize("name", ["2 ddp", "2 fsdp", "1 to 2", "1 to 2 fsdp", "2 to 4 fsdp", "2 to 1", "2 fsdp to 1"])
+def test_a_run_is_the_same_on_any_number_of_processes(runs: Path, name: str) -> None:
+    one, other = runs / "1", runs / name
+    assert [line[0] for line in losses(other)] == list(range(1, 7))
+    for ours, theirs in zip(losses(one), losses(other), strict=True):
+        assert theirs == pytest.approx(ours, rel=REL)
+    for ours, theirs in zip(records(one, "eval"), records(other, "eval"), strict=True):
+        for field in ("mlm_loss", "mlm_accuracy", "nsp_loss", "num_masked", "num_pairs"):
+            assert theirs[field] == pytest.approx(ours[field], rel=REL)
+    state = json.loads((other / "checkpoints" / "step-00000006" / "trainer.json").read_text())["state"]
+    assert state["batches"] == 24
+    moments, expected = weights(other, 6, "optimizer"), weights(one, 6, "optimizer")
+    assert moments.keys() == expected.keys()
+    for key, value in expected.items():
+        assert moments[key].shape == value.shape
+        assert moments[key].dtype == value.dtype
+
+
+def test_dropout_differs_between_micro_batches_and_between_seeds() -> None:
+    seeds = {pretrain_module._dropout_seed(seed, number) for seed in range(3) for number in range(100)}
+    assert len({seed & 0xFFFFFFFF for seed in seeds}) == 300  # what the CPU's generator takes of a seed
+
+
+def test_one_process_writes_and_exports(runs: Path) -> None:
+    for name in ("2 ddp", "2 fsdp"):
+        out = runs / name
+        assert [r["ranks"] for r in records(out, "run")] == [2]
+        assert "2 × CPU" in (out / "report.md").read_text()
+        exported = load_file(out / "hf" / "model.safetensors")
+        ours = weights(out, 6)["encoder.embeddings.word_embeddings.weight"]
+        assert torch.equal(exported["bert.embeddings.word_embeddings.weight"], ours)
+        for record in records(out, "train"):
+            assert 0 < record["mfu"] < 1
+
+
+def test_one_clock_decides(corpus: Path, tmp_path: Path) -> None:
+    """With minutes, rate and end follow the clock: the first process's, or the processes would part."""
+    job = {**SMALL, "data": corpus, "out": tmp_path / "run", "minutes": 0.25, "eval_every": None}
+    pretrain_in(2, [job], setup=skew_clocks)
+    assert len(records(tmp_path / "run", "train")) == 10  # of 15 seconds, less those for the end
+
+
+def torchrun(corpus: Path, out: Path, *words: str, program: tuple[str, ...] = ("-m", "fusebert.train")) -> Any:
+    options = {**SMALL, "data": corpus, "out": out}
+    del options["tensorboard"]
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *program]
+    return subprocess.Popen(
+        [*command, "pretrain", "--no-tensorboard", *given, *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_once_and_one_process_goes_on(corpus: Path, tmp_path: Path, number: signal.Signals) -> None:
+    out = tmp_path / "run"
+    process = torchrun(corpus, out, "--steps=3000", "--batch-tokens=512", "--workers=1")
+    deadline = time.monotonic() + 120
+    while len(losses(out)) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode != 0
+    said = [line for line in errors.splitlines() if line.startswith("fusebert: ")]
+    done = len(losses(out))
+    assert said == [f"fusebert: stopped after step {done}, saved in {out}/checkpoints/step-{done:08d}; go on with:"]
+    assert "\ntorchrun --nproc-per-node=2 -m fusebert.train pretrain " in errors
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{done:08d}"]
+    settings = PretrainSettings(**{**SMALL, "data": corpus, "out": out, "resume": True, "steps": done + 1})
+    assert pretrain(settings, resume_command="RESUME") is not None
+
+
+FAILS_ON_RANK_1 = """
+import os
+from fusebert.train.cli import main
+from fusebert.train.errors import UserError
+from fusebert.train.step.step import TrainingStep
+
+original, steps = TrainingStep.__call__, [0]
+
+def fail(self, *args, **kwargs):
+    steps[0] += 1
+    if os.environ["RANK"] == "1" and steps[0] == 3:
+        raise UserError("the roof leaks")
+    return original(self, *args, **kwargs)
+
+TrainingStep.__call__ = fail
+main()
+"""
+
+
+def test_a_failing_process_ends_the_job_with_one_error(corpus: Path, tmp_path: Path) -> None:
+    script = tmp_path / "fails.py"
+    script.write_text(FAILS_ON_RANK_1)
+    for words, expected, program in (
+        (["--steps=3000", "--workers=1"], "fusebert: error: rank 1: the roof leaks", (str(script),)),
+        (["--steps=3000", "--minutes=1"], "say how long to train: ", ("-m", "fusebert.train")),
+    ):
+        process = torchrun(corpus, tmp_path / "run", *words, program=program)
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode != 0
+        (line,) = [line for line in errors.splitlines() if line.startswith("fusebert: ")]
+        assert expected in line
+
+
+def test_the_size_of_a_step_is_of_all_processes() -> None:
+    settings = PretrainSettings(data=Path("x"), out=Path("y"), steps=1, device="cpu")
+    plan = resolve(settings, Ranks(1, 4, 1, 4))
+    assert (plan.tokens_per_batch, plan.accumulation, plan.batch_tokens) == (2048, 1, 4 * 2048)
+    plan = resolve(dataclasses.replace(settings, batch_tokens=4096), Ranks(1, 4, 1, 4))
+    assert (plan.tokens_per_batch, plan.accumulation, plan.batch_tokens) == (1024, 1, 4096)
+    plan = resolve(dataclasses.replace(settings, tokens_per_batch=256, batch_tokens=4096), Ranks(0, 2, 0, 2))
+    assert (plan.tokens_per_batch, plan.accumulation, plan.batch_tokens) == (256, 8, 4096)
+    with pytest.raises(UserError, match=r"multiple of --tokens-per-batch 256 times 3 processes: 3840 is the nearest"):
+        resolve(dataclasses.replace(settings, tokens_per_batch=256, batch_tokens=4096), Ranks(0, 3, 0, 3))
+    with pytest.raises(UserError, match="choose one of ddp, fsdp"):
+        resolve(dataclasses.replace(settings, parallel="pipeline"))
+    state = TrainerState(identity={"--tokens-per-batch": 256, "--batch-tokens": 1024})
+    same = pretrain_module._same_steps(settings, state, Ranks(0, 4, 0, 4))
+    assert (same.tokens_per_batch, same.batch_tokens) == (256, 1024)
+    with pytest.raises(UserError, match=r"takes 4 micro-batches .* divides 4; there are 3"):
+        pretrain_module._same_steps(settings, state, Ranks(0, 3, 0, 3))

@@ -1,0 +1,134 @@
+"""The tokenizer: learned the same way each time, BERT's in every other respect."""
+
+import json
+import random
+import string
+import unicodedata
+
+import pytest
+from tokenizers import Tokenizer, models
+
+from fusebert.train.corpus.corpus import SPECIAL_TOKENS
+from fusebert.train.errors import UserError
+from fusebert.train.text.tokenizer import bert_tokenizer, encoder, load_tokenizer, train_tokenizer
+
+
+def some_texts(count=400, seed=0):
+    """Words made of syllables, with rarer and rarer letters, capitals and punctuation."""
+    rng = random.Random(seed)
+    syllables = [a + b for a in "bcdfghjklmnprst" for b in "aeiouäé"]
+    words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(800)]
+    words += [chr(0x400 + i) * 2 for i in range(60)] + ["漢字", "Ünïted", "don't", "3.14"]
+    return [" ".join(rng.choices(words, k=30)).capitalize() + "." for _ in range(count)]
+
+
+@pytest.mark.parametrize("vocab_size", [64, 700])
+def test_the_same_texts_give_the_same_vocabulary(vocab_size):
+    texts = some_texts()
+    learned = train_tokenizer(texts, vocab_size, lowercase=True)
+    for seed in range(3):
+        random.Random(seed).shuffle(texts)
+        assert train_tokenizer(texts, vocab_size, lowercase=True).to_str() == learned.to_str()
+    vocab = learned.get_vocab()
+    assert len(vocab) == vocab_size
+    assert sorted(vocab.values()) == list(range(vocab_size))
+    assert [vocab[token] for token in SPECIAL_TOKENS] == [0, 1, 2, 3, 4]
+    assert sum(len(token.removeprefix("##")) == 1 for token in vocab) <= vocab_size * 2 // 3 + 5
+
+
+def test_pieces_are_learned_and_put_together_again():
+    learned = train_tokenizer(some_texts(), 700, lowercase=True)
+    text = some_texts(1, seed=5)[0]
+    ids = learned.encode(text, add_special_tokens=False).ids
+    assert len(ids) < 0.6 * len(text)
+    folded = "".join(c for c in unicodedata.normalize("NFD", text.lower()) if unicodedata.category(c) != "Mn")
+    assert learned.decode(ids).replace(" ", "") == folded.replace(" ", "")
+    cased = train_tokenizer(some_texts(), 700, lowercase=False)
+    assert any(token != token.lower() for token in cased.get_vocab() if token not in SPECIAL_TOKENS)
+    assert any("ä" in token for token in cased.get_vocab())
+    assert not any("ä" in token for token in learned.get_vocab())
+
+
+def test_a_small_text_gives_what_it_has():
+    learned = train_tokenizer(["the cat the cat", "a cat"], 5000, lowercase=True)
+    assert {"the", "cat"} <= set(learned.get_vocab())
+    assert learned.get_vocab_size() < 40
+    with pytest.raises(ValueError, match="at least 16; got 15"):
+        train_tokenizer(["a"], 15, lowercase=True)
+
+
+def test_special_tokens_in_a_text_are_text(tmp_path):
+    learned = train_tokenizer([*some_texts(), "[MASK] [CLS] mask cls [sep] pad unk" * 9], 900, lowercase=True)
+    learned.enable_truncation(4)
+    learned.enable_padding()
+    learned.save(str(tmp_path / "tokenizer.json"))
+    encoding = encoder(tmp_path / "tokenizer.json").encode("[MASK] [PAD][SEP]ba ba ba", add_special_tokens=False)
+    assert set(encoding.ids) & {0, 2, 3, 4} == set()
+    assert encoding.tokens[0] == "["
+    assert len(encoding.ids) >= 12
+
+
+def test_it_is_transformers_bert_tokenizer(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    learned = train_tokenizer(some_texts(), 700, lowercase=True)
+    learned.save(str(tmp_path / "tokenizer.json"))
+    vocab = learned.get_vocab()
+    (tmp_path / "vocab.txt").write_text("".join(token + "\n" for token in sorted(vocab, key=vocab.get)))
+    text, pair = some_texts(2, seed=3)
+    ours = learned.encode(text, pair)
+    for theirs in (
+        transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json")),
+        transformers.BertTokenizerFast.from_pretrained(tmp_path),
+    ):
+        assert theirs(text, pair)["input_ids"] == ours.ids
+    assert theirs(text, pair)["token_type_ids"] == ours.type_ids
+    assert theirs.mask_token_id == 4
+    # And back: a vocab.txt of theirs is read as the same tokenizer.
+    assert load_tokenizer(tmp_path / "vocab.txt").to_str() == learned.to_str()
+    assert load_tokenizer(tmp_path / "tokenizer.json").encode(text, pair).ids == ours.ids
+
+
+def test_whether_a_vocabulary_is_cased_shows(tmp_path):
+    for tokens, cased in ((["a", "##b"], False), (["A", "a", "##b"], True)):
+        (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL_TOKENS, *tokens]) + "\n")
+        assert load_tokenizer(tmp_path / "vocab.txt").encode("A").tokens[1] == ("A" if cased else "a")
+        assert load_tokenizer(tmp_path / "vocab.txt", lowercase=True).encode("A").tokens[1] == "a"
+
+
+def lacking(path):
+    vocab = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *string.ascii_lowercase])}
+    data = json.loads(bert_tokenizer(vocab, lowercase=True).to_str())
+    for token in ("[SEP]", "[MASK]"):
+        del data["model"]["vocab"][token]
+        data["added_tokens"] = [entry for entry in data["added_tokens"] if entry["content"] != token]
+    data["post_processor"] = None
+    path.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "message"),
+    [
+        ("none.json", None, "does not exist"),
+        ("a.json", lambda p: p.mkdir(), "is a folder"),
+        ("a.bin", lambda p: p.write_text(""), "must end in"),
+        ("a.json", lambda p: p.write_text("{}"), "not a tokenizer.json"),
+        ("a.json", lambda p: Tokenizer(models.BPE()).save(str(p)), "BPE tokenizer: give a WordPiece"),
+        ("a.json", lacking, r"lacks the special tokens \[SEP\], \[MASK\]"),
+        ("a.txt", lambda p: p.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\nx\n"), r"lacks the special tokens \[MASK\]"),
+        ("a.txt", lambda p: p.write_text("[PAD]\nx\nx\n"), "a.txt:3: 'x' a second time"),
+        ("a.txt", lambda p: p.write_text("[PAD]\n\nx\n"), "a.txt:2: an empty line"),
+        ("a.txt", lambda p: p.write_bytes(b"abc\n\xff"), "not UTF-8 at byte 4"),
+    ],
+)
+def test_bad_files(tmp_path, name, write, message):
+    if write is not None:
+        write(tmp_path / name)
+    with pytest.raises(UserError, match=message) as error:
+        load_tokenizer(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+def test_case_is_the_json_files_own(tmp_path):
+    train_tokenizer(some_texts(), 100, lowercase=True).save(str(tmp_path / "a.json"))
+    with pytest.raises(UserError, match="leave out --lowercase/--cased"):
+        load_tokenizer(tmp_path / "a.json", lowercase=False)

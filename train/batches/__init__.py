@@ -1,0 +1,1 @@
+"""From a corpus to packed batches of masked examples."""

@@ -1,0 +1,1 @@
+"""The corpus on disk: its format, writer and reader, and `prepare`, which makes one from text."""

@@ -1,0 +1,1 @@
+"""A pretraining run: settings, loop, checkpoints, evaluation, report."""

@@ -1,0 +1,89 @@
+"""How well a model predicts held-out text: masked-LM loss and accuracy, next-sentence accuracy."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ...model.batch import PackedBatch
+from ...model.pretraining import BertForPreTraining
+from ..step.distributed import Ranks
+from ..step.step import autocast
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Means over the labelled positions and pairs of a set of batches.
+
+    Attributes:
+        mlm_loss: nats a masked token. mlm_accuracy: share of masked tokens whose arg max is the original.
+        nsp_loss, nsp_accuracy: the same for sentence pairs; None where there is none.
+        num_masked, num_pairs: how many were counted.
+    """
+
+    mlm_loss: float
+    mlm_accuracy: float
+    nsp_loss: float | None
+    nsp_accuracy: float | None
+    num_masked: int
+    num_pairs: int
+
+    @property
+    def perplexity(self) -> float:
+        """e^mlm_loss (Devlin et al. 2018's measure); infinite where that overflows."""
+        return math.exp(self.mlm_loss) if self.mlm_loss < 700 else math.inf
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields and the perplexity as JSON values."""
+        return {**dataclasses.asdict(self), "perplexity": self.perplexity}
+
+
+@torch.no_grad()
+def evaluate(
+    model: BertForPreTraining, batches: Sequence[PackedBatch], compute_dtype: torch.dtype, ranks: Ranks | None = None
+) -> Evaluation:
+    """The model's `Evaluation` on ``batches``, without dropout; the model's mode and the generators are left as found.
+
+    Args:
+        batches: the same in every process of ``ranks``, which share the work.
+
+    Raises:
+        ValueError: ``batches`` has no masked token.
+    """
+    ranks = ranks or Ranks()
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    num_masked = num_pairs = 0
+    for i in range(0, len(batches), ranks.world_size):
+        # A sharded model's forward takes all ranks: one without a batch at the end goes along with another's.
+        mine = i + ranks.rank < len(batches)
+        batch = batches[i + ranks.rank if mine else i]
+        with autocast(device, compute_dtype):
+            out = model(batch.to(device, non_blocking=True))
+        if mine:
+            sums += torch.stack([x.double() for x in out])
+            num_masked += batch.num_masked
+            num_pairs += batch.num_pairs
+    model.train(was_training)
+    *totals, masked, pairs = ranks.sum([*sums.tolist(), num_masked, num_pairs])
+    num_masked, num_pairs = int(masked), int(pairs)
+    if num_masked == 0:
+        raise ValueError("there is no masked token to evaluate on: the held-out text is too short")
+    mlm_loss, nsp_loss, mlm_correct, nsp_correct = totals
+    return Evaluation(
+        mlm_loss=mlm_loss / num_masked,
+        mlm_accuracy=mlm_correct / num_masked,
+        nsp_loss=nsp_loss / num_pairs if num_pairs else None,
+        nsp_accuracy=nsp_correct / num_pairs if num_pairs else None,
+        num_masked=num_masked,
+        num_pairs=num_pairs,
+    )
+
+
+__all__ = ["Evaluation", "evaluate"]

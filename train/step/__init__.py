@@ -1,0 +1,1 @@
+"""One optimiser step: precision, CUDA graphs, optimisers, several GPUs."""

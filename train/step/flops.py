@@ -1,0 +1,103 @@
+"""The floating-point operations of a training step, counted exactly, and the rate the device could do them at.
+
+Only the matrix products that the mathematics asks for, on real tokens (not the slack of a packed batch, not spare
+masked rows), a multiply-add counting 2; the backward costs twice the forward, one product for each operand's gradient:
+
+    linears     6 · tokens · (L − 1) · (4H² + 2HI)        Q, K, V, output; both feed-forward layers
+    attention   12 · Σ_s n_s² · (L − 1) · H               QKᵀ and PV on segments of n_s tokens
+    last layer  6 · tokens · 2H² + 6 · read · (2H² + 2HI)     K, V for all; the rest for the rows that are read after it
+                + 12 · Σ_s read_s n_s · H                 (masked positions and first tokens)
+    MLM head    6 · masked · (H² + HV)                    transform, decoder
+    NSP head    6 · pairs · (H² + 2H)                     pooler, classifier
+
+MFU (model FLOPs utilisation, Chowdhery et al. 2022) is these over the time of the step and the rate of a large matrix
+product measured on the same device (not the figure on its data sheet).
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from ...model.batch import IGNORE, PackedBatch
+from ...model.config import BertConfig
+
+
+def train_flops(
+    config: BertConfig, *, tokens: int, squared_lengths: int, read: int, read_by_length: int, masked: int, pairs: int
+) -> int:
+    """FLOPs of forward and backward.
+
+    Args:
+        tokens: real tokens. squared_lengths: Σ n² over the segments. read: rows read after the last layer.
+        read_by_length: Σ read_s · n_s. masked: labelled positions. pairs: labelled pairs.
+    """
+    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers - 1
+    linears = 6 * tokens * layers * (4 * hidden * hidden + 2 * hidden * inner)
+    attention = 12 * squared_lengths * layers * hidden
+    last = 6 * tokens * 2 * hidden * hidden + 6 * read * (2 * hidden * hidden + 2 * hidden * inner)
+    last += 12 * read_by_length * hidden
+    mlm_head = 6 * masked * (hidden * hidden + hidden * config.vocab_size)
+    nsp_head = 6 * pairs * (hidden * hidden + 2 * hidden)
+    return linears + attention + last + mlm_head + nsp_head
+
+
+def batch_flops(config: BertConfig, batch: PackedBatch) -> int:
+    """`train_flops` of a packed batch that is on the CPU."""
+    bounds = batch.cu_seqlens.long()
+    # The slack's segments lie behind the real tokens and are not counted.
+    lengths = bounds.diff() * (bounds[:-1] < batch.num_tokens)
+    masked = batch.masked_positions[batch.masked_labels != IGNORE]
+    segments = torch.bucketize(masked, bounds[1:], right=True)
+    read = torch.bincount(segments, minlength=lengths.numel()) + (lengths > 0)
+    return train_flops(
+        config,
+        tokens=batch.num_tokens,
+        squared_lengths=int(lengths.square().sum()),
+        read=int(read.sum()),
+        read_by_length=int((read * lengths).sum()),
+        masked=batch.num_masked,
+        pairs=batch.num_pairs,
+    )
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """FLOP/s of the best of several large square matrix products, and what was measured, in words.
+
+    4096³ on a GPU, 1024³ on a CPU: a few tenths of a second either way.
+    """
+    n, repeats = (4096, 20) if device.type == "cuda" else (1024, 5)
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(repeats):
+        start = _now(device)
+        torch.mm(a, b)
+        times.append((start, _now(device)))
+    best = min(_seconds(start, end) for start, end in times)
+    return 2 * n**3 / best, f"{n}³ {str(dtype).removeprefix('torch.')} matrix product"
+
+
+def rate_words(flops_per_second: float) -> str:
+    """``"53.1 GFLOP/s"``, or in TFLOP/s from one on."""
+    if flops_per_second < 1e12:
+        return f"{flops_per_second / 1e9:.3g} GFLOP/s"
+    return f"{flops_per_second / 1e12:.3g} TFLOP/s"
+
+
+def _now(device: torch.device) -> torch.cuda.Event | float:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
+    if isinstance(start, float) or isinstance(end, float):
+        return float(end) - float(start)  # type: ignore[arg-type]
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+__all__ = ["batch_flops", "matmul_rate", "rate_words", "train_flops"]

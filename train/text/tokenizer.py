@@ -1,0 +1,162 @@
+"""BERT's WordPiece tokenizer (Devlin et al. 2018): trained on the corpus, or read from a file.
+
+Text is cleaned, lower-cased and stripped of accents (unless cased), split at spaces, punctuation and ideographs; a word
+is then the longest pieces of the vocabulary from left to right, "##" before those that continue it. The vocabulary is
+learned by merging the most frequent pair of pieces again and again.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from ..corpus.corpus import SPECIAL_TOKENS
+from ..errors import UserError
+
+VOCAB_SIZE = 30522
+_MIN_FREQUENCY = 2  # a pair seen once is no regularity
+_ALPHABET = 1000  # BERT's limit; a character beyond it is [UNK]
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int, lowercase: bool) -> Tokenizer:
+    """A WordPiece tokenizer learned from ``texts``; the same texts, in whatever order, give the same vocabulary.
+
+    Args:
+        texts: read twice.
+        vocab_size: tokens in all, the special ones among them as ids 0 … 4. Fewer come of a text without enough
+            repeated pieces.
+        lowercase: fold case and strip accents.
+
+    Raises:
+        ValueError: vocab_size is below 16.
+    """
+    if vocab_size < 16:
+        raise ValueError(f"vocab_size must be at least 16; got {vocab_size}")
+    normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    letters: collections.Counter[str] = collections.Counter()
+    words: set[str] = set()
+    for text in texts:
+        letters.update(text)
+        words.update(text.split())
+    folded: collections.Counter[str] = collections.Counter()
+    for letter, count in letters.items():
+        for character in normalizer.normalize_str(letter).split():
+            folded.update(dict.fromkeys(character, count))
+    # With the "##" letters, at most two thirds of a small vocabulary are single characters.
+    alphabet = sorted(folded, key=lambda c: (-folded[c], c))[: min(_ALPHABET, vocab_size // 3)]
+
+    # The trainer numbers "##a", "##b", … as it comes upon them in a hash table, and breaks ties between pairs by those
+    # numbers: two runs differ. Given first, as special tokens, they are numbered by us. They are found by training
+    # for a vocabulary of single characters.
+    def train(texts: Iterable[str], size: int, first: list[str]) -> dict[str, int]:
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=size,
+            min_frequency=_MIN_FREQUENCY,
+            special_tokens=first,
+            initial_alphabet=alphabet,
+            limit_alphabet=len(alphabet),
+            show_progress=False,
+        )
+        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        tokenizer.normalizer = normalizer
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.train_from_iterator(texts, trainer)
+        return tokenizer.get_vocab()
+
+    special = list(SPECIAL_TOKENS)
+    characters = train(sorted(words), 0, special)
+    continuing = sorted(token for token in characters if token.startswith("##") and len(token) > 2)
+    return bert_tokenizer(train(texts, vocab_size, special + continuing), lowercase)
+
+
+def bert_tokenizer(vocab: dict[str, int], lowercase: bool) -> Tokenizer:
+    """BERT's tokenizer over ``vocab`` (token → id, with the special tokens), as Transformers' BertTokenizerFast is."""
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0",
+        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", vocab["[CLS]"]), ("[SEP]", vocab["[SEP]"])],
+    )
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    return tokenizer
+
+
+def load_tokenizer(path: Path, lowercase: bool | None = None) -> Tokenizer:
+    """The WordPiece tokenizer in ``path``.
+
+    Args:
+        path: a tokenizer.json, or a vocab.txt with one token a line.
+        lowercase: for a vocab.txt, whether text is lower-cased; None: unless the vocabulary has capitals. A
+            tokenizer.json says so itself.
+
+    Raises:
+        UserError: there is no such file, it is of another kind, is no WordPiece, or lacks special tokens.
+    """
+    if not path.is_file():
+        what = "is a folder: name the tokenizer.json or vocab.txt in it" if path.is_dir() else "does not exist"
+        raise UserError(f"--tokenizer {path} {what}")
+    if path.suffix == ".json":
+        if lowercase is not None:
+            raise UserError(f"{path} says itself how text is normalised: leave out --lowercase/--cased")
+        tokenizer = _load_json(path)
+    elif path.suffix == ".txt":
+        tokenizer = _load_vocab(path, lowercase)
+    else:
+        raise UserError(f"--tokenizer {path}: its name must end in .json (tokenizer.json) or .txt (vocab.txt)")
+    return tokenizer
+
+
+def encoder(tokenizer_file: Path) -> Tokenizer:
+    """The tokenizer of ``tokenizer_file`` set to encode a corpus: nothing cut off, nothing padded, and "[MASK]" in a
+    text is five characters, not the token."""
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _load_json(path: Path) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+        kind = json.loads(path.read_text(encoding="utf-8"))["model"].get("type", "WordPiece")
+    except OSError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(f"{path} is not a tokenizer.json ({error})") from error
+    if kind != "WordPiece":
+        raise UserError(f"{path} is a {kind} tokenizer: give a WordPiece one, as BERT's")
+    _check_special(path, tokenizer.get_vocab())
+    return tokenizer
+
+
+def _load_vocab(path: Path, lowercase: bool | None) -> Tokenizer:
+    try:
+        tokens = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a vocab.txt: not UTF-8 at byte {error.start}") from error
+    vocab: dict[str, int] = {}
+    for index, token in enumerate(tokens):
+        if not token or vocab.setdefault(token, index) != index:
+            what = f"{token!r} a second time" if token else "an empty line"
+            raise UserError(f"{path}:{index + 1}: {what}; a vocab.txt has one token a line, each once")
+    _check_special(path, vocab)
+    if lowercase is None:
+        lowercase = not any(token != token.lower() for token in tokens if not token.startswith("["))
+    return bert_tokenizer(vocab, lowercase)
+
+
+def _check_special(path: Path, vocab: dict[str, int]) -> None:
+    missing = [token for token in SPECIAL_TOKENS if token not in vocab]
+    if missing:
+        raise UserError(f"the tokenizer {path} lacks the special tokens {', '.join(missing)}")
+
+
+__all__ = ["VOCAB_SIZE", "bert_tokenizer", "encoder", "load_tokenizer", "train_tokenizer"]
