@@ -1,8 +1,7 @@
 """Packaging of fusebert: one import name over the folders at the top of the repository.
 
-There is no ``fusebert/`` folder: ``package_dir`` maps ``fusebert.kernels`` to ``kernels/`` and so on, which
-works installed, editable, and from the repository root. (The folder ``kernels/`` shares its name with a
-package of Hugging Face's, so it must never be imported as ``kernels``.)
+There is no ``fusebert/`` folder: ``package_dir`` maps ``fusebert.kernels`` to ``kernels/`` and so on, in a regular and in
+an editable installation. The folder ``kernels/`` has the name of a Hugging Face package: never import it as ``kernels``.
 """
 
 from pathlib import Path
@@ -11,23 +10,32 @@ from setuptools import find_packages, setup
 
 FOLDERS = ["kernels", "model", "train", "bench"]
 
-# What the kernels, the encoder and `fuse` need is PyTorch and Triton; what turns text into a model needs these too.
+# The kernels, the encoder and `fuse` need PyTorch and Triton. Training from text also needs:
 TRAIN = [
     "numpy>=1.26",
     "safetensors>=0.4.3",
-    # WordPiece training and encoding in Rust, and the tokenizer.json every Hugging Face tool reads.
+    # WordPiece training and encoding in Rust, and tokenizer.json, which all Hugging Face tools read.
     "tokenizers>=0.20",
-    # Command line driven by type hints, and the progress bar.
+    # The command line from type hints, and the progress bar.
     "typer>=0.12",
     "tqdm>=4.66",
-    # Sentence boundaries at 12-21 MB/s a core; the Python splitters reach 0.1-0.4 MB/s. Linux wheels are x86-64.
+    # Sentence boundaries at 12-21 MB/s a core; pure-Python splitters reach 0.1-0.4 MB/s. Its Linux wheels are x86-64.
     "blingfire>=0.1.8; platform_machine == 'x86_64' or platform_machine == 'AMD64'",
-    # .zst input; in the standard library only from Python 3.14.
+    # Reads .zst; the standard library does so from Python 3.14 on.
     "zstandard>=0.22",
 ]
 TRANSFORMERS = ["transformers>=4.56"]
 PLOT = ["matplotlib>=3.8"]
-BENCH = [*TRAIN, *TRANSFORMERS, *PLOT, "pytest>=8", "pytest-benchmark>=4"]
+BENCH = [
+    *TRAIN,
+    *TRANSFORMERS,
+    *PLOT,
+    # Tables in the terminal, and the HTML report's template.
+    "rich>=13",
+    "jinja2>=3.1",
+    "pytest>=8",
+    "pytest-benchmark>=4",
+]
 
 setup(
     name="fusebert",
@@ -35,10 +43,27 @@ setup(
     description="Fast BERT pretraining on NVIDIA GPUs: fused Triton kernels, a minimal encoder, MLM + NSP",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author="the fusebert authors",
+    license="MIT",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     packages=[f"fusebert.{name}" for name in find_packages(include=[*FOLDERS, *(f"{name}.*" for name in FOLDERS)])],
     package_dir={f"fusebert.{name}": name for name in FOLDERS},
-    package_data={"fusebert.bench": ["campaign.sh"]},
+    package_data={
+        **{f"fusebert.{name}": ["py.typed"] for name in FOLDERS},
+        "fusebert.bench": ["py.typed", "campaign.sh"],
+        "fusebert.bench.report": ["*.html"],
+    },
     install_requires=["torch>=2.11", "triton>=3.6; sys_platform == 'linux'"],
     extras_require={
         "train": TRAIN,
@@ -46,9 +71,9 @@ setup(
         "bench": BENCH,
         "plot": PLOT,
         "tensorboard": ["tensorboard>=2.16"],
-        # sentence-transformers: a recipe of docs/drop-in.md fuses and fine-tunes the real one.
         "dev": [
             *BENCH,
+            # A recipe in docs/drop-in.md fuses and fine-tunes a sentence-transformers model.
             "sentence-transformers>=5",
             "pytest-xdist>=3.5",
             "hypothesis>=6.100",
@@ -56,5 +81,9 @@ setup(
             "mypy>=1.14",
         ],
     },
-    entry_points={"console_scripts": ["fusebert = fusebert.train.__main__:main"]},
+    entry_points={
+        "console_scripts": ["fusebert = fusebert.train.__main__:main"],
+        # Subcommands of `fusebert` that other packages bring: name = typer app.
+        "fusebert.commands": ["bench = fusebert.bench.cli:app"],
+    },
 )
