@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from .checks import check_choice
+
 try:
     import triton
     import triton.language as tl
@@ -62,13 +64,8 @@ BACKENDS = ("auto", "triton", "reference")
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def _checked(name: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
-    return name
-
-
-_override = _checked(os.environ.get("FUSEBERT_BACKEND", "auto"))
+_override = os.environ.get("FUSEBERT_BACKEND", "auto")
+check_choice("FUSEBERT_BACKEND", _override, BACKENDS)
 
 
 @contextlib.contextmanager
@@ -81,7 +78,8 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: ``name`` is none of the three.
     """
     global _override
-    previous, _override = _override, _checked(name)
+    check_choice("backend", name, BACKENDS)
+    previous, _override = _override, name
     try:
         yield
     finally:

@@ -21,6 +21,7 @@ import math
 import torch
 
 from .backend import tl, triton
+from .checks import check_probability, check_seed
 
 ROUNDS = tl.constexpr(7)
 
@@ -67,8 +68,7 @@ def keep_threshold(p: float) -> int:
     Raises:
         ValueError: ``p`` is not in [0, 1).
     """
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"the dropout probability must be in [0, 1); got {p}")
+    check_probability("p", p)
     return min(round(p * 2**16), 2**16 - 1) << 16
 
 
@@ -82,18 +82,11 @@ def resolve_seed(seed: int | torch.Tensor | None, device: torch.device) -> torch
         TypeError: a tensor seed is not int64, or not an int, tensor or None.
         ValueError: a tensor seed has more than one element or lies on another device, or an int exceeds 64 bits.
     """
+    check_seed(seed, device)
     if seed is None:
         return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
     if isinstance(seed, torch.Tensor):
-        if seed.dtype != torch.int64:
-            raise TypeError(f"seed must be an int64 tensor; got {seed.dtype}")
-        if seed.numel() != 1 or seed.device != device:
-            raise ValueError(f"seed must be one element on {device}; got shape {tuple(seed.shape)} on {seed.device}")
         return seed
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise TypeError(f"seed must be an int, an int64 tensor or None; got {type(seed).__name__}")
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed must fit in 64 bits, signed; got {seed}")
     return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 

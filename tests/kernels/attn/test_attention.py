@@ -363,7 +363,7 @@ def test_autocast_computes_in_its_dtype():
             ValueError,
             r"key_padding_mask must have shape \(2, 8\)",
         ),
-        ({"dropout_p": 1.0}, ValueError, r"dropout probability must be in \[0, 1\)"),
+        ({"dropout_p": 1.0}, ValueError, r"dropout probability, must be in \[0, 1\)"),
         ({"scale": 0.0}, ValueError, "scale must be positive"),
         ({"window": -1}, ValueError, "window must be None or an int"),
         ({"dropout_p": 0.1, "seed": 1.5}, TypeError, "seed must be an int"),

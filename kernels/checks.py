@@ -1,0 +1,110 @@
+"""Checks of the operators' arguments: the same fault has the same wording in every operator.
+
+A check raises TypeError for a dtype or a Python type and ValueError for a shape, a device or a value. The message names
+the argument, what is allowed and what was given. Values of tensors are read where `values_are_readable` only.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+ID_DTYPES = (torch.int64, torch.int32)
+
+
+def values_are_readable(x: Tensor) -> bool:
+    """Whether reading x's values is free: a GPU's stream would stall, and traced and fake tensors have no values."""
+    fake = torch.compiler.is_compiling() or isinstance(x, torch._subclasses.FakeTensor)
+    return x.device.type == "cpu" and not fake
+
+
+def check_dtype(name: str, x: Tensor, allowed: tuple[torch.dtype, ...] = FLOAT_DTYPES) -> None:
+    if x.dtype not in allowed:
+        *most, last = (str(dtype).removeprefix("torch.") for dtype in allowed)
+        raise TypeError(f"{name} must be {', '.join(most) + ' or ' if most else ''}{last}; got {x.dtype}")
+
+
+def check_same_dtype(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    if x.dtype != like.dtype:
+        raise TypeError(f"{name} must have {like_name}'s dtype, {like.dtype}; got {x.dtype}: convert one of them")
+
+
+def check_same_device(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    if x.device != like.device:
+        raise ValueError(f"{name} must be on {like_name}'s device, {like.device}; got {x.device}: move one of them")
+
+
+def check_same_shape(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    if x.shape != like.shape:
+        raise ValueError(f"{name} must have {like_name}'s shape, {tuple(like.shape)}; got {tuple(x.shape)}")
+
+
+def check_has_columns(name: str, x: Tensor, symbol: str) -> None:
+    """x has a last axis, called ``symbol`` in the message."""
+    if x.dim() == 0:
+        raise ValueError(f"{name} must have at least one dimension, [.., {symbol}]; got a scalar")
+
+
+def check_vector(name: str, vector: Tensor | None, size: int, meaning: str, like_name: str, like: Tensor) -> None:
+    """A parameter is None, or [size] of like's dtype or float32, on like's device. meaning: what the size is."""
+    if vector is None:
+        return
+    if vector.dim() != 1 or vector.shape[0] != size:
+        raise ValueError(f"{name} must have shape ({size},), {meaning}; got {tuple(vector.shape)}")
+    if vector.dtype not in (like.dtype, torch.float32):
+        raise TypeError(f"{name} must have {like_name}'s dtype, {like.dtype}, or float32; got {vector.dtype}")
+    check_same_device(name, vector, like_name, like)
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+
+
+def check_probability(name: str, p: float) -> None:
+    """p is the probability that an element is dropped."""
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"{name}, the dropout probability, must be in [0, 1); got {p}")
+
+
+def check_eps(eps: float) -> None:
+    if not eps >= 0.0:
+        raise ValueError(f"eps must not be negative; got {eps}")
+
+
+def check_seed(seed: int | Tensor | None, device: torch.device) -> None:
+    """A seed is None, an int of 64 bits, or an int64 tensor of one element on the device."""
+    if seed is None:
+        return
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64:
+            raise TypeError(f"seed must be an int64 tensor; got {seed.dtype}")
+        if seed.numel() != 1 or seed.device != device:
+            raise ValueError(f"seed must be one element on {device}; got shape {tuple(seed.shape)} on {seed.device}")
+    elif not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed must be an int, an int64 tensor or None; got {type(seed).__name__}")
+    elif not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must fit in 64 bits, signed; got {seed}")
+
+
+def check_cu_seqlens(
+    name: str,
+    cu_seqlens: Tensor,
+    num_rows: int,
+    like_name: str,
+    like: Tensor,
+    allowed: tuple[torch.dtype, ...] = (torch.int32,),
+) -> None:
+    """Segment s is rows cu_seqlens[s] … cu_seqlens[s + 1] − 1 of num_rows; rows after the last segment are allowed."""
+    check_dtype(name, cu_seqlens, allowed)
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(f"{name} must have shape [S + 1], S at least 1; got {tuple(cu_seqlens.shape)}")
+    check_same_device(name, cu_seqlens, like_name, like)
+    if not values_are_readable(cu_seqlens):
+        return
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] > num_rows or bool((cu_seqlens.diff() < 0).any()):
+        raise ValueError(
+            f"{name} must start at 0, never fall and end at most at {num_rows}, the number of rows; got "
+            f"{cu_seqlens.tolist() if cu_seqlens.numel() <= 16 else cu_seqlens}"
+        )
