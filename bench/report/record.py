@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from ...train.corpus.corpus import Corpus, CorpusError
+from ...train.corpus.format import CorpusError
+from ...train.corpus.reader import Corpus
 from ...train.errors import UserError
 from ...train.run.log import read_log
 from ..measure.environment import environment

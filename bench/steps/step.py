@@ -27,7 +27,7 @@ from ...model.fp8 import fp8_obstacle, use_fp8
 from ...model.hf.folder import parameter_names
 from ...train.batches.loader import batches as corpus_batches
 from ...train.batches.pack import BatchShape, PackedExamples
-from ...train.corpus.corpus import Corpus
+from ...train.corpus.reader import Corpus
 from ...train.step.flops import batch_flops
 from ...train.step.graphs import WARMUP_STEPS
 from ...train.step.optim import make_optimizer

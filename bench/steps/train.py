@@ -27,7 +27,7 @@ from ...model import BertConfig, PackedBatch, from_hf
 from ...train.batches.loader import batches as packed_batches
 from ...train.batches.loader import heldout_batches
 from ...train.batches.pack import BatchShape, PackedExamples
-from ...train.corpus.corpus import Corpus
+from ...train.corpus.reader import Corpus
 from ...train.errors import UserError
 from ...train.run.evaluate import evaluate
 from ...train.run.settings import LEARNING_RATES

@@ -19,7 +19,7 @@ from fusebert.bench.steps import parity as train_parity
 from fusebert.bench.steps import step
 from fusebert.train.batches.loader import batches
 from fusebert.train.batches.pack import BatchShape, PackedExamples
-from fusebert.train.corpus.corpus import Corpus
+from fusebert.train.corpus.reader import Corpus
 from fusebert.train.errors import UserError
 
 SMALL = ["--model", "tiny", "--tokens", "256", "--seqlen", "64", "--vocab-size", "512", "--device", DEVICE]

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 
 from fusebert.model import IGNORE, PackedBatch
-from fusebert.train.corpus.corpus import SPECIAL_TOKENS, Corpus, CorpusWriter, SpecialTokens
+from fusebert.train.corpus.reader import Corpus
+from fusebert.train.corpus.writer import CorpusWriter
+from fusebert.train.text.special_tokens import SPECIAL_TOKENS, SpecialTokens
 
 SPECIAL = SpecialTokens(pad=0, unk=1, cls=2, sep=3, mask=4)
 FIRST = len(SPECIAL)

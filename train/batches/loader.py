@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ...model.batch import PackedBatch
-from ..corpus.corpus import Corpus
-from ..text.workers import end_with_parent
+from ..corpus.reader import Corpus
+from ..text.workers import follow_parent
 from .pack import BatchMaker, BatchShape, PackedExamples
 
 _TENSORS = ("input_ids", "token_type_ids", "position_ids", "masked_positions", "masked_labels", "nsp_labels")
@@ -64,12 +64,9 @@ class _Chunk:
             )
 
 
-def _depend_on_the_parent(worker: int) -> None:
-    # Ctrl-C, and what torchrun sends, reach the whole process group; the training process ends its workers when it has
-    # saved.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    end_with_parent()
+def _start_worker(worker: int) -> None:
+    # Ctrl-C and torchrun's SIGTERM reach the whole process group; the training process saves, then ends its workers.
+    follow_parent(signal.SIGINT, signal.SIGTERM)
 
 
 def batches(
@@ -117,7 +114,7 @@ def batches(
         # All lanes come to the ends of their chunks together, and the next ones should be there.
         prefetch_factor=max(2, -(-len(mine) // num_workers)) if num_workers else None,
         generator=torch.Generator(),  # DataLoader draws from it at the start: not from the one that dropout uses
-        worker_init_fn=_depend_on_the_parent,
+        worker_init_fn=_start_worker,
         pin_memory=pin_memory and torch.cuda.is_available(),
     )
     return _take(iter(chunks), block, itertools.count(first, world_size), mine, lanes, examples.batches_per_chunk)

@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ...model.batch import IGNORE, PackedBatch
-from ..corpus.corpus import Corpus, Split
+from ..corpus.reader import Corpus, Split
 from .examples import MIN_SEQLEN, Examples, full_sentences, sentence_pairs
 from .masking import Masker, num_to_mask
 from .passages import Passages, ranges

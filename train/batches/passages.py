@@ -11,7 +11,7 @@ import dataclasses
 
 import numpy as np
 
-from ..corpus.corpus import Split
+from ..corpus.reader import Split
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

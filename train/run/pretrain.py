@@ -36,7 +36,7 @@ from ...model.hf.folder import from_hf, save_hf
 from ...model.pretraining import BertForPreTraining
 from ..batches.loader import batches, heldout_batches
 from ..batches.pack import BatchShape, PackedExamples
-from ..corpus.corpus import Corpus
+from ..corpus.reader import Corpus
 from ..errors import UserError
 from ..step.distributed import LostPeer, Ranks, lost_connection
 from ..step.flops import batch_flops, matmul_rate, rate_words

@@ -14,7 +14,7 @@ import torch
 
 from ...model.batch import IGNORE, PackedBatch
 from ...model.pretraining import BertForPreTraining
-from ..corpus.corpus import Corpus
+from ..corpus.reader import Corpus
 from ..step.flops import rate_words
 from .evaluate import Evaluation
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from ..corpus.corpus import SPECIAL_TOKENS
 from ..errors import UserError
+from ..text.special_tokens import SPECIAL_TOKENS
 
 VOCAB_SIZE = 30522
 _MIN_FREQUENCY = 2  # a pair seen once is no regularity

@@ -1,5 +1,4 @@
-"""A map over worker processes: results in order, few tasks in flight, so that memory stays bounded and the outcome
-does not depend on how many workers there are."""
+"""Worker processes, and an ordered map over them."""
 
 from __future__ import annotations
 
@@ -20,8 +19,29 @@ Result = TypeVar("Result")
 
 
 def available_cores() -> int:
-    """Cores this process may run on."""
+    """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def follow_parent(*ignored: signal.Signals) -> None:
+    """Makes this worker process ignore some signals, and exit when its parent exits.
+
+    Call it once, when the process starts. Without it a worker of a killed parent waits for tasks for ever and keeps the
+    sockets that it inherited.
+
+    Args:
+        ignored: signals that reach the whole process group and that the parent handles, such as SIGINT (Ctrl-C).
+    """
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def exit_after_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=exit_after_parent, daemon=True).start()
 
 
 def ordered_map(
@@ -32,19 +52,23 @@ def ordered_map(
     initializer: Callable[..., None] | None = None,
     initargs: tuple[Any, ...] = (),
 ) -> Generator[Result, None, None]:
-    """``function`` of each task, in the tasks' order; with one worker, in this process.
+    """``function`` of each task, in the order of the tasks, so the results do not depend on the number of workers.
 
-    ``tasks`` is read here, at most two tasks a worker ahead of the results. ``initializer`` runs once in each worker.
+    Args:
+        function: must be importable by name, as for `multiprocessing`.
+        tasks: read in this process, at most two tasks per worker ahead of the results, so memory stays bounded.
+        workers: processes; 1 runs everything in this process.
+        initializer, initargs: called once in each worker.
 
     Raises:
-        UserError: a worker process died, which is nearly always for want of memory.
+        UserError: a worker process died.
     """
     if workers == 1:
         if initializer is not None:
             initializer(*initargs)
         yield from map(function, tasks)
         return
-    # Spawned, not forked: a fork copies locks that threads of this process (Rust's, the progress bar's) may hold.
+    # Spawn, because a fork copies locks that threads of this process (Rust's, the progress bar's) may hold.
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(initializer, initargs)
     )
@@ -58,31 +82,13 @@ def ordered_map(
             yield in_flight.popleft().result()
     except BrokenProcessPool as error:
         raise UserError(
-            "a worker process died, most likely for want of memory: try again with fewer --workers"
+            "a worker process died, most likely because memory ran out: try again with fewer --workers"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _start_worker(initializer: Callable[..., None] | None, initargs: tuple[Any, ...]) -> None:
-    # Ctrl-C reaches the whole process group; the parent decides what happens then.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent()
+    follow_parent(signal.SIGINT)  # not SIGTERM: ProcessPoolExecutor ends workers with it
     if initializer is not None:
         initializer(*initargs)
-
-
-def end_with_parent() -> None:
-    """From now on this worker process ends when its parent does. One that is killed outright would otherwise leave it
-    waiting for tasks for ever, with whatever sockets it inherited."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-__all__ = ["available_cores", "end_with_parent", "ordered_map"]

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from fusebert.bench.cli import app
 from fusebert.bench.steps import train as train_run
-from fusebert.train.corpus.corpus import CorpusError
+from fusebert.train.corpus.format import CorpusError
 
 OPTIONS = ["--model", "tiny", "--tokens", "256", "--seqlen", "32", "--minutes", "0.03", "--device", DEVICE]
 

@@ -202,5 +202,5 @@ def test_a_tiny_heldout_split_makes_one_batch(shape):
 
 
 def test_everything_that_a_spawned_worker_needs_can_be_pickled(examples):
-    for thing in (examples, loader._Chunk.collate, loader._depend_on_the_parent):
+    for thing in (examples, loader._Chunk.collate, loader._start_worker):
         pickle.loads(pickle.dumps(thing))

@@ -1,4 +1,4 @@
-"""The corpus on disk: what is written is read, and nothing damaged or unfinished passes for a corpus."""
+"""The corpus on disk: reading returns what was written, and damaged or unfinished corpora are refused."""
 
 import collections
 import errno
@@ -10,8 +10,10 @@ import pickle
 import numpy as np
 import pytest
 
-from fusebert.train.corpus import corpus as corpus_module
-from fusebert.train.corpus.corpus import SPECIAL_TOKENS, Corpus, CorpusError, CorpusWriter
+from fusebert.train.corpus.format import CorpusError
+from fusebert.train.corpus.reader import Corpus
+from fusebert.train.corpus.writer import CorpusWriter
+from fusebert.train.text.special_tokens import SPECIAL_TOKENS
 from fusebert.train.text.tokenizer import bert_tokenizer
 
 PIECES = 400
@@ -148,9 +150,6 @@ def test_bad_blocks(tmp_path, tokenizer_file):
         write(tmp_path / "made", tokenizer_file, [[[5]]], [[[5]]]).split("test")
 
 
-# ---- nothing half-written looks finished
-
-
 def test_an_exception_leaves_nothing(tmp_path, tokenizer_file):
     def interrupted():
         with CorpusWriter(tmp_path / "made", tokenizer_file, shard_tokens=1) as writer:
@@ -164,15 +163,16 @@ def test_an_exception_leaves_nothing(tmp_path, tokenizer_file):
 
 
 def test_no_space_left_leaves_nothing(tmp_path, tokenizer_file, monkeypatch):
-    left = 4  # files written before the disk is full: in the middle of the second shard
+    replace, left = os.replace, 5  # files written before the disk is full: in the middle of the second shard
 
-    def fsync(handle):
+    def failing(source, target):
         nonlocal left
         left -= 1
         if left < 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
 
-    monkeypatch.setattr(corpus_module.os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", failing)
     with pytest.raises(OSError, match="No space left"):
         write(tmp_path / "made", tokenizer_file, random_documents(9), random_documents(1), shard_tokens=1)
     assert [p.name for p in tmp_path.iterdir()] == [tokenizer_file.name]
@@ -201,7 +201,7 @@ def test_a_failed_rename_puts_the_old_corpus_back(written, tokenizer_file, monke
     before = read_back(Corpus.open(written).split("train"))
     rename = os.rename
     monkeypatch.setattr(
-        corpus_module.os,
+        os,
         "rename",
         lambda a, b: (_ for _ in ()).throw(OSError("moved")) if ".partial-" in str(a) else rename(a, b),
     )
@@ -227,9 +227,6 @@ def test_what_is_no_corpus_is_never_replaced(tmp_path, tokenizer_file, written, 
     Corpus.open(tmp_path / "empty")
 
 
-# ---- damage
-
-
 def edit_manifest(directory, change):
     path = directory / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -237,18 +234,14 @@ def edit_manifest(directory, change):
     path.write_text(json.dumps(manifest))
 
 
-def one_line(error):
-    return "\n" not in str(error.value)
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda d: (d / "manifest.json").unlink(), "not a finished corpus"),
-        (lambda d: (d / "manifest.json").write_text("{"), "can't be read"),
-        (lambda d: (d / "manifest.json").write_bytes(b"\xff"), "can't be read"),
-        (lambda d: (d / "manifest.json").write_text("[]"), "no JSON object"),
-        (lambda d: (d / "manifest.json").write_text("[" * 100_000), "can't be read"),
+        (lambda d: (d / "manifest.json").write_text("{"), "cannot be read"),
+        (lambda d: (d / "manifest.json").write_bytes(b"\xff"), "cannot be read"),
+        (lambda d: (d / "manifest.json").write_text("[]"), "not a JSON object"),
+        (lambda d: (d / "manifest.json").write_text("[" * 100_000), "cannot be read"),
         (lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json is missing"),
         (lambda d: (d / "tokenizer.json").write_text("{}"), "not the tokenizer"),
         (lambda d: (d / "train-00000.tokens.npy").unlink(), "is missing"),
@@ -270,7 +263,7 @@ def test_damage_is_found_on_opening(written, damage, message):
     damage(written)
     with pytest.raises(CorpusError, match=message) as error:
         Corpus.open(written)
-    assert one_line(error)
+    assert "\n" not in str(error.value)
 
 
 def test_no_folder_no_corpus(tmp_path, written):
@@ -304,7 +297,7 @@ def test_another_dtype_or_a_pickle_is_not_read(written):
         _ = Corpus.open(written).split("train").shards[0].tokens
     np.save(path, np.array([None]), allow_pickle=True)
     os.truncate(path, size)
-    with pytest.raises(CorpusError, match="can't be read"):
+    with pytest.raises(CorpusError, match="cannot be read"):
         _ = Corpus.open(written).split("train").shards[0].tokens
 
 

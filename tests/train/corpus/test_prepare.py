@@ -1,4 +1,4 @@
-"""From text to a corpus: what comes out is the text, the same whatever the workers, or nothing at all."""
+"""`prepare`: the corpus holds the text, does not depend on the workers, and is complete or absent."""
 
 import errno
 import gzip
@@ -20,10 +20,12 @@ from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
 from fusebert.train.cli_prepare import command, parse_size
-from fusebert.train.corpus import corpus as corpus_module
 from fusebert.train.corpus import prepare as prepare_module
-from fusebert.train.corpus.corpus import Corpus, CorpusError
+from fusebert.train.corpus.format import CorpusError
 from fusebert.train.corpus.prepare import prepare
+from fusebert.train.corpus.reader import Corpus
+from fusebert.train.corpus.survey import document_hashes, survey_documents
+from fusebert.train.corpus.writer import CorpusWriter
 from fusebert.train.errors import UserError
 from fusebert.train.text import pydocs
 
@@ -104,7 +106,7 @@ def test_every_kind_of_input_is_the_same_corpus(tmp_path, monkeypatch):
 
 
 def test_workers_do_not_show(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_module, "_BATCH_CHARS", 2000)
+    monkeypatch.setattr(prepare_module, "BATCH_CHARS", 2000)
     text = write_text(tmp_path / "a.txt", some_documents(400))
     prepare([text], tmp_path / "one", vocab_size=100, workers=1)
     prepare([text], tmp_path / "two", vocab_size=100, workers=2)
@@ -145,12 +147,12 @@ def test_how_much_is_held_out(tmp_path, count, fraction, least, most):
 
 def test_the_sample_for_the_tokenizer_is_bounded_and_not_held_out():
     documents = [f"Document {i} " + "x" * (i % 7 * 40) for i in range(2000)]
-    survey = prepare_module._survey(iter(documents), 0.2, 0, 20_000)
-    by_rank = sorted(documents, key=lambda text: prepare_module._hashes(text, 0)[1])
+    survey = survey_documents(iter(documents), 0.2, 0, 20_000)
+    by_rank = sorted(documents, key=lambda text: document_hashes(text, 0)[1])
     for order in (by_rank, by_rank[::-1], random.Random(0).sample(documents, len(documents))):
-        assert sorted(prepare_module._survey(iter(order), 0.2, 0, 20_000).sample) == sorted(survey.sample)
+        assert sorted(survey_documents(iter(order), 0.2, 0, 20_000).sample) == sorted(survey.sample)
     assert 12_000 < sum(map(len, survey.sample)) <= 20_000
-    assert all(prepare_module._hashes(text, 0)[0] >= survey.heldout_below for text in survey.sample)
+    assert all(document_hashes(text, 0)[0] >= survey.heldout_below for text in survey.sample)
     # Drawn from everywhere, not from the start.
     assert {int(text.split()[1]) // 500 for text in survey.sample} == {0, 1, 2, 3}
 
@@ -212,9 +214,6 @@ def test_a_vocabulary_the_text_cannot_fill(tmp_path):
     assert made.vocab_size < 300
 
 
-# ---- bad input, and the unexpected
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -247,8 +246,8 @@ def test_bad_arguments(tmp_path, arguments, message):
     [
         (b"", "there is no text"),
         (b" \n\n\t\n", "there is no text"),
-        (b"One document.", "nothing can be held out"),
-        (b"The same.\n\nThe same.\n\nThe  same.", "nothing can be held out"),
+        (b"One document.", "no document can be held out"),
+        (b"The same.\n\nThe same.\n\nThe  same.", "no document can be held out"),
         (b"Fine.\n\nText.\n\n\x00\x01", "a.txt is not a text file: a NUL byte at byte 14"),
     ],
 )
@@ -277,8 +276,8 @@ def test_an_existing_corpus_is_kept_unless_told(tmp_path):
     "error", [KeyboardInterrupt(), RuntimeError("bug"), OSError(errno.ENOSPC, "No space left on device")]
 )
 def test_a_crash_half_way_leaves_nothing(tmp_path, monkeypatch, error):
-    monkeypatch.setattr(prepare_module, "_BATCH_CHARS", 500)
-    add_block, calls = corpus_module.CorpusWriter.add_block, []
+    monkeypatch.setattr(prepare_module, "BATCH_CHARS", 500)
+    add_block, calls = CorpusWriter.add_block, []
 
     def failing(self, *args):
         calls.append(sorted(os.listdir(tmp_path)))
@@ -286,7 +285,7 @@ def test_a_crash_half_way_leaves_nothing(tmp_path, monkeypatch, error):
             raise error
         add_block(self, *args)
 
-    monkeypatch.setattr(corpus_module.CorpusWriter, "add_block", failing)
+    monkeypatch.setattr(CorpusWriter, "add_block", failing)
     with pytest.raises(type(error)) as caught:
         prepare([write_text(tmp_path / "a.txt", some_documents(50))], tmp_path / "out", vocab_size=100)
     assert any(name.startswith("out.partial-") for name in calls[-1])
@@ -295,29 +294,6 @@ def test_a_crash_half_way_leaves_nothing(tmp_path, monkeypatch, error):
     if isinstance(error, OSError):
         assert str(tmp_path / "out") in str(caught.value)
 
-
-def test_a_worker_that_dies_is_reported(tmp_path, monkeypatch):
-    text = write_text(tmp_path / "a.txt", some_documents(50))
-
-    def documents(self, progress):
-        yield from (f"Document {i}." for i in range(20))
-        yield _Deadly("x")
-
-    monkeypatch.setattr(prepare_module, "_survey", lambda *_: prepare_module._Survey(20, 1 << 60, ["document 1 2"] * 9))
-    monkeypatch.setattr(prepare_module._Source, "documents", documents)
-    with pytest.raises(UserError, match=r"a worker process died.*fewer --workers"):
-        prepare([text], tmp_path / "out", vocab_size=100, workers=2)
-    assert os.listdir(tmp_path) == ["a.txt"]
-
-
-class _Deadly(str):
-    """A document that ends the process that receives it."""
-
-    def __reduce__(self):
-        return os._exit, (1,)
-
-
-# ---- the command line
 
 app = typer.Typer()
 app.command()(command)

@@ -23,7 +23,7 @@ from fusebert.model.hf.folder import from_hf, save_hf
 from fusebert.model.pretraining import BertForPreTraining
 from fusebert.train.batches.loader import heldout_batches
 from fusebert.train.batches.pack import BatchShape
-from fusebert.train.corpus.corpus import Corpus
+from fusebert.train.corpus.reader import Corpus
 from fusebert.train.errors import UserError
 from fusebert.train.run import checkpoint, readback
 from fusebert.train.run import pretrain as pretrain_module

@@ -8,8 +8,8 @@ import unicodedata
 import pytest
 from tokenizers import Tokenizer, models
 
-from fusebert.train.corpus.corpus import SPECIAL_TOKENS
 from fusebert.train.errors import UserError
+from fusebert.train.text.special_tokens import SPECIAL_TOKENS
 from fusebert.train.text.tokenizer import bert_tokenizer, encoder, load_tokenizer, train_tokenizer
 
 

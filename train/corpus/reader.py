@@ -1,0 +1,213 @@
+"""Reads a corpus through memory maps."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..text.special_tokens import SpecialTokens
+from .format import (
+    ARRAYS,
+    MANIFEST,
+    OFFSET_DTYPE,
+    SPLITS,
+    TOKENIZER,
+    CorpusError,
+    array_file,
+    check_manifest,
+    file_sha256,
+    token_dtype,
+)
+
+
+class Shard:
+    """The three arrays of a shard, mapped into memory on first access.
+
+    A pickled Shard holds its location and counts only, so a worker process maps the files itself.
+
+    Args:
+        directory: the corpus.
+        split: "train" or "heldout".
+        index: the shard's number.
+        vocab_size: V, which decides the dtype of the tokens.
+        counts: the shard's entry in the manifest.
+
+    Attributes:
+        num_tokens, num_sentences, num_documents: the counts in the manifest.
+    """
+
+    def __init__(self, directory: Path, split: str, index: int, vocab_size: int, counts: Mapping[str, int]) -> None:
+        # File names are computed, never read from the manifest: a manifest cannot point outside the directory.
+        self.paths = {array: directory / array_file(split, index, array) for array in ARRAYS}
+        self._token_dtype = token_dtype(vocab_size)
+        self.num_tokens = counts["tokens"]
+        self.num_sentences = counts["sentences"]
+        self.num_documents = counts["documents"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ARRAYS}
+
+    @functools.cached_property
+    def tokens(self) -> np.ndarray:
+        """uint16 or uint32 [num_tokens]: ids without special tokens, sentence after sentence."""
+        return self._load("tokens", self._token_dtype, self.num_tokens)
+
+    @functools.cached_property
+    def sentences(self) -> np.ndarray:
+        """int64 [num_sentences + 1]: sentence s is tokens[sentences[s] : sentences[s + 1]]."""
+        return self._load("sentences", OFFSET_DTYPE, self.num_sentences + 1, end=self.num_tokens)
+
+    @functools.cached_property
+    def documents(self) -> np.ndarray:
+        """int64 [num_documents + 1]: document d has the sentences documents[d] … documents[d + 1] − 1."""
+        return self._load("documents", OFFSET_DTYPE, self.num_documents + 1, end=self.num_sentences)
+
+    def _load(self, name: str, dtype: np.dtype[Any], length: int, end: int | None = None) -> np.ndarray:
+        path = self.paths[name]
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise CorpusError(f"{path} cannot be read ({error}): prepare the corpus again") from error
+        if array.dtype != dtype or array.shape != (length,):
+            raise CorpusError(
+                f"{path} is damaged: {array.dtype} {list(array.shape)} where the manifest says {dtype} [{length}]: "
+                "prepare the corpus again"
+            )
+        # Increasing offsets with the right ends cannot index outside the array they refer to.
+        if end is not None and not (array[0] == 0 and array[-1] == end and bool(np.all(array[1:] > array[:-1]))):
+            raise CorpusError(f"{path} is damaged: offsets do not rise from 0 to {end}: prepare the corpus again")
+        return array
+
+
+class Split:
+    """The shards of "train" or "heldout", in order.
+
+    Attributes:
+        name: the split's name.
+        shards: its shards.
+        num_documents, num_sentences, num_tokens: totals over the shards.
+    """
+
+    def __init__(self, name: str, shards: list[Shard]) -> None:
+        self.name = name
+        self.shards = shards
+        self.num_documents = sum(shard.num_documents for shard in shards)
+        self.num_sentences = sum(shard.num_sentences for shard in shards)
+        self.num_tokens = sum(shard.num_tokens for shard in shards)
+
+
+class Corpus:
+    """A prepared corpus; `Corpus.open` makes it. It can be pickled (without the memory maps).
+
+    Attributes:
+        directory: the corpus's folder.
+        manifest: the content of manifest.json.
+        vocab_size: V; every id is below it.
+        tokenizer_path: the tokenizer.json that made the ids.
+        special: ids of the special tokens.
+        unigram_entropy: −Σ p log p over the training tokens, in nats per token: the loss of a model that knows only the
+            frequency of each token.
+    """
+
+    def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
+        self.directory = directory
+        self.manifest = manifest
+        self.vocab_size: int = manifest["vocab_size"]
+        self.tokenizer_path = directory / TOKENIZER
+        self.special = SpecialTokens(**manifest["special_tokens"])
+        self.unigram_entropy = float(manifest["unigram_entropy"])
+        self._splits = {
+            name: Split(
+                name,
+                [
+                    Shard(directory, name, i, self.vocab_size, shard)
+                    for i, shard in enumerate(manifest["splits"][name]["shards"])
+                ],
+            )
+            for name in SPLITS
+        }
+
+    @classmethod
+    def open(cls, directory: str | os.PathLike[str], verify: bool = False) -> Corpus:
+        """Opens the corpus in ``directory``. Checks the manifest, the tokenizer's hash and the size of every file.
+
+        Args:
+            directory: the corpus's folder.
+            verify: check the hash of every file too, which reads all of them.
+
+        Raises:
+            CorpusError: there is no corpus, it is incomplete, or a file is missing or damaged.
+        """
+        directory = Path(directory)
+        path = directory / MANIFEST
+        if not directory.is_dir():
+            what = "is a file, not a folder" if directory.exists() else "does not exist"
+            raise CorpusError(f"{directory} {what}: make a corpus there with `fusebert prepare ... --out {directory}`")
+        if not path.is_file():
+            raise CorpusError(
+                f"{directory} is not a finished corpus (it has no {MANIFEST}): make one with `fusebert prepare`"
+            )
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise CorpusError(f"{path} cannot be read ({error}): prepare the corpus again") from error
+        check_manifest(path, manifest)
+        corpus = cls(directory, manifest)
+        if not corpus.tokenizer_path.is_file():
+            raise CorpusError(f"{corpus.tokenizer_path} is missing: prepare the corpus again")
+        if file_sha256(corpus.tokenizer_path) != manifest["tokenizer"]["sha256"]:
+            raise CorpusError(
+                f"{corpus.tokenizer_path} is not the tokenizer this corpus was made with (its sha256 differs from the "
+                "manifest's): restore that tokenizer, or prepare the corpus again"
+            )
+        for name in SPLITS:
+            for shard, recorded in zip(corpus.split(name).shards, manifest["splits"][name]["shards"], strict=True):
+                for array in ARRAYS:
+                    _check_file(shard.paths[array], recorded["files"][array], verify)
+        return corpus
+
+    def split(self, name: str) -> Split:
+        """The split "train" or "heldout".
+
+        Raises:
+            ValueError: ``name`` is neither.
+        """
+        if name not in self._splits:
+            raise ValueError(f"there is no split {name!r}: choose one of {', '.join(SPLITS)}")
+        return self._splits[name]
+
+    @functools.cached_property
+    def continues_word(self) -> np.ndarray:
+        """bool [vocab_size]: True for tokens that continue a word ("##ing"), for whole-word masking.
+
+        Raises:
+            CorpusError: tokenizer.json does not hold a WordPiece tokenizer.
+        """
+        table = np.zeros(self.vocab_size, dtype=bool)
+        try:
+            model = json.loads(self.tokenizer_path.read_text(encoding="utf-8"))["model"]
+            prefix = model.get("continuing_subword_prefix") or "##"
+            for token, index in model["vocab"].items():
+                table[index] = token.startswith(prefix) and len(token) > len(prefix)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise CorpusError(f"{self.tokenizer_path} is not a WordPiece tokenizer ({error!r})") from error
+        return table
+
+
+def _check_file(path: Path, recorded: Mapping[str, Any], verify: bool) -> None:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise CorpusError(f"{path} is missing ({error.strerror}): prepare the corpus again") from error
+    if size != recorded["bytes"]:
+        raise CorpusError(
+            f"{path} is damaged: {size} bytes where the manifest says {recorded['bytes']}: prepare the corpus again"
+        )
+    if verify and file_sha256(path) != recorded["sha256"]:
+        raise CorpusError(f"{path} is damaged: its sha256 differs from the manifest's: prepare the corpus again")

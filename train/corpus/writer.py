@@ -1,0 +1,301 @@
+"""Writes a corpus: into a directory beside its destination, which takes the destination's name when it is complete.
+
+The manifest is written last, so an interrupted run leaves no directory that looks finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from ...model.atomic import replace_file, sync_directory
+from ..text.special_tokens import SPECIAL_TOKENS, SpecialTokens
+from .format import (
+    ARRAYS,
+    FORMAT_VERSION,
+    MANIFEST,
+    OFFSET_DTYPE,
+    SPLITS,
+    TOKENIZER,
+    CorpusError,
+    array_file,
+    file_sha256,
+    is_corpus_file,
+    token_dtype,
+)
+from .reader import Corpus
+
+SHARD_TOKENS = 1 << 25  # 64 MiB of uint16: bounds the writer's memory, and gives few files even at 10⁹ tokens
+
+
+class CorpusWriter:
+    """Writes a corpus; use it as a context manager.
+
+        with CorpusWriter("data/mine", "tokenizer.json") as writer:
+            writer.add("train", [[17, 4, 99], [25, 6]])  # a document of two sentences
+            writer.add("heldout", [[17, 30]])
+            writer.finish({"inputs": ["mine.txt"]})
+
+    All files go to ``DIR.partial-<process id>``, which `finish` renames to ``DIR``. Leaving the block without `finish`
+    removes them.
+
+    Args:
+        directory: destination of the corpus; missing parent folders are made.
+        tokenizer_file: a WordPiece tokenizer.json with the five special tokens, copied into the corpus.
+        overwrite: replace an existing corpus once the new one is complete.
+        shard_tokens: a shard ends with the document (the block, in `add_block`) that brings it to this many tokens.
+
+    Raises:
+        CorpusError: the destination exists (and is no corpus, or ``overwrite`` is False), or tokenizer_file is not
+            such a tokenizer.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        tokenizer_file: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        shard_tokens: int = SHARD_TOKENS,
+    ) -> None:
+        self.directory = Path(directory)
+        check_destination(self.directory, overwrite)
+        vocab = _read_vocab(Path(tokenizer_file))
+        self.vocab_size = max(vocab.values()) + 1
+        self.special = SpecialTokens(*(vocab[token] for token in SPECIAL_TOKENS))
+        self._overwrite = overwrite
+        self._shard_tokens = shard_tokens
+        self._dtype = token_dtype(self.vocab_size)
+        self._frequency = np.zeros(self.vocab_size, dtype=np.int64)
+        self._shards: dict[str, list[dict[str, Any]]] = {name: [] for name in SPLITS}
+        self._pending = {name: _Pending() for name in SPLITS}
+        self._place = self.directory.resolve()  # "." and symbolic links have no usable name of their own
+        self.partial = self._place.with_name(f"{self._place.name}.partial-{os.getpid()}")
+        self._place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.partial, ignore_errors=True)  # left by a killed process that had the same id
+        self.partial.mkdir()
+        try:
+            _write_file(self.partial / TOKENIZER, Path(tokenizer_file).read_bytes())
+        except BaseException:
+            self.abandon()
+            raise
+
+    def __enter__(self) -> CorpusWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Removes the files written so far; a no-op after `finish`."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def add(self, split: str, sentences: Iterable[Sequence[int]]) -> None:
+        """Appends one document: its sentences as token ids, without special tokens. Empty sentences are left out, and
+        so is a document without tokens.
+
+        Raises:
+            ValueError: an id is outside the vocabulary, or ``split`` is unknown.
+        """
+        arrays = [np.asarray(ids, dtype=np.int64) for ids in sentences]
+        if arrays:
+            self.add_block(split, np.concatenate(arrays), [len(ids) for ids in arrays], [len(arrays)])
+
+    def add_block(
+        self, split: str, tokens: np.ndarray, sentence_lengths: Sequence[int], document_lengths: Sequence[int]
+    ) -> None:
+        """Appends many documents at once.
+
+        Args:
+            split: "train" or "heldout".
+            tokens: integers [n], the ids, sentence after sentence.
+            sentence_lengths: tokens in each sentence; their sum is n. Empty sentences are left out.
+            document_lengths: sentences in each document; their sum is ``len(sentence_lengths)``.
+
+        Raises:
+            ValueError: the lengths do not add up, an id is outside the vocabulary, or ``split`` is unknown.
+        """
+        if split not in SPLITS:
+            raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
+        tokens = np.asarray(tokens)
+        per_sentence = np.asarray(sentence_lengths, dtype=np.int64)
+        per_document = np.asarray(document_lengths, dtype=np.int64)
+        if per_sentence.sum() != len(tokens) or per_document.sum() != len(per_sentence):
+            raise ValueError(
+                f"lengths do not add up: {len(tokens)} tokens, sentence_lengths of {per_sentence.sum()} tokens in "
+                f"{len(per_sentence)} sentences, document_lengths of {per_document.sum()} sentences"
+            )
+        if not len(tokens):
+            return
+        if tokens.min() < 0 or tokens.max() >= self.vocab_size:
+            raise ValueError(
+                f"token ids must be in [0, {self.vocab_size}), the vocabulary; got {tokens.min()} to {tokens.max()}"
+            )
+        # Non-empty sentences of each document: differences of the running count at the document's bounds.
+        kept = per_sentence > 0
+        running = np.concatenate(([0], np.cumsum(kept)))
+        bounds = np.concatenate(([0], np.cumsum(per_document)))
+        per_document = running[bounds[1:]] - running[bounds[:-1]]
+        pending = self._pending[split]
+        pending.tokens.append(tokens.astype(self._dtype))
+        pending.sentences.append(per_sentence[kept])
+        pending.documents.append(per_document[per_document > 0])
+        pending.num_tokens += len(tokens)
+        if split == "train":
+            self._frequency += np.bincount(tokens, minlength=self.vocab_size)
+        if pending.num_tokens >= self._shard_tokens:
+            self._write_shard(split)
+
+    def finish(self, source: Mapping[str, Any]) -> Corpus:
+        """Writes the pending documents and the manifest, and moves the corpus to its destination.
+
+        Args:
+            source: a record of how the corpus was made; any JSON.
+
+        Raises:
+            CorpusError: a split has no document.
+            OSError: a write failed, for example because the disk is full; the destination is unchanged.
+        """
+        for split in SPLITS:
+            if self._pending[split].num_tokens:
+                self._write_shard(split)
+            if not self._shards[split]:
+                raise CorpusError(f"the split {split!r} of {self.directory} would have no document: give more text")
+        probability = self._frequency[self._frequency > 0] / self._frequency.sum()
+        manifest = {
+            "version": FORMAT_VERSION,
+            "vocab_size": self.vocab_size,
+            "tokenizer": {"sha256": file_sha256(self.partial / TOKENIZER)},
+            "special_tokens": self.special._asdict(),
+            "unigram_entropy": -math.fsum(probability * np.log(probability)),
+            "source": dict(source),
+            "splits": {
+                split: {**{key: sum(shard[key] for shard in shards) for key in ARRAYS}, "shards": shards}
+                for split, shards in self._shards.items()
+            },
+        }
+        _write_file(self.partial / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+        self._move_to_destination()
+        return Corpus.open(self.directory)
+
+    def _write_shard(self, split: str) -> None:
+        pending, self._pending[split] = self._pending[split], _Pending()
+        arrays = {
+            "tokens": np.concatenate(pending.tokens),
+            "sentences": _offsets(pending.sentences),
+            "documents": _offsets(pending.documents),
+        }
+        index = len(self._shards[split])
+        files = {}
+        for name, array in arrays.items():
+            header = io.BytesIO()
+            np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+            files[name] = _write_file(self.partial / array_file(split, index, name), header.getvalue(), array.data)
+        self._shards[split].append(
+            {
+                "documents": len(arrays["documents"]) - 1,
+                "sentences": len(arrays["sentences"]) - 1,
+                "tokens": len(arrays["tokens"]),
+                "files": files,
+            }
+        )
+
+    def _move_to_destination(self) -> None:
+        check_destination(self.directory, self._overwrite)
+        replaced = self._place.with_name(f"{self._place.name}.replaced-{os.getpid()}")
+        try:
+            if self._place.exists():
+                os.rename(self._place, replaced)
+            os.rename(self.partial, self._place)
+        except BaseException:
+            if replaced.exists() and not self._place.exists():
+                os.rename(replaced, self._place)
+            raise
+        sync_directory(self._place.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+class _Pending:
+    """The documents added to a split since its last shard."""
+
+    def __init__(self) -> None:
+        self.tokens: list[np.ndarray] = []
+        self.sentences: list[np.ndarray] = []  # lengths in tokens
+        self.documents: list[np.ndarray] = []  # lengths in sentences
+        self.num_tokens = 0
+
+
+def check_destination(directory: Path, overwrite: bool) -> None:
+    """Checks that a corpus may be put at ``directory``.
+
+    Raises:
+        CorpusError: ``directory`` is a file, the current folder, a folder with other files, or holds a corpus and
+            ``overwrite`` is False.
+    """
+    if not directory.exists():
+        return
+    if directory.resolve() == Path.cwd():
+        raise CorpusError(f"{directory} is the current folder, which cannot be replaced: name a folder in it")
+    if not directory.is_dir():
+        raise CorpusError(f"{directory} is a file, not a folder: choose another place for the corpus")
+    if (directory / MANIFEST).is_file():
+        if not overwrite:
+            raise CorpusError(f"{directory} already holds a corpus: give --overwrite to replace it, or another --out")
+        for path in directory.iterdir():
+            if not is_corpus_file(path.name):  # replacing the folder would delete it
+                raise CorpusError(
+                    f"{directory} holds {path.name}, which is no part of a corpus: move that file away, or choose "
+                    "another --out"
+                )
+    elif any(directory.iterdir()):
+        raise CorpusError(f"{directory} is not empty and is not a corpus: choose another place for the corpus")
+
+
+def _offsets(lengths: list[np.ndarray]) -> np.ndarray:
+    """int64 [n + 1]: 0, then the running sums of n lengths."""
+    return np.concatenate([np.zeros(1, dtype=np.int64), *lengths]).cumsum().astype(OFFSET_DTYPE)
+
+
+def _read_vocab(path: Path) -> dict[str, int]:
+    """Token → id of a WordPiece tokenizer.json.
+
+    Raises:
+        CorpusError: the file is another kind of tokenizer, or lacks special tokens.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        vocab = {
+            **data["model"]["vocab"],
+            **{entry["content"]: entry["id"] for entry in data.get("added_tokens") or []},
+        }
+        if data["model"].get("type", "WordPiece") != "WordPiece" or not all(isinstance(i, int) for i in vocab.values()):
+            raise ValueError("its model is not WordPiece")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorpusError(f"{path} is not a WordPiece tokenizer.json ({error})") from error
+    missing = [token for token in SPECIAL_TOKENS if token not in vocab]
+    if missing:
+        raise CorpusError(f"the tokenizer {path} lacks the special tokens {', '.join(missing)}")
+    return vocab
+
+
+def _write_file(path: Path, *parts: bytes | memoryview) -> dict[str, Any]:
+    """Writes a file durably; returns its size and sha256, computed from ``parts``, not read back."""
+    digest, size = hashlib.sha256(), 0
+    with replace_file(path) as partial, open(partial, "wb") as file:
+        for part in parts:
+            file.write(part)
+            digest.update(part)
+            size += memoryview(part).nbytes
+    return {"bytes": size, "sha256": digest.hexdigest()}
