@@ -1,7 +1,7 @@
 """What the machine can do at most, measured in the run it is compared with: copy rate and matrix-product rate.
 
 copy     b ← a, a of a gigabyte: bytes read + bytes written over time
-matmul   C ← A B, 8192³ on random data (zeros run faster): 2 M N K FLOPs over time
+matmul   C ← A B, 8192³ on random data (`train.step.flops.matmul_rate`, MFU's denominator): 2 M N K FLOPs over time
 linears  BERT-base's own products, forward and both gradients: at K = 768 they reach less than the large one
 """
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ...train.step.flops import matmul_rate
 from .timing import Timing, Work, interleave
 
 # (in features, out features) of BERT-base's linears.
@@ -28,14 +29,6 @@ def copy_rate(device: torch.device, *, seconds: float = 0.5) -> float:
     b = torch.empty_like(a)
     timing = _median(Work(lambda _: b.copy_(a)), device, seconds)
     return 2 * size / (1e-3 * timing.median)
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype, *, seconds: float = 0.5) -> float:
-    """FLOPs a second of a large square matrix product on random data."""
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    timing = _median(Work(lambda _: a @ b), device, seconds)
-    return 2 * n**3 / (1e-3 * timing.median)
 
 
 def linear_rates(
@@ -79,4 +72,4 @@ def drift(before: dict[str, Any], device: torch.device, dtype: torch.dtype) -> d
     }
 
 
-__all__ = ["ceilings", "copy_rate", "drift", "linear_rates", "matmul_rate"]
+__all__ = ["ceilings", "copy_rate", "drift", "linear_rates"]

@@ -6,17 +6,15 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
-import importlib.metadata
 import json
 import os
 import platform
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from ...train.environment import commit, processor, source_sha256, versions
 from .clocks import select_gpu
 from .timing import l2_bytes
 
@@ -34,10 +32,10 @@ _NVIDIA_SMI_FIELDS = (
 )
 
 
-def _output(*command: str, cwd: Path | None = None) -> str | None:
+def _output(*command: str) -> str | None:
     """What a command prints, or None where it does not exist or fails."""
     try:
-        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=20, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
@@ -55,37 +53,6 @@ def nvidia_smi(device: torch.device | None = None) -> dict[str, str] | None:
     return dict(zip(_NVIDIA_SMI_FIELDS, values, strict=False))
 
 
-def commit() -> str | None:
-    """The source's commit, ``-dirty`` where the tree differs from it; from ``FUSEBERT_COMMIT`` where that is set."""
-    described = _output("git", "describe", "--always", "--dirty", "--abbrev=12", cwd=Path(__file__).parent)
-    return os.environ.get("FUSEBERT_COMMIT") or described
-
-
-def source_sha256() -> str:
-    """A hash of the package's Python files: the same code has the same hash, with or without git."""
-    root = Path(__file__).parents[2]
-    digest = hashlib.sha256()
-    for package in ("bench", "kernels", "model", "train"):
-        for path in sorted((root / package).rglob("*.py")):
-            digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def environment(device: torch.device) -> dict[str, Any]:
     """Everything above for results measured on ``device``, as JSON types."""
     found: dict[str, Any] = {
@@ -95,10 +62,10 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": device.type,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": versions(PACKAGES),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

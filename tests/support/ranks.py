@@ -84,7 +84,7 @@ class SkewedClock:
 def skew_clocks(rank: int) -> None:
     """A `setup` that gives each process's run a `SkewedClock`."""
     from fusebert.train.run import pretrain as module
-    from fusebert.train.run import readback
+    from fusebert.train.step import stopwatch
 
     clock, original = SkewedClock(rank), module.TrainingStep.__call__
 
@@ -92,5 +92,5 @@ def skew_clocks(rank: int) -> None:
         clock.now += 1.0
         return original(self, *args, **kwargs)
 
-    module.time = readback.time = clock  # type: ignore[assignment]
+    module.time = stopwatch.time = clock  # type: ignore[assignment]
     module.TrainingStep.__call__ = step  # type: ignore[method-assign]

@@ -39,11 +39,12 @@ from ..batches.pack import BatchShape, PackedExamples
 from ..corpus.reader import Corpus
 from ..errors import UserError
 from ..step.distributed import LostPeer, Ranks, lost_connection
-from ..step.flops import batch_flops, matmul_rate, rate_words
+from ..step.flops import batch_flops, matmul_rate, matmul_words, rate_words
 from ..step.optim import learning_rate, make_optimizer
 from ..step.precision import set_float32_products
 from ..step.sharding import distribute, replica
 from ..step.step import StepResult, TrainingStep
+from ..step.stopwatch import Stopwatch
 from .checkpoint import (
     CheckpointError,
     TrainerState,
@@ -54,7 +55,7 @@ from .checkpoint import (
 )
 from .evaluate import Evaluation, evaluate
 from .log import RunLog, read_log
-from .readback import Leash, Readback, Stopwatch
+from .readback import Leash, Readback
 from .report import Report, guess_masked_words, plot_loss_curve
 from .settings import Plan, PretrainSettings, choose_device, resolve
 
@@ -279,8 +280,8 @@ class Run:
         self.state.finished = False
         self.elapsed_before = self.state.elapsed_s
 
-        rate, self.matmul = matmul_rate(plan.device, plan.compute_dtype)
-        (self.matmul_rate,) = ranks.sum([rate])
+        (self.matmul_rate,) = ranks.sum([matmul_rate(plan.device, plan.compute_dtype)])
+        self.matmul = matmul_words(plan.device, plan.compute_dtype)
         if not ranks.alone:
             self.matmul += f" in each of {ranks.world_size} processes"
         self.evaluation_s = 0.0

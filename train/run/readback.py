@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import time
 
 import torch
 from torch import Tensor
@@ -50,32 +49,3 @@ class Leash:
         self._events.append(event)
         if len(self._events) > self._steps:
             self._events.popleft().synchronize()
-
-
-class Stopwatch:
-    """Seconds of the device between two points of its stream; of the host on a CPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        self._start, self._end = self._now(), self._now()
-
-    def stop(self) -> None:
-        """Ends it, where the stream is now."""
-        self._end = self._now()
-
-    def seconds(self) -> float:
-        """Between the making and `stop`; waits for the device to get there."""
-        if isinstance(self._start, float) or isinstance(self._end, float):
-            return float(self._end) - float(self._start)  # type: ignore[arg-type]
-        self._end.synchronize()
-        return self._start.elapsed_time(self._end) / 1e3
-
-    def _now(self) -> torch.cuda.Event | float:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-
-__all__ = ["Leash", "Readback", "Stopwatch"]

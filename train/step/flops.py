@@ -16,12 +16,15 @@ product measured on the same device (not the figure on its data sheet).
 
 from __future__ import annotations
 
-import time
+import statistics
 
 import torch
 
 from ...model.batch import IGNORE, PackedBatch
 from ...model.config import BertConfig
+from .stopwatch import Stopwatch
+
+MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}  # rows and columns of the operands of `matmul_rate`
 
 
 def train_flops(
@@ -62,20 +65,35 @@ def batch_flops(config: BertConfig, batch: PackedBatch) -> int:
     )
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """FLOP/s of the best of several large square matrix products, and what was measured, in words.
+def matmul_rate(device: torch.device, dtype: torch.dtype, *, seconds: float = 0.3) -> float:
+    """FLOP/s of a large square matrix product: the median over products queued back to back.
 
-    4096³ on a GPU, 1024³ on a CPU: a few tenths of a second either way.
+    The operands are random, because products of zeros run faster. `MATMUL_SIZE` gives their size: on a GPU it is large
+    enough to reach the peak rate and to make the launch time and the L2 cache irrelevant; on a CPU it keeps the
+    measurement short.
+
+    Args:
+        dtype: of both operands.
+        seconds: approximate duration of the measurement; at least five products are timed.
     """
-    n, repeats = (4096, 20) if device.type == "cuda" else (1024, 5)
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    times = []
-    for _ in range(repeats):
-        start = _now(device)
+    n = MATMUL_SIZE[device.type]
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+
+    def product() -> Stopwatch:
+        watch = Stopwatch(device)
         torch.mm(a, b)
-        times.append((start, _now(device)))
-    best = min(_seconds(start, end) for start, end in times)
-    return 2 * n**3 / best, f"{n}³ {str(dtype).removeprefix('torch.')} matrix product"
+        watch.stop()
+        return watch
+
+    product().seconds()  # warm up: load the kernel
+    repeats = min(60, max(5, round(seconds / product().seconds())))
+    watches = [product() for _ in range(repeats)]  # queued without a synchronisation
+    return 2 * n**3 / statistics.median(watch.seconds() for watch in watches)
+
+
+def matmul_words(device: torch.device, dtype: torch.dtype) -> str:
+    """What `matmul_rate` measures, for example ``"8192³ bfloat16 matrix product"``."""
+    return f"{MATMUL_SIZE[device.type]}³ {str(dtype).removeprefix('torch.')} matrix product"
 
 
 def rate_words(flops_per_second: float) -> str:
@@ -83,21 +101,3 @@ def rate_words(flops_per_second: float) -> str:
     if flops_per_second < 1e12:
         return f"{flops_per_second / 1e9:.3g} GFLOP/s"
     return f"{flops_per_second / 1e12:.3g} TFLOP/s"
-
-
-def _now(device: torch.device) -> torch.cuda.Event | float:
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _seconds(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
-    if isinstance(start, float) or isinstance(end, float):
-        return float(end) - float(start)  # type: ignore[arg-type]
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
-__all__ = ["batch_flops", "matmul_rate", "rate_words", "train_flops"]

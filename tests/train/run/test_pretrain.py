@@ -25,13 +25,14 @@ from fusebert.train.batches.loader import heldout_batches
 from fusebert.train.batches.pack import BatchShape
 from fusebert.train.corpus.reader import Corpus
 from fusebert.train.errors import UserError
-from fusebert.train.run import checkpoint, readback
+from fusebert.train.run import checkpoint
 from fusebert.train.run import pretrain as pretrain_module
 from fusebert.train.run.evaluate import evaluate
 from fusebert.train.run.log import read_log
 from fusebert.train.run.pretrain import Interrupted, pretrain
 from fusebert.train.run.report import Report
 from fusebert.train.run.settings import PretrainSettings
+from fusebert.train.step import stopwatch
 from fusebert.train.step.step import TrainingStep
 
 # On the CPU whatever the machine: there a continuation is the same to the bit.
@@ -236,7 +237,7 @@ def test_minutes_end_on_time_with_the_rate_at_zero(
         now[0] += 1.0 if now[0] < 30 else 2.0
         return original(self, window, lr, **kwargs)
 
-    for module in (pretrain_module, readback):
+    for module in (pretrain_module, stopwatch):
         monkeypatch.setattr(module, "time", Clock)
     monkeypatch.setattr(TrainingStep, "__call__", slow)
     settings = {"minutes": 1.0, "lr": 1e-3, "eval_every": None}
