@@ -3,9 +3,8 @@
 from .batch import IGNORE, PackedBatch, pack_padded, to_padded
 from .config import PRESETS, BertConfig
 from .encoder import BertEncoder
-from .fusion.api import FuseReport, fuse, unfuse
-from .fusion.attention_interface import register_attention
-from .hf.folder import from_hf, save_hf
+from .fusion import FuseReport, fuse, register_attention, unfuse
+from .hf import from_hf, save_hf
 from .pretraining import BertForPreTraining, PreTrainingOutput
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Files that are replaced whole or not at all."""
+"""Write files so that a crash leaves the old or the new content, never a part of one."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside ``path``; at the end its content is on disk and under the name ``path``.
+    """Yields a temporary path beside ``path``. After the block its content is on disk under the name ``path``.
 
     The block writes the temporary file. If the block raises, ``path`` keeps its old content and the temporary file is
-    removed. A crash at any moment leaves the old or the new content, never a part.
+    removed.
 
     Raises:
         OSError: the file cannot be written, for example because the disk is full.
@@ -21,8 +21,7 @@ def replace_file(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         yield partial
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
+        sync_file(partial)
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -30,8 +29,14 @@ def replace_file(path: Path) -> Iterator[Path]:
     sync_directory(path.parent)
 
 
+def sync_file(path: Path) -> None:
+    """Flush the content of a file to disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_directory(path: Path) -> None:
-    """Makes the names in a directory durable. A no-op where directories cannot be opened (Windows)."""
+    """Flush the names in a directory to disk. A no-op where directories cannot be opened (Windows)."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError:

@@ -75,18 +75,15 @@ class PackedBatch:
                 f"{self.nsp_labels.shape[0]}"
             )
 
-    def _map(self, fn: Callable[[Tensor], Tensor]) -> PackedBatch:
+    def map(self, fn: Callable[[Tensor], Tensor]) -> PackedBatch:
+        """The batch with ``fn`` applied to each of its tensors."""
         values = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
         changes: dict[str, Any] = {name: fn(value) for name, value in values if isinstance(value, Tensor)}
         return dataclasses.replace(self, **changes)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The batch with its tensors on ``device`` (``non_blocking`` as in ``Tensor.to``)."""
-        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> PackedBatch:
-        """The batch in page-locked memory; the name is the one ``DataLoader(pin_memory=True)`` looks for."""
-        return self._map(Tensor.pin_memory)
+        return self.map(lambda x: x.to(device, non_blocking=non_blocking))
 
 
 def pack_padded(

@@ -92,7 +92,7 @@ class BertForPreTraining(nn.Module):
             reduction="sum",
             return_accuracy=True,
         )
-        nsp_logits = self.nsp_logits(torch.tanh(self.pooler(first)))  # (S, 2)
+        nsp_logits = self.nsp_logits(self.pool(first))  # (S, 2)
         nsp_logits = nsp_logits.to(torch.promote_types(nsp_logits.dtype, torch.float32))
         nsp_loss = F.cross_entropy(nsp_logits, batch.nsp_labels, ignore_index=IGNORE, reduction="sum")
         nsp_correct = (nsp_logits.argmax(-1) == batch.nsp_labels).sum()
@@ -141,13 +141,9 @@ class BertForPreTraining(nn.Module):
         """Logits over the vocabulary for the given rows of hidden states: [.., H] → [.., V]."""
         return F.linear(self.transform(hidden), self.decoder_weight, self.mlm_bias)
 
-    def pool(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """tanh(W x + b) of each segment's first token: [T, H], int32 [S + 1] → [S, H].
-
-        An empty segment gets some other token's row, which means nothing: it has no label.
-        """
-        first = cu_seqlens[:-1].clamp(max=hidden.shape[0] - 1)  # (S,): an empty segment at the end starts at T
-        return torch.tanh(self.pooler(hidden.index_select(0, first)))
+    def pool(self, first: Tensor) -> Tensor:
+        """tanh(W x + b) of the hidden states of the segments' first tokens: [.., H] → [.., H]."""
+        return torch.tanh(self.pooler(first))
 
     def nsp_logits(self, pooled: Tensor) -> Tensor:
         """[.., H] → [.., 2]: (B follows A, B does not)."""

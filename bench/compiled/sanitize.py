@@ -31,6 +31,7 @@ from ...kernels import (
     layernorm,
     masked_lm_loss,
 )
+from ...model import IGNORE
 from ..operators.gelu_linear_epilogue import gelu_linear
 from ..operators.linear_gelu_epilogue import TILINGS, linear_gelu
 
@@ -109,7 +110,7 @@ def calls(dtype: torch.dtype, p: float) -> Iterator[tuple[str, Callable[[], Tens
             )
     hidden, decoder, decoder_bias = _leaf(37, 64, dtype=dtype), _leaf(1003, 64, dtype=dtype), _leaf(1003, dtype=dtype)
     labels = torch.randint(1003, (37,), device=DEVICE)
-    labels[::5] = -100
+    labels[::5] = IGNORE
     yield "masked_lm_loss", lambda: cast(Tensor, masked_lm_loss(hidden, decoder, decoder_bias, labels))
     logits = _leaf(37, 1003, dtype=dtype)
     yield "cross_entropy", lambda: cross_entropy(logits, labels)

@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import masked_lm_loss, reference
+from ...model import IGNORE
 from ..measure.case import BOUND, OURS, Case, Contestant, Cost, Missing, Run, Tensors, installed, leaf
 from ..measure.shapes import Key, Operator, Shape
 
-IGNORE = -100
 DIFFERENTIATED = ("hidden", "weight", "bias")
 
 

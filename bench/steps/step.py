@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ...model import BertConfig, BertForPreTraining, PackedBatch, from_hf, pack_padded
 from ...model.fp8 import fp8_obstacle, use_fp8
-from ...model.hf.folder import parameter_names
+from ...model.hf import parameter_names
 from ...train.batches.loader import batches as corpus_batches
 from ...train.batches.pack import BatchShape, PackedExamples
 from ...train.corpus.reader import Corpus

@@ -1,1 +1,7 @@
 """`fuse` and `unfuse`: the fused kernels in models that other libraries define."""
+
+from .attention_interface import register_attention
+from .install import fuse, unfuse
+from .report import FuseReport
+
+__all__ = ["FuseReport", "fuse", "register_attention", "unfuse"]

@@ -9,8 +9,8 @@ from oracle import DEVICE, assert_as_good_as_torch, relative_error
 
 from fusebert.kernels import masked_lm_loss, reference, use_backend
 from fusebert.kernels.backend import interpreting
+from fusebert.model import IGNORE
 
-IGNORE = -100
 REDUCTIONS = ["mean", "sum", "none"]
 
 

@@ -9,7 +9,7 @@ import torch
 from small_corpus import make_corpus
 
 from fusebert.model.config import BertConfig
-from fusebert.model.hf.folder import save_hf
+from fusebert.model.hf import save_hf
 from fusebert.model.pretraining import BertForPreTraining
 from fusebert.train import cli
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from ...model.batch import PackedBatch
 from ...model.config import BertConfig
 from ...model.fp8 import use_fp8
-from ...model.hf.folder import from_hf, save_hf
+from ...model.hf import from_hf, save_hf
 from ...model.pretraining import BertForPreTraining
 from ..batches.loader import batches, heldout_batches
 from ..batches.pack import BatchShape, PackedExamples

@@ -35,7 +35,7 @@ class StaticBatch:
 
     def __init__(self, like: PackedBatch, device: torch.device) -> None:
         def empty() -> PackedBatch:
-            return like._map(lambda x: torch.empty_like(x, device=device, pin_memory=False))
+            return like.map(lambda x: torch.empty_like(x, device=device, pin_memory=False))
 
         self.batch = dataclasses.replace(empty(), num_tokens=UNKNOWN, num_masked=UNKNOWN, num_pairs=UNKNOWN)
         self._loads = 0

@@ -12,7 +12,7 @@ from oracle import DEVICE, assert_as_good_as_torch
 from torch import nn
 
 from fusebert.kernels import use_backend
-from fusebert.model.fusion.api import fuse, unfuse
+from fusebert.model import IGNORE, fuse, unfuse
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
@@ -142,7 +142,7 @@ def test_padding_stays_where_a_layer_is_recorded():
 
 def test_an_encoder_that_cannot_be_packed_says_so():
     report = fuse(build("vit"), unpad=True)
-    assert "unpad: it has no encoder that fuse can pack" in str(report)
+    assert "unpad: fuse does not know how to pack its encoder" in str(report)
 
 
 # ------------------------------------------------------------------------------------------------------ masked language
@@ -153,7 +153,7 @@ def labelled(family):
     generator = torch.Generator().manual_seed(5)
     labels = torch.randint(0, 61, inputs["input_ids"].shape, generator=generator)
     chosen = torch.rand(labels.shape, generator=generator) < 0.3
-    inputs["labels"] = torch.where(chosen, labels, -100).to(DEVICE)
+    inputs["labels"] = torch.where(chosen, labels, IGNORE).to(DEVICE)
     if family == "bert-pretraining":
         inputs["next_sentence_label"] = torch.tensor([0, 1, 0], device=DEVICE)
     return inputs
@@ -440,7 +440,7 @@ def test_what_is_left_and_why():
     assert reasons["two_axes"] == "normalises 2 axes"
     assert "subclass" in reasons["subclass"]
     assert "on the instance" in reasons["replaced"]
-    assert "heads of 520" in reasons["wide"]
+    assert "size 520" in reasons["wide"]
     assert "bias_k" in reasons["biased"]
     assert "left    1 × LayerNorm: normalises 2 axes (two_axes)" in str(report)
 
@@ -467,7 +467,7 @@ def test_attention_that_is_left_and_why(name, fields, reason):
 
 def test_a_loss_that_fuse_does_not_know():
     report = fuse(build("bert-classification"), mlm_loss=True)
-    assert "its loss is not one that fuse knows" in str(report)
+    assert "fuse does not know its loss" in str(report)
 
 
 def test_a_model_inside_another_module():

@@ -11,7 +11,7 @@ from torch import nn
 
 from fusebert.kernels import use_backend
 from fusebert.model import fuse
-from fusebert.model.fusion import attention_interface as hf_attention
+from fusebert.model.fusion import attention_interface
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
@@ -98,7 +98,7 @@ def test_masks(family, unpad, kind):
     ids = torch.randint(3, 61, (3, 17), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     plain = copy.deepcopy(model)
     fuse(model, unpad=unpad)
-    hf_attention._warn_once.cache_clear()
+    attention_interface.warn_once.cache_clear()
     keep = mask.bool() if mask is not None and mask.dim() == 2 else torch.ones(3, 17, dtype=torch.bool)
     with torch.no_grad():
         theirs = plain(input_ids=ids, attention_mask=mask).to_tuple()[0][keep]
@@ -115,7 +115,7 @@ def test_a_head_mask_is_an_error(unpad):
     """Transformers 5 ignores it without a word."""
     model = build("bert").eval()
     fuse(model, unpad=unpad)
-    with pytest.raises(ValueError, match="does not compute head_mask, which BertSelfAttention passes"):
+    with pytest.raises(ValueError, match="does not support head_mask, which BertSelfAttention passes"):
         model(**batch("bert"), head_mask=torch.ones(2, device=DEVICE))
 
 
@@ -125,7 +125,7 @@ def test_attention_weights_are_the_models_own(family):
     plain = copy.deepcopy(model)
     plain.set_attn_implementation("eager")
     fuse(model, unpad=family != "vit")
-    hf_attention._warn_once.cache_clear()
+    attention_interface.warn_once.cache_clear()
     with torch.no_grad():
         theirs = plain(**inputs, output_attentions=True)
         with pytest.warns(UserWarning, match="the model's eager attention runs"):

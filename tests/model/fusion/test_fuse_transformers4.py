@@ -9,7 +9,7 @@ from hf_families import build as build_family
 from oracle import DEVICE, assert_as_good_as_torch
 
 from fusebert.kernels import use_backend
-from fusebert.model import fuse, register_attention, unfuse
+from fusebert.model import IGNORE, fuse, register_attention, unfuse
 
 transformers = pytest.importorskip("transformers")
 if int(transformers.__version__.split(".")[0]) > 4:
@@ -127,7 +127,7 @@ def test_every_family_in_float64(family):
     model, inputs = build_family(family).double().train(), batch(family)
     labelled = FAMILIES[family][0].endswith("ForMaskedLM")
     if labelled:
-        inputs["labels"] = inputs["input_ids"].masked_fill(inputs["input_ids"] % 3 > 0, -100)
+        inputs["labels"] = inputs["input_ids"].masked_fill(inputs["input_ids"] % 3 > 0, IGNORE)
     plain = copy.deepcopy(model)
     fuse(model, mlm_loss=True)
     if labelled:

@@ -10,7 +10,7 @@ from oracle import DEVICE
 from torch import nn
 
 from fusebert.kernels import use_backend
-from fusebert.model.fusion import attention_interface as hf_attention
+from fusebert.model.fusion import attention_interface, masks
 from fusebert.model.fusion.attention_interface import attention_forward, register_attention
 
 transformers = pytest.importorskip("transformers", minversion="5")
@@ -24,7 +24,7 @@ SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_i
 @pytest.fixture(autouse=True)
 def _registered():
     register_attention()
-    hf_attention._warn_once.cache_clear()
+    attention_interface.warn_once.cache_clear()
 
 
 class Encoder(nn.Module):
@@ -116,7 +116,7 @@ def test_masks_say_what_sdpas_say(window, padded):
 
     theirs = made("eager")
     theirs = torch.ones(3, 1, 17, 17, dtype=torch.bool, device=DEVICE) if theirs is None else theirs == 0
-    ours = hf_attention._four_dimensional(made("fusebert"), 17)
+    ours = masks.expanded_mask(made("fusebert"), 17)
     ours = torch.ones_like(theirs) if ours is None else ours
     assert torch.equal(ours.expand(3, 1, 17, 17), theirs.expand(3, 1, 17, 17))
 
@@ -149,7 +149,7 @@ def test_requests_for_more_than_padding(other):
     request = {"mask_function": masking_utils.bidirectional_mask_function, "allow_is_bidirectional_skip": True, **other}
     sizes = {"batch_size": 3, "q_length": 15, "kv_length": 15, "q_offset": 0, "device": DEVICE}
     mask = mask[:, :15].bool()
-    ours = hf_attention.build_mask(**sizes, attention_mask=mask, **request)
+    ours = masks.build_mask(**sizes, attention_mask=mask, **request)
     request |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     assert torch.equal(ours, masking_utils.sdpa_mask(**sizes, attention_mask=mask, **request))
     assert ours.shape == (3, 1, 15, 15)
@@ -267,9 +267,9 @@ def test_a_position_bias_runs_on_sdpa():
     torch.testing.assert_close(out, expected.transpose(1, 2))
 
 
-@pytest.mark.parametrize("name", hf_attention.UNSUPPORTED)
+@pytest.mark.parametrize("name", attention_interface.UNSUPPORTED)
 def test_arguments_that_nobody_here_computes(name):
-    with pytest.raises(ValueError, match=f"does not compute {name}, which Encoder passes"):
+    with pytest.raises(ValueError, match=f"does not support {name}, which Encoder passes"):
         attention_forward(Encoder(), *qkv(), None, **{name: torch.ones(2)})
 
 

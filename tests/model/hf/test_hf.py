@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from fusebert.model import BertConfig, BertForPreTraining, from_hf, pack_padded, save_hf
-from fusebert.model.hf.folder import HF_DEFAULTS
+from fusebert.model.hf.load import HF_DEFAULTS
 
 TEXT = [
     "The quick brown fox, naïve café!",
@@ -79,7 +79,7 @@ def test_transformers_loads_what_we_wrote(model, folder):
     with torch.no_grad():
         out = theirs(examples["input_ids"], examples["attention_mask"], examples["token_type_ids"])
         hidden = model.encode(batch)
-        mlm, nsp = model.predict_tokens(hidden), model.nsp_logits(model.pool(hidden, batch.cu_seqlens))
+        mlm, nsp = model.predict_tokens(hidden), model.nsp_logits(model.pool(hidden[batch.cu_seqlens[:-1]]))
     assert relative_error(mlm, out.prediction_logits[examples["attention_mask"].bool()]) <= 1e-5
     assert relative_error(nsp, out.seq_relationship_logits) <= 1e-5
 
@@ -271,8 +271,8 @@ def test_every_tensor_that_does_not_fit_is_listed_at_once(folder):
     for line in (
         "bert.encoder.layer.1.attention.self.key.bias is missing",
         "classifier.weight is unknown",
-        "bert.embeddings.word_embeddings.weight has shape (60, 32), the configuration says (61, 32)",
-        "cls.seq_relationship.bias is torch.int64, not floating point",
+        "bert.embeddings.word_embeddings.weight has shape (60, 32), but the configuration needs (61, 32)",
+        "cls.seq_relationship.bias has dtype torch.int64, not a floating-point dtype",
         "cls.predictions.decoder.bias differs from cls.predictions.bias",
     ):
         assert line in str(caught.value)
@@ -438,7 +438,7 @@ def test_tokenizer_files(tmp_path):
 
 def test_tokenizers_that_are_refused(model, tmp_path):
     bert_tokenizer().save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match=r"tokenizer\.json has \d\d tokens but the model only 61"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json has \d\d tokens, but the model's vocab_size is 61"):
         save_hf(model, tmp_path / "bert", tmp_path / "tokenizer.json")
     with pytest.raises(ValueError, match="nothing is not a file"):
         save_hf(model, tmp_path / "bert", tmp_path / "nothing")

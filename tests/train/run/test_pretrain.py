@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from small_corpus import make_corpus
 
 from fusebert.model.config import BertConfig
-from fusebert.model.hf.folder import from_hf, save_hf
+from fusebert.model.hf import from_hf, save_hf
 from fusebert.model.pretraining import BertForPreTraining
 from fusebert.train.batches.loader import heldout_batches
 from fusebert.train.batches.pack import BatchShape

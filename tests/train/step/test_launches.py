@@ -59,7 +59,7 @@ def fake_step(
     with mode:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
         step = TrainingStep(wrap(model), optimizer, clip=1.0, compute_dtype=dtype, **options)
-        return step, [batch._map(mode.from_tensor) for batch in window]
+        return step, [batch.map(mode.from_tensor) for batch in window]
 
 
 def count(layers: int, dtype: torch.dtype, *, first: bool, **options: Any) -> collections.Counter[str]:

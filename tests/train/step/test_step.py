@@ -150,7 +150,7 @@ def test_fp16_gradients_are_those_of_the_unscaled_loss() -> None:
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_replayed_it_is_the_same_step(dtype: torch.dtype, optimizer: str, micro_batches: int) -> None:
     """Without dropout every operator is deterministic: captured or not, the weights are the same."""
-    given = [[b.pin_memory() for b in window] for window in windows(8, micro_batches)]
+    given = [[b.map(torch.Tensor.pin_memory) for b in window] for window in windows(8, micro_batches)]
     found = []
     for graph in (False, True):
         model = small_model(dropout=0.0).cuda()
@@ -184,7 +184,7 @@ def test_a_replay_draws_new_masks() -> None:
 def test_a_step_waits_for_nothing_on_a_gpu(dtype: torch.dtype, graph: bool) -> None:
     model = small_model(dropout=0.1).cuda().train()
     step = TrainingStep(model, make_optimizer(model, 1e-3, 0.01), clip=1.0, compute_dtype=dtype, graph=graph)
-    given = [[b.pin_memory() for b in window] for window in windows(8)]
+    given = [[b.map(torch.Tensor.pin_memory) for b in window] for window in windows(8)]
     for window in given[:6]:  # compiles the kernels, captures
         step(window, lr=1e-3)
     torch.cuda.set_sync_debug_mode("error")

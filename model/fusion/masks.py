@@ -1,0 +1,111 @@
+"""The attention masks of ``attn_implementation="fusebert"``.
+
+Transformers builds a mask once a forward pass with `build_mask` and hands it to each layer's attention:
+
+    None                      no padding
+    bool [B, N_k]             True where a key is real
+    bool [B, w + 1, N_k]      the same with a window: query i attends to key j only where |i − j| ≤ w. The second axis
+                              is expanded without memory; its size encodes w.
+    [B, 1 or H, N_q, N_k]     any other mask (causal, packed, given by the caller): Transformers' SDPA attention runs
+
+The values of a mask are never read to decide which form it takes: that would synchronise with the device and break
+compiled graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def build_mask(
+    batch_size: int,
+    kv_length: int,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask of one forward pass, in a form of the module docstring. Called by Transformers.
+
+    Args:
+        mask_function: which query attends to which key, apart from padding: ``bidirectional_mask_function`` or the
+            symmetric window.
+        attention_mask: the caller's mask, bool [B, N_k], or None.
+        local_size: w of a window, or None.
+        kwargs: the rest of the request, passed on where Transformers builds the mask.
+
+    Raises:
+        ValueError: ``attention_mask`` has neither two nor four dimensions.
+    """
+    from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask must have shape [B, N] or [B, 1, N_q, N_k]; got shape {tuple(attention_mask.shape)}"
+        )
+    # Only requests for a bidirectional mask have this key; it is True when no other mask is combined with it.
+    plain = kwargs.get("allow_is_bidirectional_skip") is True and not use_vmap and kv_offset == 0
+    plain = plain and (attention_mask is None or attention_mask.shape[-1] == kv_length)
+    if plain and (local_size is not None or mask_function is bidirectional_mask_function):
+        if attention_mask is None and local_size is None:
+            return None
+        if attention_mask is None:
+            real = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)  # [B, N_k]
+        else:
+            real = attention_mask.to(device=device, dtype=torch.bool).expand(batch_size, kv_length)  # [B, N_k]
+        return real if local_size is None else real[:, None].expand(-1, local_size + 1, -1)  # [B, w + 1, N_k]
+    # Ask for a mask in every case: None means "no padding" here, but "causal" to SDPA.
+    kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+    if mask_function is not None:
+        kwargs["mask_function"] = mask_function
+    if device is not None:
+        kwargs["device"] = device
+    return sdpa_mask(
+        batch_size=batch_size,
+        kv_length=kv_length,
+        kv_offset=kv_offset,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        use_vmap=use_vmap,
+        **kwargs,
+    )
+
+
+def check_mask(mask: Tensor | None, n_q: int, batch: int, n_k: int) -> None:
+    """Raises:
+    ValueError: ``mask`` has none of the forms of the module docstring for ``batch`` rows, n_q queries and n_k keys.
+    """
+    if mask is None or mask.dim() == 4:
+        return
+    if mask.dim() not in (2, 3) or mask.dtype != torch.bool or (mask.shape[0], mask.shape[-1]) != (batch, n_k):
+        raise ValueError(
+            f"attention_mask must be bool [B, N_k] = {[batch, n_k]}, True where a key is real, or have 4 dimensions; "
+            f"got {mask.dtype} {list(mask.shape)}"
+        )
+    if mask.dim() == 3 and n_q != n_k:
+        raise ValueError(f"a sliding window needs as many queries as keys; got {n_q} queries and {n_k} keys")
+
+
+def expanded_mask(mask: Tensor | None, n_q: int) -> Tensor | None:
+    """The bool mask [B, 1, N_q, N_k] of any form; a mask of 4 dimensions is returned as it is."""
+    if mask is None or mask.dim() == 4:
+        return mask
+    if mask.dim() == 2:
+        return mask[:, None, None, :].expand(-1, -1, n_q, -1)
+    i = torch.arange(n_q, device=mask.device)
+    near = (i[:, None] - i).abs() < mask.shape[1]  # [N_q, N_k]
+    return mask[:, None, :1] & near
+
+
+def additive_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The term that eager attention adds to the scores: 0 where a bool ``mask`` is True, else ``dtype``'s minimum."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)

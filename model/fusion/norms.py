@@ -1,0 +1,80 @@
+"""LayerNorms on the kernels, alone or with the dropout and the residual before them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels import dropout_add_layernorm, layernorm
+from .swap import Fused, has_hooks
+
+
+class FusedNorm(Fused):
+    """``nn.LayerNorm`` over one axis."""
+
+    by = "layernorm"
+
+    @staticmethod
+    def matches(module: Any) -> bool:
+        return isinstance(module, nn.LayerNorm)
+
+    @classmethod
+    def obstacle(cls, module: Any) -> str | None:
+        if type(module) is not nn.LayerNorm:
+            return "a subclass of nn.LayerNorm, which may have another forward"
+        return None if len(module.normalized_shape) == 1 else f"normalises {len(module.normalized_shape)} axes"
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        if input.shape[-1:] != self.normalized_shape:
+            return self.original.forward(self, input)  # raises PyTorch's error
+        return layernorm(input, self.weight, self.bias, eps=self.eps)
+
+
+def add_norm(x: Tensor, residual: Tensor, dropout: nn.Dropout, norm: nn.LayerNorm) -> Tensor:
+    """norm(residual + dropout(x)), in one kernel where it takes the operands.
+
+    Args:
+        x, residual: [..., H].
+    """
+    p = dropout.p if dropout.training else 0.0
+    mixed = x.dtype != residual.dtype and not torch.is_autocast_enabled(x.device.type)
+    if mixed or p >= 1.0 or x.shape != residual.shape:
+        return norm(dropout(x) + residual)
+    return dropout_add_layernorm(x, residual, norm.weight, norm.bias, eps=norm.eps, p=p)
+
+
+def _post_norm(self, hidden_states, input_tensor):  # type: ignore[no-untyped-def]
+    """The forward that `FusedPostNorm` replaces: its bytecode is compared."""
+    hidden_states = self.dense(hidden_states)
+    hidden_states = self.dropout(hidden_states)
+    hidden_states = self.LayerNorm(hidden_states + input_tensor)
+    return hidden_states
+
+
+class FusedPostNorm(Fused):
+    """The end of a post-LN sub-layer, such as ``BertOutput``: LayerNorm(residual + dropout(dense(x)))."""
+
+    by = "dropout_add_layernorm"
+
+    @staticmethod
+    def matches(module: Any) -> bool:
+        """Whether the forward compiles to the code of `_post_norm`, whatever the class is called."""
+        if isinstance(module, FusedPostNorm):
+            return True
+        ours, theirs = _post_norm.__code__, getattr(type(module).forward, "__code__", None)
+        parts = ("co_code", "co_names", "co_varnames")
+        return all(getattr(theirs, part, None) == getattr(ours, part) for part in parts)
+
+    @classmethod
+    def obstacle(cls, module: Any) -> str | None:
+        norm, dropout = module.LayerNorm, module.dropout
+        if type(dropout) is not nn.Dropout or not (isinstance(norm, FusedNorm) or FusedNorm.obstacle(norm) is None):
+            return "its dropout or LayerNorm is of another kind"
+        return "its dropout or LayerNorm has hooks" if has_hooks(dropout) or has_hooks(norm) else None
+
+    def forward(self: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        if FusedPostNorm.obstacle(self) is not None:  # a hook or an adapter was added after fuse
+            return self.original.forward(self, hidden_states, input_tensor)
+        return add_norm(self.dense(hidden_states), input_tensor, self.dropout, self.LayerNorm)

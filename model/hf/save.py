@@ -1,0 +1,102 @@
+"""Write a BERT as a Hugging Face folder that Transformers loads."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..atomic import sync_directory, sync_file
+from ..config import BertConfig
+from ..pretraining import BertForPreTraining
+from .format import CONFIG_FILE, FIELDS, WEIGHTS_FILE, import_safetensors, json_bytes, parameter_names
+from .tokenizer_files import tokenizer_files
+
+
+def save_hf(model: BertForPreTraining, directory: str | Path, tokenizer: str | Path | None = None) -> None:
+    """Write ``model`` as a Hugging Face folder: ``transformers.BertForPreTraining.from_pretrained(directory)``.
+
+    Writes config.json, model.safetensors (float32) and, given a tokenizer, tokenizer.json, tokenizer_config.json,
+    special_tokens_map.json and vocab.txt, so that ``AutoTokenizer.from_pretrained(directory)`` encodes like it.
+    All files are first written beside ``directory``. An existing folder keeps its other files and has no config.json,
+    without which it cannot be loaded, until every new file is in place.
+
+    Args:
+        model: the model itself, not a DistributedDataParallel or compiled wrapper of it.
+        tokenizer: a tokenizer.json of the tokenizers library, with at most vocab_size tokens.
+
+    Raises:
+        TypeError: ``model`` is not a `BertForPreTraining`.
+        ValueError: the tokenizer's file is missing or damaged or has more tokens than the model has rows, or
+            ``directory`` is a file.
+        OSError: a file cannot be written, for example because the disk is full; ``directory`` is then unchanged.
+    """
+    if not isinstance(model, BertForPreTraining):
+        raise TypeError(
+            f"model must be a fusebert BertForPreTraining; got {type(model).__name__}. If that is a wrapper, give the "
+            "model inside: .module or ._orig_mod"
+        )
+    directory = Path(directory).resolve()
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"directory must be a folder or not exist; {directory} is a file")
+    files = {} if tokenizer is None else tokenizer_files(Path(tokenizer), model.config)
+    files[CONFIG_FILE] = json_bytes(_settings(model.config))
+
+    safetensors = import_safetensors()
+    partial = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.partial")
+    partial.mkdir(parents=True)
+    try:
+        try:
+            safetensors.torch.save_file(_tensors(model), partial / WEIGHTS_FILE, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:  # also raised for a full disk
+            raise OSError(f"cannot write {directory / WEIGHTS_FILE}: {error}") from None
+        for name, content in files.items():
+            (partial / name).write_bytes(content)
+        # safetensors makes its file readable by the owner only, whatever the umask is.
+        (partial / WEIGHTS_FILE).chmod((partial / CONFIG_FILE).stat().st_mode)
+        for path in partial.iterdir():
+            sync_file(path)
+        if directory.exists():
+            _move_files(partial, directory)
+        else:
+            partial.rename(directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    sync_directory(directory.parent)
+
+
+def _move_files(source: Path, directory: Path) -> None:
+    """Move every file of ``source`` into ``directory``, config.json last."""
+    (directory / CONFIG_FILE).unlink(missing_ok=True)
+    for path in sorted(source.iterdir(), key=lambda path: path.name == CONFIG_FILE):
+        path.replace(directory / path.name)
+    sync_directory(directory)
+
+
+def _settings(config: BertConfig) -> dict[str, Any]:
+    """The content of config.json, with every field written: another version's defaults cannot change it."""
+    return {
+        "architectures": ["BertForPreTraining"],
+        "model_type": "bert",
+        **{name: getattr(config, name) for name in FIELDS},
+        "position_embedding_type": "absolute",
+        "is_decoder": False,
+        "add_cross_attention": False,
+        "tie_word_embeddings": True,
+        "dtype": "float32",
+    }
+
+
+def _tensors(model: BertForPreTraining) -> dict[str, Tensor]:
+    """The parameters under Transformers' names: float32, contiguous, without shared memory."""
+    parameters = dict(model.named_parameters())
+    tensors = {}
+    for ours, theirs in parameter_names(model.config.num_hidden_layers).items():
+        parts = parameters[ours].detach().to("cpu", torch.float32).chunk(len(theirs))
+        for name, part in zip(theirs, parts, strict=True):
+            tensors[name] = part.clone(memory_format=torch.contiguous_format)
+    return tensors
