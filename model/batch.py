@@ -186,6 +186,3 @@ def to_padded(batch: PackedBatch, pad_token_id: int = 0) -> dict[str, Tensor]:
         "labels": padded(token_labels, IGNORE),
         "next_sentence_label": batch.nsp_labels[segments],
     }
-
-
-__all__ = ["IGNORE", "PackedBatch", "pack_padded", "to_padded"]

@@ -104,6 +104,3 @@ class BertConfig:
             "intermediate_size": intermediate,
         }
         return cls(vocab_size=vocab_size, **{**shape, **changes})
-
-
-__all__ = ["PRESETS", "BertConfig"]

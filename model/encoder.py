@@ -220,6 +220,3 @@ class BertEncoder(nn.Module):
         if not (self.training and self.has_dropout) or choose_backend(x) == "reference":
             return (None,) * n  # nothing is dropped, or PyTorch's own dropout draws
         return torch.randint(0, 2**62, (n,), dtype=torch.int64, device=x.device).split(1)
-
-
-__all__ = ["BertEmbeddings", "BertEncoder", "BertLayer", "ReadRows"]

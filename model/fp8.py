@@ -107,6 +107,3 @@ def use_fp8(model: BertForPreTraining) -> None:
     """From now on the model's layers multiply in fp8. The heads, embeddings and norms stay as they are."""
     for layer in model.encoder.layers:
         layer.use_linear(fp8_linear)  # type: ignore[operator]
-
-
-__all__ = ["fp8_linear", "fp8_obstacle", "quantize", "use_fp8"]

@@ -148,6 +148,3 @@ class BertForPreTraining(nn.Module):
     def nsp_logits(self, pooled: Tensor) -> Tensor:
         """[.., H] → [.., 2]: (B follows A, B does not)."""
         return self.nsp_classifier(pooled)
-
-
-__all__ = ["BertForPreTraining", "PreTrainingOutput"]

@@ -43,6 +43,3 @@ def tied_rows(weight: Tensor, ids: Tensor, padding_idx: int | None = None) -> tu
     """
     rows, whole = _TiedRows.apply(weight, ids, padding_idx)
     return rows, whole
-
-
-__all__ = ["tied_rows"]
