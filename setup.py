@@ -1,13 +1,14 @@
 """Packaging of fusebert: one import name over the folders at the top of the repository.
 
-There is no ``fusebert/`` folder: ``package_dir`` maps ``fusebert.kernels`` to ``kernels/`` and so on, in a regular and in
-an editable installation. The folder ``kernels/`` has the name of a Hugging Face package: never import it as ``kernels``.
+There is no ``fusebert/`` folder: ``package_dir`` maps ``fusebert.kernels`` to ``kernels/`` and so on, in a regular and in an
+editable installation. The folder ``kernels/`` has the name of a Hugging Face package: never import it as ``kernels``.
 """
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+ROOT = Path(__file__).resolve().parent
 FOLDERS = ["kernels", "model", "train", "bench"]
 
 # The kernels, the encoder and `fuse` need PyTorch and Triton. Training from text also needs:
@@ -41,7 +42,7 @@ setup(
     name="fusebert",
     version="0.1.0",
     description="Fast BERT pretraining on NVIDIA GPUs: fused Triton kernels, a minimal encoder, MLM + NSP",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="the fusebert authors",
     license="MIT",
@@ -57,7 +58,7 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.10",
-    packages=[f"fusebert.{name}" for name in find_packages(include=[*FOLDERS, *(f"{name}.*" for name in FOLDERS)])],
+    packages=[f"fusebert.{name}" for name in find_packages(str(ROOT), include=[*FOLDERS, *(f"{name}.*" for name in FOLDERS)])],
     package_dir={f"fusebert.{name}": name for name in FOLDERS},
     package_data={
         **{f"fusebert.{name}": ["py.typed"] for name in FOLDERS},
