@@ -30,7 +30,7 @@ from ...train.batches.pack import BatchShape, PackedExamples
 from ...train.corpus.reader import Corpus
 from ...train.errors import UserError
 from ...train.run.evaluate import evaluate
-from ...train.run.settings import LEARNING_RATES
+from ...train.run.plan import LEARNING_RATES
 from ...train.step.optim import make_optimizer
 from ...train.step.step import TrainingStep
 from ..measure.case import OURS, PEER

@@ -53,18 +53,26 @@ def test_module_and_version() -> None:
     assert result.stdout.startswith("fusebert 0.")
 
 
-def test_every_option_of_the_settings_is_an_option(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import dataclasses
-
-    from fusebert.train.run.settings import PretrainSettings
-
-    monkeypatch.setenv("COLUMNS", "200")
-    assert call(monkeypatch, "pretrain", "--help") == 0
-    text = capsys.readouterr().out
-    for field in dataclasses.fields(PretrainSettings):
-        assert f"--{field.name.replace('_', '-')}" in text
+@pytest.mark.parametrize(
+    ("words", "status", "expected"),
+    [
+        (["--help"], 0, "pretrain"),
+        (["bench", "--help"], 0, "pip install 'fusebert[bench]'"),
+        (["bench", "step", "--model", "tiny"], 1, "could not be loaded: it needs a_plotting_library: pip install"),
+    ],
+)
+def test_a_subcommand_that_cannot_be_imported_leaves_the_others(words: list[str], status: int, expected: str) -> None:
+    script = (
+        f"import importlib.metadata, sys; sys.argv = ['fusebert', *{words!r}]\n"
+        "def load(self): raise ModuleNotFoundError(name='a_plotting_library')\n"
+        "importlib.metadata.EntryPoint.load = load\n"
+        "from fusebert.train.cli import main\n"
+        "main()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == status
+    assert expected in result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
 
 
 MISTAKES = {

@@ -55,9 +55,10 @@ from .checkpoint import (
 )
 from .evaluate import Evaluation, evaluate
 from .log import RunLog, read_log
+from .plan import Plan, choose_device, resolve
 from .readback import Leash, Readback
 from .report import Report, guess_masked_words, plot_loss_curve
-from .settings import Plan, PretrainSettings, choose_device, resolve
+from .settings import PretrainSettings
 
 EVALUATIONS = 10  # in a run, unless eval_every says otherwise
 SAVE_SECONDS = 600.0  # between checkpoints, unless save_every says otherwise

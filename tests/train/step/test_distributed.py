@@ -22,8 +22,9 @@ from fusebert.train.errors import UserError
 from fusebert.train.run import pretrain as pretrain_module
 from fusebert.train.run.checkpoint import TrainerState
 from fusebert.train.run.log import read_log
+from fusebert.train.run.plan import resolve
 from fusebert.train.run.pretrain import pretrain
-from fusebert.train.run.settings import PretrainSettings, resolve
+from fusebert.train.run.settings import PretrainSettings
 from fusebert.train.step.distributed import Ranks
 
 SMALL: dict[str, Any] = {

@@ -1,0 +1,81 @@
+"""Command-line options from the fields of a dataclass.
+
+    @dataclasses.dataclass(frozen=True)
+    class Settings:
+        data: Annotated[Path, Option("Folder with the corpus.")]
+        steps: Annotated[int | None, Option("Optimisation steps.", panel="How long")] = None
+
+    app.command("pretrain")(command(Settings, run))
+
+The name, type and default of a field become the option's: ``tokens_per_batch: Annotated[int, Option(...)] = 8`` is
+``--tokens-per-batch``, an integer, 8 by default. A field without a default is a required option.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
+
+Settings = TypeVar("Settings")
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """How a field appears on the command line.
+
+    Attributes:
+        help: text for ``--help``, and the documentation of the field.
+        panel: heading in ``--help`` below which the option is listed.
+        flags: names in place of the field's, for example ``"--lowercase/--cased"``, or ``"--resume"`` for a bool
+            without a ``--no-resume``.
+        positional: a positional argument in place of an option.
+        metavar: placeholder of the value in ``--help``.
+        show_default: whether ``--help`` shows the default, or the text that it shows.
+        parser: converts the word on the command line to the value.
+    """
+
+    help: str
+    panel: str | None = None
+    flags: str | None = None
+    positional: bool = False
+    metavar: str | None = None
+    show_default: bool | str = True
+    parser: Callable[[str], Any] | None = None
+
+
+def command(settings: type[Settings], run: Callable[[Settings], None]) -> Callable[..., None]:
+    """A function for ``typer.Typer.command``, with one parameter for each field of the dataclass ``settings``.
+
+    Args:
+        settings: all its fields are annotated with an `Option`.
+        run: called with the ``settings`` built from the command line.
+    """
+    import typer
+
+    hints = typing.get_type_hints(settings, include_extras=True)
+    parameters = []
+    for field in dataclasses.fields(settings):  # type: ignore[arg-type]
+        kind, option = typing.get_args(hints[field.name])
+        words = {name: getattr(option, name) for name in ("help", "metavar", "show_default", "parser")}
+        words["rich_help_panel"] = option.panel
+        flags = (option.flags,) if option.flags else ()
+        parameter = typer.Argument(**words) if option.positional else typer.Option(*flags, **words)
+        parameters.append(
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
+                annotation=Annotated[kind, parameter],
+            )
+        )
+
+    def parsed(**given: Any) -> None:
+        run(settings(**given))
+
+    parsed.__doc__ = run.__doc__
+    parsed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    parsed.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return parsed

@@ -1,0 +1,192 @@
+"""Checks the settings of a pretraining run and chooses the values that they leave open, by the device."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+
+import torch
+
+from ...model.config import PRESETS, BertConfig
+from ..errors import UserError
+from ..step.distributed import Ranks
+from ..step.optim import OPTIMIZERS
+from ..step.precision import COMPUTE_DTYPES, PRECISIONS, check_precision, default_precision
+from ..step.sharding import PARALLEL
+from .settings import PretrainSettings
+
+DEVICES = ("auto", "cpu", "cuda")
+# Devlin et al. 2018 for base and large; the small ones by measurement: short runs want the highest rate that is stable.
+LEARNING_RATES = {"tiny": 2e-3, "mini": 1e-3, "small": 5e-4, "base": 1e-4, "large": 1e-4}
+CPU_MODEL, GPU_MODEL = "tiny", "base"
+CPU_TOKENS_PER_BATCH = 2048  # many small steps: on a CPU a bigger batch is hardly faster
+GPU_TOKENS_PER_BATCH = 65536  # at most; fewer where the memory is small
+GPU_BATCH_TOKENS = 131072  # BERT's 256 sequences of 512 tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The values of a run that `PretrainSettings` may leave open.
+
+    Attributes:
+        model: name of a preset; not used with ``init_from``.
+        device: of this rank.
+        precision: one of `precision.PRECISIONS`.
+        compute_dtype: dtype of the matrix products.
+        tokens_per_batch: tokens of a micro-batch, T.
+        accumulation: micro-batches of an optimisation step on each rank.
+        batch_tokens: tokens of an optimisation step on all ranks.
+        lr: peak learning rate.
+        workers: processes that make batches, for each rank.
+        log_every: steps between log lines.
+    """
+
+    model: str
+    device: torch.device
+    precision: str
+    compute_dtype: torch.dtype
+    tokens_per_batch: int
+    accumulation: int
+    batch_tokens: int
+    lr: float
+    workers: int
+    log_every: int
+
+
+def resolve(settings: PretrainSettings, ranks: Ranks | None = None) -> Plan:
+    """Checks ``settings`` and chooses what they leave open.
+
+    On GPUs the default size of a step does not depend on the number of processes; on CPUs it grows with it.
+
+    Args:
+        ranks: the training processes; None: this process alone.
+
+    Raises:
+        UserError: the value of an option is not allowed, or two options contradict each other.
+    """
+    _check(settings)
+    ranks = ranks or Ranks()
+    device = choose_device(settings.device, ranks)
+    on_gpu = device.type == "cuda"
+    model = settings.model if settings.model != "auto" else GPU_MODEL if on_gpu else CPU_MODEL
+    precision = settings.precision if settings.precision != "auto" else default_precision(device)
+    check_precision(precision, device)
+    compute_dtype = COMPUTE_DTYPES[precision]
+    tokens = settings.tokens_per_batch
+    if tokens is None:
+        tokens = _gpu_tokens(model, compute_dtype, device) if on_gpu else CPU_TOKENS_PER_BATCH
+        wanted = settings.batch_tokens or (GPU_BATCH_TOKENS if on_gpu else tokens * ranks.world_size)
+        tokens = max(min(tokens, wanted // ranks.world_size // 8 * 8), -(-settings.seqlen // 8) * 8)
+    if tokens < settings.seqlen:
+        raise UserError(
+            f"--tokens-per-batch {tokens} must be at least --seqlen {settings.seqlen}: a segment must fit in a batch"
+        )
+    if tokens % 8:
+        raise UserError(f"--tokens-per-batch must be a multiple of 8, for the matrix units; got {tokens}")
+    batch_tokens, at_once = settings.batch_tokens, tokens * ranks.world_size
+    if batch_tokens is None:
+        batch_tokens = max(1, GPU_BATCH_TOKENS // at_once) * at_once if on_gpu else at_once
+    if batch_tokens % at_once:
+        nearest = max(1, round(batch_tokens / at_once)) * at_once
+        each = "" if ranks.alone else f" times {ranks.world_size} processes"
+        raise UserError(
+            f"--batch-tokens {batch_tokens} must be a multiple of --tokens-per-batch {tokens}{each}: {nearest} is the "
+            "nearest"
+        )
+    workers = settings.workers
+    if workers is None:
+        workers = min(8, max(1, (os.cpu_count() or 2) // ranks.local_world_size - 1)) if on_gpu else 0
+    return Plan(
+        model=model,
+        device=device,
+        precision=precision,
+        compute_dtype=compute_dtype,
+        tokens_per_batch=tokens,
+        accumulation=batch_tokens // at_once,
+        batch_tokens=batch_tokens,
+        lr=settings.lr if settings.lr is not None else LEARNING_RATES["base" if settings.init_from else model],
+        workers=workers,
+        log_every=settings.log_every or (50 if on_gpu else 10),
+    )
+
+
+def _check(settings: PretrainSettings) -> None:
+    if settings.model not in ("auto", *PRESETS):
+        raise UserError(f"--model {settings.model!r} is not known: choose one of auto, {', '.join(PRESETS)}")
+    if settings.init_from is not None and settings.model != "auto":
+        raise UserError(
+            "--model and --init-from contradict each other: config.json in the folder of --init-from defines the model"
+        )
+    if (settings.steps is None) == (settings.minutes is None):
+        given = "neither was given" if settings.steps is None else "both were given"
+        raise UserError(f"say how long to train: --steps 100000 or --minutes 5, one of the two; {given}")
+    positive = ("steps", "minutes", "seqlen", "tokens_per_batch", "batch_tokens", "lr", "clip")
+    for name in (*positive, "eval_every", "save_every", "log_every", "threads"):
+        value = getattr(settings, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise UserError(f"{_option(name)} must be positive; got {value}")
+    for name in ("weight_decay", "workers", "seed"):
+        value = getattr(settings, name)
+        if value is not None and not (value >= 0 and math.isfinite(value)):
+            raise UserError(f"{_option(name)} must be 0 or more; got {value}")
+    for name in ("warmup", "dropout"):
+        if not 0.0 <= getattr(settings, name) < 1.0:
+            raise UserError(f"{_option(name)} must be in [0, 1); got {getattr(settings, name)}")
+    if settings.parallel == "fsdp" and (settings.precision == "fp16" or settings.optimizer == "lamb"):
+        raise UserError(
+            "--parallel fsdp shards every tensor, but --precision fp16 and --optimizer lamb need whole tensors: give "
+            "--parallel ddp"
+        )
+    if not 0.0 < settings.mlm_probability < 1.0:
+        raise UserError(f"--mlm-probability must be between 0 and 1; got {settings.mlm_probability}")
+    if settings.seqlen < 8:
+        raise UserError(f"--seqlen must be at least 8, for a pair of sentences; got {settings.seqlen}")
+    allowed_words = {"precision": ("auto", *PRECISIONS), "optimizer": OPTIMIZERS, "parallel": PARALLEL}
+    for name, allowed in allowed_words.items():
+        if getattr(settings, name) not in allowed:
+            raise UserError(
+                f"{_option(name)} {getattr(settings, name)!r} is not known: choose one of {', '.join(allowed)}"
+            )
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def choose_device(name: str, ranks: Ranks) -> torch.device:
+    """The device of this process: the CPU, or the GPU with the index ``ranks.local_rank``.
+
+    Args:
+        name: "auto", "cpu" or "cuda".
+
+    Raises:
+        UserError: there is no such GPU, or ``name`` has another value.
+    """
+    if name not in DEVICES:
+        raise UserError(f"--device {name!r} is not known: choose one of {', '.join(DEVICES)}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "--device cuda: PyTorch finds no CUDA GPU here (torch.cuda.is_available() is False): use --device cpu, or "
+            "install a PyTorch built for your GPU"
+        )
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if ranks.local_world_size > torch.cuda.device_count():
+        raise UserError(
+            f"{ranks.local_world_size} processes on this machine, but only {torch.cuda.device_count()} GPUs: give "
+            f"torchrun --nproc-per-node={torch.cuda.device_count()}"
+        )
+    return torch.device("cuda") if ranks.alone else torch.device("cuda", ranks.local_rank)
+
+
+def _gpu_tokens(model: str, compute_dtype: torch.dtype, device: torch.device) -> int:
+    """The largest power of two of tokens with activations that fit in half of the GPU's memory, at most
+    GPU_TOKENS_PER_BATCH.
+
+    The backward needs 17·H·L scalars a token (Korthikanti et al. 2022, without attention matrices).
+    """
+    config = BertConfig.preset(model, vocab_size=2)
+    bytes_a_token = 17 * config.hidden_size * config.num_hidden_layers * compute_dtype.itemsize
+    fits = int(0.5 * torch.cuda.get_device_properties(device).total_memory / bytes_a_token)
+    return min(GPU_TOKENS_PER_BATCH, 1 << max(fits.bit_length() - 1, 7))
