@@ -130,7 +130,7 @@ def kernels(
     A key left out has its default. The keys:
       attention        N the longest segment, T tokens, H heads, D size of a
                        head, p dropout, lengths equal, real or half (half of
-                       a padded batch is padding; real: bench/operators/lengths.py)
+                       a padded batch is padding; real: bench/operators/segments.py)
       layernorm        T rows, H elements of a row, p dropout
       mlm_loss         M rows, H elements of a row, V words
       bias_gelu        T rows, I elements of a row

@@ -1,19 +1,17 @@
-"""GELU(x + bias) in the benchmark, the step between the feed-forward's two matrix products.
+"""GELU(x + bias), the step between the feed-forward's two matrix products.
 
 Least work over T rows of I elements of e bytes (the bias is negligible):
 
     pass        FLOPs   bytes
-    forward     0       2 T I e           (x read, the result written)
-    backward    0       3 T I e           (the result's gradient and x read, x's gradient written)
+    forward     0       2 T I e     x read, the result written
+    backward    0       3 T I e     the result's gradient and x read, x's gradient written
 
-The arithmetic is not counted: it is not of the matrix units. "torch, bias in the product" is the rival that matters: a
-linear adds its bias for nothing, so only GELU is timed forward; but its backward reads the gradient again to sum it.
+The arithmetic is not counted: it does not run on the matrix units. The peer to beat is "torch, bias in the product": a
+linear adds its bias for free, so only GELU is timed forward, but its backward reads the gradient again to sum it.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,40 +19,50 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import bias_gelu, reference
-from ..measure.case import COMPILE_IS_SLOW, OURS, Case, Contestant, Cost, Missing, Run, Tensors, leaf
-from ..measure.shapes import Key, Operator, Shape
+from ..measure.case import OURS, Cost, Run, Tensors
+from .build import Dimension, Operator, Random, Setting
 
 
-def _inputs(rows: int, size: int, dtype: torch.dtype, device: torch.device, seed: int) -> Tensors:
-    generator = torch.Generator(device).manual_seed(seed)
+class BiasGELU(Operator):
+    name = "bias_gelu"
+    dimensions = (
+        Dimension("T", "rows", gpu=65536, cpu=1024),
+        Dimension("I", "elements of a row", gpu=3072, cpu=1024),
+    )
+    gpu_shapes = ((1, "I=3072"), (8, "I=4096; T=8192"))  # BERT-base's and BERT-large's feed-forward
+    cpu_shapes = ((1, "I=1024"),)
+    differentiated = ("x", "bias")
+    reference = staticmethod(reference.bias_gelu)
 
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=dtype, device=device)
+    def inputs(self, setting: Setting, random: Random) -> Tensors:
+        rows, size = setting.sizes("T", "I")
+        return {
+            "x": 2 * random.normal(rows, size),
+            "bias": 0.1 * random.normal(size),
+            "dout": random.normal(rows, size),
+        }
 
-    return {"x": 2 * draw(rows, size), "bias": 0.1 * draw(size), "dout": draw(rows, size)}
-
-
-def _named(out: Tensor, gradients: tuple[Tensor, ...]) -> Tensors:
-    return {"out": out, **dict(zip(("dx", "dbias"), gradients, strict=True))}
-
-
-def _plain(dtype: torch.dtype, inputs: Tensors, dropout_p: float) -> Tensors:
-    leaves = [leaf(inputs[name].to(dtype)) for name in ("x", "bias")]
-    out = reference.bias_gelu(*leaves)
-    return _named(out.detach(), torch.autograd.grad(out, leaves, inputs["dout"].to(dtype)))
+    def cost(self, setting: Setting) -> tuple[Cost, Cost]:
+        rows, size = setting.sizes("T", "I")
+        tensor = rows * size * setting.dtype.itemsize
+        return Cost(0, 2 * tensor), Cost(0, 3 * tensor)
 
 
-def _bind(call: Callable[[Tensor, Tensor], Tensor], inputs: Tensors, dropout_p: float) -> Run:
-    leaves = leaf(inputs["x"]), leaf(inputs["bias"])
-    return Run(lambda: call(*leaves), leaves, inputs["dout"], _named)
+OPERATOR = BiasGELU()
+OPERATOR.contestant("fusebert", role=OURS)(bias_gelu)
 
 
-class _AddedInTheProduct(torch.autograd.Function):
-    """x + bias, which is there already, and backward what a linear does for its bias: sum the gradient's rows."""
+@OPERATOR.contestant("torch eager")
+def eager(x: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(x + bias)
+
+
+class _BiasInProduct(torch.autograd.Function):
+    """x + bias where the product before has added the bias. The backward sums the gradient's rows, as a linear does."""
 
     @staticmethod
-    def forward(ctx: Any, x_and_bias: Tensor, bias: Tensor) -> Tensor:
-        return x_and_bias.view_as(x_and_bias)
+    def forward(ctx: Any, sum_with_bias: Tensor, bias: Tensor) -> Tensor:
+        return sum_with_bias.view_as(sum_with_bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,67 +70,14 @@ class _AddedInTheProduct(torch.autograd.Function):
         return dx, dx.sum(0)
 
 
-def _bind_added_before(inputs: Tensors, dropout_p: float) -> Run:
-    leaves = leaf(inputs["x"] + inputs["bias"]), leaf(inputs["bias"])
-    return Run(lambda: F.gelu(_AddedInTheProduct.apply(*leaves)), leaves, inputs["dout"], _named)
+def add_bias_untimed(setting: Setting, function: Any, inputs: Tensors, dropout_p: float) -> Run:
+    return OPERATOR.bind(setting, function, {**inputs, "x": inputs["x"] + inputs["bias"]}, dropout_p)
 
 
-def _eager(x: Tensor, bias: Tensor) -> Tensor:
-    return F.gelu(x + bias)
+@OPERATOR.contestant("torch, bias in the product", bind=add_bias_untimed)
+def bias_in_product(x: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(_BiasInProduct.apply(x, bias))
 
 
-def _case(value: int, rows: int, size: int, dtype: torch.dtype, device: torch.device, quick: bool) -> Case:
-    found = [
-        Contestant("fusebert", functools.partial(_bind, bias_gelu), role=OURS),
-        Contestant("torch eager", functools.partial(_bind, _eager)),
-        Contestant("torch, bias in the product", _bind_added_before),
-    ]
-    missing = [Missing("liger-kernel", "has no GELU without a gate")]
-    if quick:
-        missing.append(Missing("torch.compile", COMPILE_IS_SLOW))
-    else:
-        found.append(Contestant("torch.compile", functools.partial(_bind, torch.compile(_eager, dynamic=False))))
-    tensor_bytes = rows * size * dtype.itemsize
-    return Case(
-        op="bias_gelu",
-        name=f"T={rows} I={size}",
-        dtype=dtype,
-        device=device,
-        shape={"tokens": rows, "intermediate_size": size},
-        inputs=functools.partial(_inputs, rows, size, dtype, device),
-        oracle=functools.partial(_plain, torch.float64),
-        yardstick=functools.partial(_plain, dtype),
-        passes={
-            "forward": Cost(0, 2 * tensor_bytes),
-            "backward": Cost(0, 3 * tensor_bytes),
-            "forward+backward": Cost(0, 5 * tensor_bytes),
-        },
-        contestants=tuple(found),
-        missing=tuple(missing),
-        value=value,
-    )
-
-
-def _keys(device: torch.device) -> Mapping[str, Key]:
-    """What a shape may say."""
-    rows, size = (65536, 3072) if device.type == "cuda" else (1024, 1024)
-    return {"T": Key("rows", rows), "I": Key("elements of a row", size)}
-
-
-def _shaped(shape: Shape, device: torch.device, dtype: torch.dtype, *, quick: bool = False, value: int = 0) -> Case:
-    """The case of a shape that says everything."""
-    return _case(value, int(shape["T"]), int(shape["I"]), dtype, device, quick)
-
-
-_ON_A_GPU = ((1, "I=3072"), (8, "I=4096; T=8192"))
-_ON_A_CPU = ((1, "I=1024"),)
-
-
-def _built_in(device: torch.device) -> Sequence[tuple[int, str]]:
-    """BERT-base's and BERT-large's feed-forward on a GPU; a small one on a CPU."""
-    return _ON_A_GPU if device.type == "cuda" else _ON_A_CPU
-
-
-OPERATOR = Operator(_keys, _built_in, _shaped)
-
-__all__ = ["OPERATOR"]
+OPERATOR.missing("liger-kernel", "has no GELU without a gate")
+OPERATOR.compiled_peer(eager)

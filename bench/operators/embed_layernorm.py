@@ -1,20 +1,18 @@
-"""BERT's input in the benchmark: Dropout(LayerNorm(word + token type + position)) and its three tables' gradients.
+"""Dropout(LayerNorm(word + token type + position)), BERT's input, with the gradients of its three tables.
 
-The tables are float32, the result has the case's dtype: what a training step under autocast asks for. Ids follow Zipf's
-law, 15 % · 80 % of them [MASK]: a backward that adds up rows by id feels how often the frequent ones come. Least work
-over T tokens of H elements, e = 4 bytes in a table, o in the result, V rows in all tables:
+The tables are float32 and the result has the case's dtype, as in a training step under autocast. Ids follow Zipf's law
+and 12 % of them are [MASK], so that a backward which adds up rows by id meets frequent ids as often as in training.
+Least work over T tokens of H elements, e = 4 bytes in a table, o in the result, V rows in all tables:
 
     pass        FLOPs   bytes
-    forward     0       T ((e + o) H + 24)            (a row of each token's word and its three int64 ids read, the
-                                                      result written; the small tables stay in the cache)
-    backward    0       T ((e + o) H + 24) + V H e    (the same read, the result's gradient in its place; the tables'
-                                                      gradients written, rows that do not occur too)
+    forward     0       T ((e + o) H + 24)          each token's word row and three int64 ids read, the result written;
+                                                    the small tables stay in the cache
+    backward    0       T ((e + o) H + 24) + V H e  the same read, with the result's gradient in place of the result;
+                                                    the tables' gradients written, also rows that do not occur
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,171 +20,96 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import dropout_mask, embed_layernorm, reference
-from ..measure.case import COMPILE_IS_SLOW, OURS, Case, Contestant, Cost, Missing, Run, Tensors, leaf
-from ..measure.shapes import Key, Operator, Shape
+from ..measure.case import OURS, Cost, Tensors
+from ..measure.shapes import Shape
+from .build import Dimension, Operator, Random, Setting
 
 EPS, PADDING_IDX, MASK_ID, FIRST_ORDINARY = 1e-12, 0, 3, 4
 POSITIONS, TYPES, SEQLEN = 512, 2, 128
-IDS = ("input_ids", "token_type_ids", "position_ids")
-DIFFERENTIATED = ("word", "token_type", "position", "weight", "bias")
 
 
-def _inputs(tokens: int, hidden_size: int, vocab: int, dtype: torch.dtype, device: torch.device, seed: int) -> Tensors:
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device)
-
-    weights = 1.0 / (torch.arange(vocab - FIRST_ORDINARY, device=device) + 2.7)
-    words = FIRST_ORDINARY + torch.multinomial(weights, tokens, replacement=True, generator=generator)
-    masked = torch.rand(tokens, generator=generator, device=device) < 0.15 * 0.8
-    positions = torch.arange(tokens, device=device) % SEQLEN
-    return {
-        "input_ids": words.masked_fill(masked, MASK_ID),
-        "token_type_ids": (positions >= SEQLEN // 2).long(),
-        "position_ids": positions,
-        "word": 0.02 * draw(vocab, hidden_size),
-        "token_type": 0.02 * draw(TYPES, hidden_size),
-        "position": 0.02 * draw(POSITIONS, hidden_size),
-        "weight": 1 + 0.1 * draw(hidden_size),
-        "bias": 0.1 * draw(hidden_size),
-        "dout": draw(tokens, hidden_size).to(dtype),
-        "seed": torch.tensor([seed], dtype=torch.int64, device=device),
-    }
-
-
-def _named(out: Tensor, gradients: tuple[Tensor, ...]) -> Tensors:
-    return {"out": out, **{f"d{name}": g for name, g in zip(DIFFERENTIATED, gradients, strict=True)}}
-
-
-def _oracle(inputs: Tensors, dropout_p: float) -> Tensors:
-    leaves = [leaf(inputs[name].double()) for name in DIFFERENTIATED]
-    ids = [inputs[name] for name in IDS]
-    mask = None
-    if dropout_p:
-        mask = dropout_mask(dropout_p, inputs["seed"], len(ids[0]), leaves[0].shape[1], device=ids[0].device)
-    out = reference.embed_layernorm(*ids, *leaves, eps=EPS, p=dropout_p, padding_idx=PADDING_IDX, dropout_mask=mask)
-    return _named(out.detach(), torch.autograd.grad(out, leaves, inputs["dout"].double()))
-
-
-def _yardstick(dtype: torch.dtype, inputs: Tensors, dropout_p: float) -> Tensors:
-    """PyTorch's operators; with dropout they would draw a mask of their own, so it is the reference with ours."""
-    leaves = [leaf(inputs[name]) for name in DIFFERENTIATED]
-    ids = [inputs[name] for name in IDS]
-    mask = None
-    if dropout_p:
-        mask = dropout_mask(dropout_p, inputs["seed"], len(ids[0]), leaves[0].shape[1], device=ids[0].device)
-    out = reference.embed_layernorm(
-        *ids, *leaves, eps=EPS, p=dropout_p, padding_idx=PADDING_IDX, out_dtype=dtype, dropout_mask=mask
+class EmbedLayerNorm(Operator):
+    name = "embed_layernorm"
+    dimensions = (
+        Dimension("T", "tokens", gpu=65536, cpu=1024),
+        Dimension("H", "elements of a row", gpu=768, cpu=128),
+        Dimension("V", "words", gpu=30522, cpu=2048),
+        Dimension("p", "dropout probability", gpu=0.1, cpu=0.1),
     )
-    return _named(out.detach(), torch.autograd.grad(out, leaves, inputs["dout"]))
+    gpu_shapes = ((2, "H=768"), (10, "H=1024; H=768,p=0; T=8192"))  # BERT-base's and BERT-large's input
+    cpu_shapes = ((2, "H=128"),)
+    differentiated = ("word_weight", "token_type_weight", "position_weight", "norm_weight", "norm_bias")
+
+    def setting(self, shape: Shape, device: torch.device, dtype: torch.dtype, quick: bool) -> Setting:
+        """Raises: ValueError: V leaves no room for ordinary words."""
+        if int(shape["V"]) <= FIRST_ORDINARY:
+            raise ValueError(f"V={shape['V']}: must be above {FIRST_ORDINARY}, the special tokens")
+        return super().setting(shape, device, dtype, quick)
+
+    def inputs(self, setting: Setting, random: Random) -> Tensors:
+        tokens, hidden_size, vocab = setting.sizes("T", "H", "V")
+        weights = 1.0 / (torch.arange(vocab - FIRST_ORDINARY, device=setting.device) + 2.7)
+        words = FIRST_ORDINARY + torch.multinomial(weights, tokens, replacement=True, generator=random.generator)
+        masked = torch.rand(tokens, generator=random.generator, device=setting.device) < 0.15 * 0.8
+        positions = torch.arange(tokens, device=setting.device) % SEQLEN
+
+        def table(rows: int) -> Tensor:
+            return 0.02 * random.normal(rows, hidden_size, dtype=torch.float32)
+
+        return {
+            "input_ids": words.masked_fill(masked, MASK_ID),
+            "token_type_ids": (positions >= SEQLEN // 2).long(),
+            "position_ids": positions,
+            "word_weight": table(vocab),
+            "token_type_weight": table(TYPES),
+            "position_weight": table(POSITIONS),
+            "norm_weight": 1 + 0.1 * random.normal(hidden_size, dtype=torch.float32),
+            "norm_bias": 0.1 * random.normal(hidden_size, dtype=torch.float32),
+            "dout": random.normal(tokens, hidden_size),
+        }
+
+    def options(self, setting: Setting) -> dict[str, Any]:
+        return {"out_dtype": setting.dtype}
+
+    def cost(self, setting: Setting) -> tuple[Cost, Cost]:
+        tokens, hidden_size, vocab = setting.sizes("T", "H", "V")
+        each = tokens * ((4 + setting.dtype.itemsize) * hidden_size + 24)
+        return Cost(0, each), Cost(0, each + 4 * (vocab + POSITIONS + TYPES) * hidden_size)
+
+    @staticmethod
+    def reference(dropout_p: float, seed: Tensor, **arguments: Any) -> Tensor:
+        """With the dropout mask that our kernel draws."""
+        mask, table = None, arguments["word_weight"]
+        if dropout_p:
+            mask = dropout_mask(dropout_p, seed, len(arguments["input_ids"]), table.shape[1], device=table.device)
+        return reference.embed_layernorm(**arguments, eps=EPS, p=dropout_p, padding_idx=PADDING_IDX, dropout_mask=mask)
 
 
-def _bind(call: Callable[..., Tensor], dtype: torch.dtype, inputs: Tensors, dropout_p: float) -> Run:
-    leaves = tuple(leaf(inputs[name]) for name in DIFFERENTIATED)
-    ids = [inputs[name] for name in IDS]
-    return Run(lambda: call(*ids, *leaves, dtype, dropout_p, inputs.get("seed")), leaves, inputs["dout"], _named)
+OPERATOR = EmbedLayerNorm()
 
 
-def _ours(*tensors_and_options: Any) -> Tensor:
-    *tensors, dtype, p, seed = tensors_and_options
-    return embed_layernorm(*tensors, eps=EPS, p=p, seed=seed, padding_idx=PADDING_IDX, out_dtype=dtype)
+@OPERATOR.contestant("fusebert", role=OURS, replays_dropout=True)
+def fusebert(dropout_p: float, seed: Tensor | None = None, **arguments: Any) -> Tensor:
+    return embed_layernorm(**arguments, eps=EPS, p=dropout_p, seed=seed, padding_idx=PADDING_IDX)
 
 
-def _eager(
+@OPERATOR.contestant("torch eager")
+def eager(
     input_ids: Tensor,
     token_type_ids: Tensor,
     position_ids: Tensor,
-    word: Tensor,
-    token_type: Tensor,
-    position: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    dtype: torch.dtype,
-    p: float,
-    seed: Tensor | None,
+    word_weight: Tensor,
+    token_type_weight: Tensor,
+    position_weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    out_dtype: torch.dtype,
+    dropout_p: float,
 ) -> Tensor:
-    """As Transformers' BertEmbeddings under autocast; the cast is the first linear's."""
-    x = F.embedding(input_ids, word, PADDING_IDX) + F.embedding(token_type_ids, token_type)
-    x = x + F.embedding(position_ids, position)
-    return F.dropout(F.layer_norm(x, x.shape[-1:], weight, bias, EPS), p).to(dtype)
+    """As Transformers' BertEmbeddings under autocast. The first linear makes the cast."""
+    x = F.embedding(input_ids, word_weight, PADDING_IDX) + F.embedding(token_type_ids, token_type_weight)
+    x = x + F.embedding(position_ids, position_weight)
+    return F.dropout(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, EPS), dropout_p).to(out_dtype)
 
 
-def _case(
-    value: int,
-    tokens: int,
-    hidden_size: int,
-    vocab: int,
-    p: float,
-    dtype: torch.dtype,
-    device: torch.device,
-    quick: bool,
-) -> Case:
-    found = [
-        Contestant("fusebert", functools.partial(_bind, _ours, dtype), role=OURS, replays_dropout=True),
-        Contestant("torch eager", functools.partial(_bind, _eager, dtype)),
-    ]
-    missing = []
-    if quick:
-        missing.append(Missing("torch.compile", COMPILE_IS_SLOW))
-    else:
-        compiled = torch.compile(_eager, dynamic=False)
-        found.append(Contestant("torch.compile", functools.partial(_bind, compiled, dtype)))
-    each = tokens * ((4 + dtype.itemsize) * hidden_size + 24)
-    tables = 4 * (vocab + POSITIONS + TYPES) * hidden_size
-    return Case(
-        op="embed_layernorm",
-        name=f"T={tokens} H={hidden_size} V={vocab} dropout={p}",
-        dtype=dtype,
-        device=device,
-        shape={"tokens": tokens, "hidden_size": hidden_size, "vocab_size": vocab},
-        inputs=functools.partial(_inputs, tokens, hidden_size, vocab, dtype, device),
-        oracle=_oracle,
-        yardstick=functools.partial(_yardstick, dtype),
-        passes={
-            "forward": Cost(0, each),
-            "backward": Cost(0, each + tables),
-            "forward+backward": Cost(0, 2 * each + tables),
-        },
-        contestants=tuple(found),
-        missing=tuple(missing),
-        dropout_p=p,
-        value=value,
-    )
-
-
-def _keys(device: torch.device) -> Mapping[str, Key]:
-    """What a shape may say."""
-    tokens, hidden_size, vocab = (65536, 768, 30522) if device.type == "cuda" else (1024, 128, 2048)
-    return {
-        "T": Key("tokens", tokens),
-        "H": Key("elements of a row", hidden_size),
-        "V": Key("words", vocab),
-        "p": Key("dropout probability", 0.1),
-    }
-
-
-def _shaped(shape: Shape, device: torch.device, dtype: torch.dtype, *, quick: bool = False, value: int = 0) -> Case:
-    """The case of a shape that says everything.
-
-    Raises:
-        ValueError: V leaves no room for ordinary words.
-    """
-    if int(shape["V"]) <= FIRST_ORDINARY:
-        raise ValueError(f"V={shape['V']}: must be above {FIRST_ORDINARY}, the special tokens")
-    tokens, hidden_size, vocab = (int(shape[name]) for name in ("T", "H", "V"))
-    return _case(value, tokens, hidden_size, vocab, float(shape["p"]), dtype, device, quick)
-
-
-_ON_A_GPU = ((2, "H=768"), (10, "H=1024; H=768,p=0; T=8192"))
-_ON_A_CPU = ((2, "H=128"),)
-
-
-def _built_in(device: torch.device) -> Sequence[tuple[int, str]]:
-    """BERT-base's and BERT-large's input on a GPU; a small one on a CPU."""
-    return _ON_A_GPU if device.type == "cuda" else _ON_A_CPU
-
-
-OPERATOR = Operator(_keys, _built_in, _shaped)
-
-__all__ = ["OPERATOR"]
+OPERATOR.compiled_peer(eager)

@@ -10,7 +10,7 @@ from fusebert.bench.cli import app
 from fusebert.bench.measure.case import OURS, PEER, matches
 from fusebert.bench.measure.shapes import Key, parse
 from fusebert.bench.operators import run as kernels
-from fusebert.bench.operators.lengths import segment_lengths
+from fusebert.bench.operators.segments import segment_lengths
 from fusebert.train.errors import UserError
 
 HERE = torch.device(DEVICE)

@@ -9,36 +9,31 @@ from oracle import DEVICE, relative_error
 
 from fusebert.bench.measure.case import OURS, Case, Contestant, Run
 from fusebert.bench.measure.verify import COARSE, FAILED, RIGHT, UNCHECKED, WRONG, Judge, verify
-from fusebert.bench.operators import (
-    attention,
-    attention_peers,
-    bias_gelu,
-    embed_layernorm,
-    layernorm,
-    linear_gelu,
-    mlm_loss,
-)
+from fusebert.bench.operators import attention
 from fusebert.bench.operators import run as kernels
-from fusebert.bench.operators.attention_segments import Segments
 
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 HERE = torch.device(DEVICE)
 
 
-def attention_case(lengths, dropout_p=0.0):
-    return attention.case("", 0, Segments(lengths, 2, 16, HERE), DTYPE, dropout_p, quick=True)
+RAGGED = {"N": 32, "T": 75, "H": 2, "D": 16, "lengths": "half", "p": 0.0}
+
+
+def select_case(op: str, shape: str, dtype=DTYPE) -> Case:
+    (case,) = kernels.select_cases(op, HERE, dtype, quick=True, shapes=shape)
+    return case
 
 
 CASES = {
-    "attention": attention_case([9, 32, 1, 17]),
-    "attention equal": attention_case([16] * 3),
-    "attention dropout": attention_case([32] * 4, 0.3),
-    "layernorm dropout": layernorm._case(0, 64, 48, 0.3, DTYPE, HERE, True),
-    "mlm_loss": mlm_loss._case(40, 32, 100, DTYPE, HERE, True),
-    "bias_gelu": bias_gelu._case(0, 40, 48, DTYPE, HERE, True),
-    "gelu_linear": kernels.select_cases("gelu_linear", HERE, DTYPE, quick=True, shapes="T=40,H=32,I=48")[0],
-    "linear_gelu": linear_gelu._case(0, 40, 32, 48, "erf", DTYPE, HERE, True),
-    "embed_layernorm dropout": embed_layernorm._case(0, 200, 48, 60, 0.3, DTYPE, HERE, True),
+    "attention": select_case("attention", "N=32,T=75,H=2,D=16,lengths=half"),
+    "attention equal": select_case("attention", "N=16,T=48,H=2,D=16"),
+    "attention dropout": select_case("attention", "N=32,T=128,H=2,D=16,p=0.3"),
+    "layernorm dropout": select_case("layernorm", "T=64,H=48,p=0.3"),
+    "mlm_loss": select_case("mlm_loss", "M=40,H=32,V=100"),
+    "bias_gelu": select_case("bias_gelu", "T=40,I=48"),
+    "gelu_linear": select_case("gelu_linear", "T=40,H=32,I=48"),
+    "linear_gelu": select_case("linear_gelu", "T=40,H=32,I=48"),
+    "embed_layernorm dropout": select_case("embed_layernorm", "T=200,H=48,V=60,p=0.3"),
 }
 
 
@@ -151,32 +146,27 @@ def test_a_peer_that_forgets_to_drop_is_wrong():
 
 def test_attending_to_padding_is_wrong():
     """The mistake that a padded peer would make on ragged lengths."""
-    case = CASES["attention"]
-    shape = Segments([9, 32, 1, 17], 2, 16, HERE)
+    segments = attention.OPERATOR.setting(RAGGED, HERE, DTYPE, quick=True)
+    case = attention.OPERATOR.case(segments)
 
-    def call(q, k, v, p):
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    def without_mask(segments):
+        return torch.nn.functional.scaled_dot_product_attention
 
-    unmasked = Contestant("unmasked", functools.partial(attention_peers.bind_padded, shape, call))
+    unmasked = Contestant("unmasked", functools.partial(attention.padded, segments, without_mask))
     assert verify(case, unmasked, judges(case)).status == WRONG
 
 
 @pytest.mark.parametrize(
-    ("bind", "block_mask"),
-    [
-        (attention_peers._bind_flex_padded, attention_peers._padded_block_mask),
-        (attention_peers._bind_flex_packed, attention_peers._packed_block_mask),
-    ],
+    ("layout", "flex"), [(attention.padded, attention.flex_padded), (attention.separate, attention.flex_packed)]
 )
-def test_flex_attention_is_given_the_right_block_mask(bind, block_mask, monkeypatch):
+def test_flex_attention_is_given_the_right_block_mask(layout, flex, monkeypatch):
     """Its forward alone, uncompiled: what of it runs on a CPU too."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    monkeypatch.setattr(attention_peers, "leaf", torch.Tensor.detach)
-    shape = Segments([9, 32, 1, 17] * 3, 2, 16, HERE)
-    case = attention.case("", 0, shape, torch.float32, 0.0)
+    monkeypatch.setattr(attention, "leaf", torch.Tensor.detach)
+    monkeypatch.setattr(attention, "compiled", lambda function: function)
+    segments = attention.OPERATOR.setting(RAGGED, HERE, torch.float32, quick=True)
+    case = attention.OPERATOR.case(segments)
     inputs = case.inputs(1)
-    run = bind(flex_attention, lambda: block_mask(shape), shape, inputs, 0.0)
+    run = layout(segments, flex, inputs, 0.0)
     out = run.forward()
     right = case.oracle(inputs, 0.0)["out"]
     assert relative_error(run.named(out, (out,) * 3)["out"], right) < 1e-5
@@ -184,10 +174,10 @@ def test_flex_attention_is_given_the_right_block_mask(bind, block_mask, monkeypa
 
 def test_the_embedding_tables_gradients_are_held_to_float32():
     """In bf16 too: a gradient rounded to bf16 is not right."""
-    case = embed_layernorm._case(0, 64, 32, 40, 0.0, torch.bfloat16, HERE, True)
+    case = select_case("embed_layernorm", "T=64,H=32,V=40,p=0", torch.bfloat16)
     found = judges(case)
     assert verify(case, case.contestants[0], found).status == RIGHT
-    rounded = changed(case.contestants[0], lambda name, x: x.bfloat16() if name == "dposition" else x)
+    rounded = changed(case.contestants[0], lambda name, x: x.bfloat16() if name == "dposition_weight" else x)
     assert verify(case, rounded, found).status == WRONG
 
 
