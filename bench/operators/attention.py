@@ -124,7 +124,7 @@ class Attention(Operator):
 OPERATOR = Attention()
 
 
-# Layouts: each binds the call that ``make(segments)`` returns, made once for the segments, to its own form of the input.
+# Layouts. Each binds the call that ``make(segments)`` returns, made once, to its own form of the inputs.
 
 
 def _call(segments: Segments, make: Make, inputs: Tensors, dropout_p: float) -> Call:

@@ -13,6 +13,8 @@ The arithmetic is not counted: memory is the limit by far.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -67,7 +69,7 @@ OPERATOR = LayerNorm()
 
 
 @OPERATOR.contestant("fusebert", role=OURS, replays_dropout=True)
-def fusebert(dropout_p: float, seed: Tensor | None = None, **tensors: Tensor) -> Tensor:
+def fusebert(dropout_p: float, seed: Tensor | None = None, **tensors: Any) -> Tensor:
     return dropout_add_layernorm(**tensors, eps=EPS, p=dropout_p, seed=seed)
 
 

@@ -23,7 +23,7 @@ from ..measure.verify import FAILED, RIGHT, Judge, Verdict, one_line, verify
 from ..report.tables import case_lines, ceiling_lines, drift_line, missing_lines, summary_lines
 from . import attention, bias_gelu, embed_layernorm, gelu_linear, layernorm, linear_gelu, mlm_loss
 
-OPERATORS = {
+OPERATORS: dict[str, Any] = {
     "attention": attention.OPERATOR,
     "layernorm": layernorm.OPERATOR,
     "mlm_loss": mlm_loss.OPERATOR,
