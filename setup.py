@@ -1,7 +1,8 @@
 """Packaging of fusebert: one import name over the folders at the top of the repository.
 
-There is no ``fusebert/`` folder: ``package_dir`` maps ``fusebert.kernels`` to ``kernels/`` and so on, in a regular and in an
-editable installation. The folder ``kernels/`` has the name of a Hugging Face package: never import it as ``kernels``.
+There is no ``fusebert/`` folder: ``package_dir`` maps ``fusebert.kernels`` to ``kernels/`` and so on, in a regular and
+in an editable installation. The folder ``kernels/`` has the name of a Hugging Face package: never import it as
+``kernels``.
 """
 
 from pathlib import Path
@@ -10,6 +11,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 FOLDERS = ["kernels", "model", "train", "bench"]
+PACKAGES = find_packages(str(ROOT), include=[*FOLDERS, *(f"{name}.*" for name in FOLDERS)])
 
 # The kernels, the encoder and `fuse` need PyTorch and Triton. Training from text also needs:
 TRAIN = [
@@ -58,7 +60,7 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.10",
-    packages=[f"fusebert.{name}" for name in find_packages(str(ROOT), include=[*FOLDERS, *(f"{name}.*" for name in FOLDERS)])],
+    packages=[f"fusebert.{name}" for name in PACKAGES],
     package_dir={f"fusebert.{name}": name for name in FOLDERS},
     package_data={
         **{f"fusebert.{name}": ["py.typed"] for name in FOLDERS},

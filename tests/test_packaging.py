@@ -100,7 +100,7 @@ for call in (register_attention, lambda: save_hf(BertForPreTraining(BertConfig.p
     assert fused == "5 2"
     assert errors == [
         "register_attention needs transformers 4.56 or newer: pip install 'transformers>=4.56'",
-        "model.safetensors needs a package: pip install safetensors",
+        "model.safetensors needs the package safetensors: pip install safetensors",
     ]
 
 

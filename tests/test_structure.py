@@ -1,4 +1,4 @@
-"""The layout that docs/architecture.md describes: which module may import which, names, packaging, public signatures."""
+"""The layout of docs/architecture.md: which module may import which, names, packaging, public signatures."""
 
 import ast
 import dataclasses
