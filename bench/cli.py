@@ -141,6 +141,7 @@ def kernels(
       embed_layernorm  T tokens, H elements of a row, V words, p dropout
     """
     from .operators import run as suite
+    from .report.terminal import show
 
     where = _device(device)
     if op is not None and op not in suite.OPERATORS:
@@ -154,7 +155,7 @@ def kernels(
     except ValueError as error:
         raise UserError(f"--peers or --shapes: {error}") from error
     result = suite.run(
-        where, chosen, op=op, shapes=shapes, peers=names, quick=quick, minutes=minutes, out=out, say=typer.echo
+        where, chosen, op=op, shapes=shapes, peers=names, quick=quick, minutes=minutes, out=out, show=show
     )
     problems = suite.ours_that_are_not_right(result)
     _fail_unless(not problems, problems)
@@ -195,13 +196,14 @@ def step(
     kernels --help") is not timed. Then a table of our step by operator, and
     the list of those that the machine would let go faster.
     """
+    from .report.terminal import show
     from .steps import step as suite
 
     where = _device(device)
     chosen = _dtype(dtype, where, TRAINING_DTYPES)
     model, tokens = _by_device(where, model, tokens, on_gpu=65536)
     settings = suite.Settings(model, tokens, seqlen, ragged, dropout, compiled, vocab_size, data)
-    result = suite.run(settings, where, chosen, quick=quick, minutes=minutes, out=out, say=typer.echo)
+    result = suite.run(settings, where, chosen, quick=quick, minutes=minutes, out=out, show=show)
     problems = suite.ours_that_are_not_right(result)
     _fail_unless(not problems, problems)
 
@@ -239,6 +241,7 @@ def train(
     """
     import os
 
+    from .report.terminal import show
     from .steps import train as suite
 
     where = _device(device)
@@ -247,7 +250,7 @@ def train(
     if workers is None:
         workers = min(8, max(1, (os.cpu_count() or 2) - 1)) if where.type == "cuda" else 0
     settings = suite.Settings(data, model, tokens, seqlen, dropout, compiled, workers, minutes)
-    result = suite.run(settings, where, chosen, out=out, say=typer.echo)
+    result = suite.run(settings, where, chosen, out=out, show=show)
     problems = suite.ours_that_are_not_right(result)
     _fail_unless(not problems, problems)
 
@@ -273,16 +276,17 @@ def parity(
     the distance of Transformers' own bf16 run. Ends with status 1 otherwise.
     """
     from ..model import BertConfig
+    from .report.terminal import show
     from .steps import parity as train_parity
 
     where = _device(device)
     chosen = _dtype(dtype, where, TRAINING_DTYPES)
     model, tokens = _by_device(where, model, tokens, on_gpu=8192)
     config = BertConfig.preset(model, vocab_size, max_position_embeddings=max(512, seqlen))
-    result = train_parity.run(config, where, chosen, steps=steps, tokens=tokens, seqlen=seqlen, out=out, say=typer.echo)
+    result = train_parity.run(config, where, chosen, steps=steps, tokens=tokens, seqlen=seqlen, out=out, show=show)
     if plot is not None:
         train_parity.plot(result, plot)
-    right: bool = result["verdict"]["right"]
+    right = result.verdict.right
     _fail_unless(right, [] if right else ["our training run departs from Transformers'"])
 
 

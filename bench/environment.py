@@ -1,6 +1,6 @@
-"""The command ``python -m fusebert.bench.environment``; the code is in `measure.environment`."""
+"""The command ``python -m fusebert.bench.environment``; the code is in `measure.machine`."""
 
-from .measure.environment import main
+from .measure.machine import main
 
 if __name__ == "__main__":
     main()

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .ceilings import Ceilings
+
 Tensors = dict[str, Tensor]
 OURS, PEER, BOUND = "ours", "peer", "bound"
 COMPILE_IS_SLOW = "left out by --quick"  # why a compiled peer is missing
@@ -74,21 +76,33 @@ class Missing:
 
 
 @dataclasses.dataclass(frozen=True)
+class Floor:
+    """The time that no implementation of a pass can go below on this machine.
+
+    Attributes:
+        flops, bytes: the pass's `Cost`.
+        floor_ms: max(FLOPs / matmul rate, bytes / copy rate), at the machine's measured rates.
+        limit: the larger of the two: "matmul" or "memory".
+    """
+
+    flops: float
+    bytes: float
+    floor_ms: float
+    limit: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Cost:
     """The least a pass must do: FLOPs of its matrix products; bytes, each input read and each output written once."""
 
     flops: float
     bytes: float
 
-    def floor_ms(self, ceilings: Mapping[str, Any]) -> float:
-        """The time below which the machine's measured rates let nobody go."""
-        by_flops = self.flops / ceilings["matmul_flops_per_s"]
-        return 1e3 * max(by_flops, self.bytes / ceilings["copy_bytes_per_s"])
-
-    def limit(self, ceilings: Mapping[str, Any]) -> str:
-        """Which of the two is the floor: "memory" or "matmul"."""
-        by_flops = self.flops / ceilings["matmul_flops_per_s"]
-        return "matmul" if by_flops > self.bytes / ceilings["copy_bytes_per_s"] else "memory"
+    def floor(self, ceilings: Ceilings) -> Floor:
+        """The least time at the rates of ``ceilings``."""
+        by_flops, by_bytes = self.flops / ceilings.matmul_flops_per_s, self.bytes / ceilings.copy_bytes_per_s
+        limit = "matmul" if by_flops > by_bytes else "memory"
+        return Floor(self.flops, self.bytes, 1e3 * max(by_flops, by_bytes), limit)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,21 +165,3 @@ def installed(package: str) -> bool:
 def leaf(x: Tensor) -> Tensor:
     """``x`` as a leaf that wants a gradient, same memory, same strides."""
     return x.detach().requires_grad_()
-
-
-__all__ = [
-    "BOUND",
-    "COMPILE_IS_SLOW",
-    "OURS",
-    "PEER",
-    "Case",
-    "Contestant",
-    "Cost",
-    "Missing",
-    "Run",
-    "Tensors",
-    "installed",
-    "leaf",
-    "matches",
-    "with_peers",
-]

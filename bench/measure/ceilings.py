@@ -7,15 +7,44 @@ linears  BERT-base's own products, forward and both gradients: at K = 768 they r
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from dataclasses import field
 
 import torch
 
 from ...train.step.flops import matmul_rate
-from .timing import Timing, Work, interleave
+from .serialise import OPTIONAL
+from .statistics import Timing
+from .timing import Work, interleave
 
 # (in features, out features) of BERT-base's linears.
 BERT_BASE_LINEARS = {"qkv": (768, 2304), "attention output": (768, 768), "ffn in": (768, 3072), "ffn out": (3072, 768)}
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearRates:
+    """FLOPs a second of BERT-base's linears over ``tokens`` rows: linear → product → rate."""
+
+    tokens: int
+    flops_per_s: dict[str, dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceilings:
+    """The machine's measured rates. ``dtype``: of the matrix products."""
+
+    copy_bytes_per_s: float
+    matmul_flops_per_s: float
+    dtype: str
+    bert_base_linears: LinearRates | None = field(default=None, metadata=OPTIONAL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Drift:
+    """Rates after a run over those before it. Below 1 the machine has become slower, and so have the figures."""
+
+    copy: float
+    matmul: float
 
 
 def _median(work: Work, device: torch.device, seconds: float) -> Timing:
@@ -28,7 +57,7 @@ def copy_rate(device: torch.device, *, seconds: float = 0.5) -> float:
     a = torch.randint(-128, 127, (size,), dtype=torch.int8, device=device)
     b = torch.empty_like(a)
     timing = _median(Work(lambda _: b.copy_(a)), device, seconds)
-    return 2 * size / (1e-3 * timing.median)
+    return 2 * size / (1e-3 * timing.median_ms)
 
 
 def linear_rates(
@@ -46,30 +75,24 @@ def linear_rates(
         }
         timings = interleave(works, device, seconds=seconds, min_rounds=3, device_time=True)
         flops = 2 * tokens * n_in * n_out
-        rates[name] = {which: flops / (1e-3 * timing.median) for which, timing in timings.items()}
+        rates[name] = {which: flops / (1e-3 * timing.median_ms) for which, timing in timings.items()}
     return rates
 
 
-def ceilings(device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> dict[str, Any]:
-    """All of the above as JSON types; ``quick`` leaves out the linears and measures for less long."""
+def measure_ceilings(device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> Ceilings:
+    """All of the above; ``quick`` leaves out the linears and measures for less long."""
     seconds = 0.1 if quick else 0.5
-    found: dict[str, Any] = {
-        "copy_bytes_per_s": copy_rate(device, seconds=seconds),
-        "matmul_flops_per_s": matmul_rate(device, dtype, seconds=seconds),
-        "dtype": str(dtype).removeprefix("torch."),
-    }
+    linears = None
+    copy, matmul = copy_rate(device, seconds=seconds), matmul_rate(device, dtype, seconds=seconds)
     if not quick and device.type == "cuda":
         tokens = 65536
-        found["bert_base_linears"] = {"tokens": tokens, "flops_per_s": linear_rates(device, dtype, tokens=tokens)}
-    return found
+        linears = LinearRates(tokens, linear_rates(device, dtype, tokens=tokens))
+    return Ceilings(copy, matmul, str(dtype).removeprefix("torch."), linears)
 
 
-def drift(before: dict[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Both rates now over those of ``before``: below 1, the machine has become slower, and so have the figures."""
-    return {
-        "copy": copy_rate(device, seconds=0.1) / before["copy_bytes_per_s"],
-        "matmul": matmul_rate(device, dtype, seconds=0.1) / before["matmul_flops_per_s"],
-    }
-
-
-__all__ = ["ceilings", "copy_rate", "drift", "linear_rates"]
+def measure_drift(before: Ceilings, device: torch.device, dtype: torch.dtype) -> Drift:
+    """Both rates now over those of ``before``."""
+    return Drift(
+        copy=copy_rate(device, seconds=0.1) / before.copy_bytes_per_s,
+        matmul=matmul_rate(device, dtype, seconds=0.1) / before.matmul_flops_per_s,
+    )

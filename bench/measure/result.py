@@ -1,80 +1,565 @@
-"""Result files: JSON, written whole or not at all, read only where this version knows what the fields mean."""
+"""Result files: a dataclass for each kind, written whole or not at all, read only where this version knows the fields.
+
+command                      kind           dataclass
+fusebert bench kernels       kernels        KernelsResult
+fusebert bench step          step           StepResult
+fusebert bench train         train          TrainResult
+fusebert bench parity        train_parity   ParityResult
+fusebert.bench.record        pretrain       PretrainResult
+fusebert.bench.aot           aot            AotResult       (the file does not name its kind)
+bench/campaign.sh            campaign       CampaignResult  (the file does not name its kind)
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import math
-import os
-import tempfile
-from collections.abc import Collection
+from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
+from ...model.atomic import replace_file
 from ...train.errors import UserError
+from .case import OURS, PEER, Floor, Missing
+from .ceilings import Ceilings, Drift
+from .correctness import Verdict
+from .machine import ClockSummary, Environment
+from .serialise import FLAT, OPTIONAL, REST, from_json, to_json
+from .statistics import Ratio, Timing
 
-SCHEMA = 1  # of the result files; raise it when a field changes its meaning
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(x) for key, x in value.items()}
-    return [_finite(x) for x in value] if isinstance(value, list | tuple) else value
+SCHEMA = 1  # raise it when a field changes its meaning
 
 
-def write_json(path: Path, result: dict[str, Any]) -> None:
+@dataclasses.dataclass(frozen=True)
+class KernelTime:
+    """A contestant's time in one pass.
+
+    Attributes:
+        ratio_to_ours: None where ours was not timed.
+        peak_bytes: most memory beyond what was held before the call; None on a CPU.
+        roofline: the pass's floor over the median.
+    """
+
+    timing: Timing
+    ratio_to_ours: Ratio | None
+    peak_bytes: int | None
+    flops_per_s: float
+    bytes_per_s: float
+    roofline: float
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTime:
+    """A contestant's training step.
+
+    Attributes:
+        tokens_per_s: real tokens.
+        mfu: model FLOPs over the measured matmul rate.
+        peak_bytes: most memory beyond weights and optimiser state; None on a CPU.
+    """
+
+    timing: Timing
+    ratio_to_ours: Ratio | None
+    tokens_per_s: float
+    mfu: float
+    micro_batches: int = 1
+    peak_bytes: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LossAtStep:
+    """The mean training loss of the steps that end with ``step``."""
+
+    step: int
+    loss: float
+
+
+@dataclasses.dataclass(frozen=True)
+class CurvePoint:
+    """How far a training run is after a turn: seconds and real tokens so far, mean loss of the turn's steps."""
+
+    seconds: float
+    step: int
+    tokens: int
+    loss: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainTime:
+    """A contestant's training run.
+
+    Attributes:
+        us_per_token: of each turn.
+        loss_at_same_step: at the last step that all contestants reached.
+        losses: of each step.
+    """
+
+    tokens_per_s: float
+    us_per_token: tuple[float, ...]
+    ratio_to_ours: Ratio | None
+    steps: int
+    tokens: int
+    loss_at_same_step: LossAtStep
+    heldout_loss: float
+    peak_bytes: int | None
+    losses: tuple[float, ...]
+    curve: tuple[CurvePoint, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ContestantResult:
+    """A contestant: its role ("ours", "peer", "bound"), its verdict and, in the subclasses, its ``time``."""
+
+    name: str
+    role: str
+    verdict: Verdict
+
+    @property
+    def is_ours(self) -> bool:
+        return self.role == OURS
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelContestant(ContestantResult):
+    """``time``: None where it was not timed."""
+
+    time: KernelTime | None = field(default=None, metadata=FLAT)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepContestant(ContestantResult):
+    """``time``: None where it was not timed."""
+
+    time: StepTime | None = field(default=None, metadata=FLAT)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainContestant(ContestantResult):
+    """``time``: None where it did not train."""
+
+    time: TrainTime | None = field(default=None, metadata=FLAT)
+
+
+@dataclasses.dataclass(frozen=True)
+class PassResult:
+    """One pass ("forward", "inference", "backward", "forward+backward") of one case, all contestants."""
+
+    op: str
+    case: str
+    pass_name: str = field(metadata={"key": "pass"})
+    dtype: str
+    shape: dict[str, Any]
+    dropout: float
+    floor: Floor = field(metadata=FLAT)
+    contestants: tuple[KernelContestant, ...]
+    missing: tuple[Missing, ...]
+
+    @property
+    def ours(self) -> KernelContestant | None:
+        """The first of our contestants."""
+        return next((x for x in self.contestants if x.is_ours), None)
+
+    @property
+    def fastest_peer(self) -> KernelContestant | None:
+        """Of the peers that were timed."""
+        timed = [(x.time.timing.median_ms, x) for x in self.contestants if x.role == PEER and x.time]
+        return min(timed, key=lambda pair: pair[0])[1] if timed else None
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfiledOperator:
+    """An operator's share of a step. ``roofline``: floor / time; ``share``: of the time in operators."""
+
+    name: str
+    calls: float
+    ms: float
+    floor: Floor = field(metadata=FLAT)
+    roofline: float | None
+    share: float | None
+
+    @property
+    def lost_ms(self) -> float:
+        """Time beyond the floor."""
+        return self.ms - self.floor.floor_ms
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """A step by operator, slowest first. ``ms``: wall-clock time under the profiler; ``operator_ms``: in operators."""
+
+    ms: float
+    operator_ms: float
+    operators: tuple[ProfiledOperator, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelsSettings:
+    """Options of ``fusebert bench kernels``."""
+
+    op: str | None
+    dtype: str
+    quick: bool
+    minutes: float | None
+    shapes: str | None = None
+    peers: tuple[str, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSettings:
+    """Options of ``fusebert bench step``. ``data``: the corpus's folder; None for random examples."""
+
+    model: str
+    tokens: int
+    seqlen: int
+    ragged: bool
+    dropout: float
+    compiled: bool
+    vocab_size: int
+    compute_dtype: str
+    quick: bool
+    minutes: float | None
+    data: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """Options of ``fusebert bench train``. ``data``: the name of the corpus's folder."""
+
+    data: str
+    model: str
+    tokens: int
+    seqlen: int
+    dropout: float
+    compiled: bool
+    workers: int
+    minutes: float
+    compute_dtype: str
+    lr: float
+    vocab_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ParitySettings:
+    """Options of ``fusebert bench parity``."""
+
+    layers: int
+    hidden_size: int
+    vocab_size: int
+    compute_dtype: str
+    steps: int
+    tokens: int
+    seqlen: int
+    ragged: bool
+    dropout: float
+
+
+@dataclasses.dataclass(frozen=True)
+class StepBatch:
+    """Means over a step's batches. ``tokens``: real ones; ``padding_for_transformers``: share of padding in [B, N]."""
+
+    tokens: float
+    sequences: float
+    masked: float
+    padding_for_transformers: float
+    flops: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ParityRun:
+    """A training run of `ParityResult`: the loss of each step."""
+
+    losses: tuple[float, ...]
+    tokens_per_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ParityVerdict:
+    """Whether our losses follow the float32 run. One of the two allowances is None.
+
+    Attributes:
+        mean_drift, largest_drift: of |loss − loss₃₂| / loss₃₂ over the steps.
+    """
+
+    mean_drift: float
+    largest_drift: float
+    right: bool
+    allowed_largest_drift: float | None = field(default=None, metadata=OPTIONAL)
+    allowed_mean_drift: float | None = field(default=None, metadata=OPTIONAL)
+
+    @property
+    def criterion(self) -> tuple[str, float, float]:
+        """What decides: ("mean" or "largest", the drift, the drift that is allowed)."""
+        if self.allowed_mean_drift is not None:
+            return "mean", self.mean_drift, self.allowed_mean_drift
+        return "largest", self.largest_drift, self.allowed_largest_drift or 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusSummary:
+    """The corpus that a pretraining run read."""
+
+    vocab_size: int
+    train_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Held-out figures of `train.run.evaluate`. ``mlm_loss`` in nats; ``nsp_accuracy`` None without sentence pairs."""
+
+    mlm_loss: float
+    mlm_accuracy: float
+    nsp_accuracy: float | None
+    others: dict[str, Any] = field(default_factory=dict, metadata=REST)
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainReport:
+    """What a report needs of ``fusebert pretrain``'s report.json; ``others`` keeps the rest of it."""
+
+    model: str
+    parameters: int
+    precision: str
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    unigram_entropy: float
+    before: HeldOut
+    after: HeldOut
+    verdict: str
+    others: dict[str, Any] = field(default_factory=dict, metadata=REST)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AotAbout:
+    """How kernels were compiled: date, architecture ("sm_90"), versions, hash of attention's sources."""
+
+    date: str
+    arch: str
+    triton: str
+    attention_sources: str | None = field(default=None, metadata=OPTIONAL)
+    torch: str
+    timed: str | None = field(default=None, metadata=OPTIONAL)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompiledKernel:
+    """A kernel as the compiler made it. Bytes are bytes, registers are a thread's.
+
+    Attributes:
+        tile: BLOCK_M and BLOCK_N, of those that the kernel has.
+        instructions: in the SASS.
+        limited_by: what runs out first in a multiprocessor: "registers", "shared memory", "warps", …
+        matrix: "9 HGMMA": matrix instructions in the code.
+        loads_128, stores_128: memory instructions of 128 bits.
+        problems: in words.
+    """
+
+    case: str
+    kernel: str
+    tile: list[int] | None = None
+    warps: int
+    stages: int
+    instructions: int | None = field(default=None, metadata=OPTIONAL)
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    tensor_memory_columns: int | None = field(default=None, metadata=OPTIONAL)
+    blocks_per_multiprocessor: int
+    limited_by: str | None = field(default=None, metadata=OPTIONAL)
+    matrix: str | None
+    loads_128: int
+    stores_128: int
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stage of a campaign."""
+
+    stage: str
+    exit_status: int
+    seconds: int
+
+
+@dataclasses.dataclass
+class Result:
+    """What all results share: the name of their kind, and whether their files carry it."""
+
+    kind: ClassVar[str]
+    names_its_kind: ClassVar[bool] = True
+
+
+@dataclasses.dataclass
+class KernelsResult(Result):
+    """Of ``fusebert bench kernels``; it grows while the benchmark runs.
+
+    Attributes:
+        left_out: cases for which there was no time. did_not_fit: cases for which there was no memory.
+        seconds: None where the run was cut short.
+        nvidia_smi_after: as `GPU.nvidia_smi`, after the run.
+    """
+
+    kind = "kernels"
+    environment: Environment
+    settings: KernelsSettings
+    ceilings: Ceilings
+    results: list[PassResult] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    did_not_fit: list[str] = field(default_factory=list)
+    clocks: ClockSummary | None = field(default=None, metadata=OPTIONAL)
+    ceilings_drift: Drift | None = field(default=None, metadata=OPTIONAL)
+    seconds: float | None = field(default=None, metadata=OPTIONAL)
+    nvidia_smi_after: dict[str, str] | None = None
+
+
+@dataclasses.dataclass
+class StepResult(Result):
+    """Of ``fusebert bench step``. ``left_out``: contestants for which there was no time."""
+
+    kind = "step"
+    environment: Environment
+    settings: StepSettings
+    ceilings: Ceilings
+    batch: StepBatch
+    contestants: list[StepContestant]
+    left_out: list[str]
+    seconds: float
+    profile: Profile | None = None
+    nvidia_smi_after: dict[str, str] | None = None
+
+
+@dataclasses.dataclass
+class TrainResult(Result):
+    """Of ``fusebert bench train``. ``unigram_entropy``: of the corpus, in nats."""
+
+    kind = "train"
+    environment: Environment
+    settings: TrainSettings
+    unigram_entropy: float
+    contestants: list[TrainContestant]
+    seconds: float
+    clocks: ClockSummary | None = None
+    nvidia_smi_after: dict[str, str] | None = None
+
+
+@dataclasses.dataclass
+class ParityResult(Result):
+    """Of ``fusebert bench parity``. ``runs``: ours first."""
+
+    kind = "train_parity"
+    environment: Environment
+    settings: ParitySettings
+    runs: dict[str, ParityRun]
+    verdict: ParityVerdict
+    speed_up: float
+    nvidia_smi_after: dict[str, str] | None = None
+
+
+@dataclasses.dataclass
+class PretrainResult(Result):
+    """Of a finished ``fusebert pretrain``. ``settings`` and ``shape`` are as its log has them."""
+
+    kind = "pretrain"
+    environment: Environment
+    settings: dict[str, Any]
+    shape: dict[str, Any]
+    corpus: CorpusSummary
+    report: PretrainReport
+
+
+@dataclasses.dataclass
+class AotResult(Result):
+    """Of ``python -m fusebert.bench.aot``: what the compiler makes of every kernel for one architecture."""
+
+    kind = "aot"
+    names_its_kind = False
+    about: AotAbout
+    kernels: list[CompiledKernel]
+
+
+@dataclasses.dataclass
+class CampaignResult(Result):
+    """Of bench/campaign.sh. ``gaps``: what could not run, and the reason."""
+
+    kind = "campaign"
+    names_its_kind = False
+    commit: str | None
+    seconds: int
+    stages: list[Stage]
+    gaps: list[str] = field(default_factory=list)
+
+
+ALL_KINDS: tuple[type[Result], ...] = (
+    AotResult,
+    CampaignResult,
+    KernelsResult,
+    ParityResult,
+    PretrainResult,
+    StepResult,
+    TrainResult,
+)
+R = TypeVar("R", bound=Result)
+
+
+def result_json(result: Result) -> dict[str, Any]:
+    """``result`` as JSON types."""
+    about = {"schema": SCHEMA, "kind": result.kind} if result.names_its_kind else {}
+    found: dict[str, Any] = about | to_json(result)
+    return found
+
+
+def write_result(path: Path, result: Result) -> None:
     """Write ``result`` to ``path``, replacing it in one step, so that a run cut short leaves its last whole state."""
+    content = result_json(result)
+    if isinstance(result, AotResult):  # a kernel a line, so that a diff shows which kernels changed
+        lines = ",\n".join(json.dumps(kernel, allow_nan=False) for kernel in content["kernels"])
+        text = f'{{"about": {json.dumps(content["about"])}, "kernels": [\n{lines}\n]}}\n'
+    else:
+        text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_finite(result), indent=1, allow_nan=False) + "\n"
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(temporary).chmod(0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replace_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
-def _kind(result: Any) -> str | None:
-    """What a file says it is; two of the first kinds say it by their fields alone."""
-    if not isinstance(result, dict):
+def _kind(content: Any) -> str | None:
+    if not isinstance(content, dict):
         return None
-    for kind, fields in (("aot", ("about", "kernels")), ("campaign", ("stages", "seconds"))):
-        if "kind" not in result and all(name in result for name in fields):
+    for kind, fields in ((AotResult.kind, ("about", "kernels")), (CampaignResult.kind, ("stages", "seconds"))):
+        if "kind" not in content and all(name in content for name in fields):
             return kind
-    return result.get("kind")
+    return content.get("kind")
 
 
-def read_result(path: Path, kinds: Collection[str]) -> dict[str, Any]:
-    """The result in ``path``, with its "kind" filled in.
+def read_result(path: Path, *kinds: type[R]) -> R:
+    """The result in ``path``.
 
     Args:
         kinds: those that the caller can use.
 
     Raises:
-        UserError: there is no such file, it is no result file, of another kind, or of another version.
+        UserError: there is no such file; or it is not a result file, not whole, of another kind or version.
     """
+    give = "give a file that fusebert bench ... --out wrote"
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give a file that fusebert bench ... --out wrote") from error
+        raise UserError(f"{path}: {error.strerror}; {give}") from error
     except ValueError as error:  # not UTF-8, not JSON
-        raise UserError(f"{path}: not JSON ({error}); give a file that fusebert bench ... --out wrote") from error
-    kind = _kind(result)
+        raise UserError(f"{path}: not JSON ({error}); {give}") from error
+    kind = _kind(content)
     if kind is None:
-        raise UserError(f"{path}: not a result file; give one that fusebert bench ... --out wrote")
-    if kind not in kinds:
-        raise UserError(f"{path}: holds a result of kind {kind!r}; this takes {', '.join(sorted(kinds))}")
-    schema = result.get("schema", SCHEMA)
+        raise UserError(f"{path}: not a result file; {give}")
+    chosen = next((each for each in kinds if each.kind == kind), None)
+    if chosen is None:
+        allowed = ", ".join(sorted(each.kind for each in kinds))
+        raise UserError(f"{path}: holds a result of kind {kind!r}; this command takes {allowed}")
+    schema = content.get("schema", SCHEMA)
     if schema != SCHEMA:
         raise UserError(
             f"{path}: written as version {schema!r} of the result files; this fusebert reads version {SCHEMA}"
         )
-    return {**result, "kind": kind}
-
-
-__all__ = ["SCHEMA", "read_result", "write_json"]
+    try:
+        return from_json(chosen, content)
+    except ValueError as error:
+        raise UserError(f"{path}: not a whole {kind} result: {error}") from error

@@ -107,6 +107,3 @@ def parse(text: str, keys: Mapping[str, Key]) -> list[Shape]:
     if not shapes:
         raise ValueError(f"shapes are written N=128,D=64; N=512, not {text!r}")
     return shapes
-
-
-__all__ = ["Key", "Operator", "Shape", "Value", "parse"]

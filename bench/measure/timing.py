@@ -22,11 +22,12 @@ import gc
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
+
+from .statistics import Timing
 
 WARMUP_CALLS = 3
 LONGEST_LEAD_MS = 20.0  # of the host over the device
@@ -51,79 +52,6 @@ class Work:
     prepare: Callable[[int], Any] = lambda index: index
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     max_calls: int = MAX_CALLS_PER_BURST
-
-
-@dataclasses.dataclass(frozen=True)
-class Timing:
-    """Milliseconds a call, one figure a round, in the order of the rounds.
-
-    Attributes:
-        samples: from the clock that counts (GPU: device time between events).
-        host: what the host needed to issue a call; where it is about as long as ``samples``, the host is the limit.
-        calls: calls in a burst.
-    """
-
-    samples: tuple[float, ...]
-    host: tuple[float, ...]
-    calls: int
-
-    @property
-    def median(self) -> float:
-        """Milliseconds."""
-        return float(np.median(self.samples))
-
-    @property
-    def spread(self) -> float:
-        """(90th − 10th percentile) / median."""
-        low, high = np.quantile(self.samples, (0.1, 0.9))
-        return float((high - low) / self.median)
-
-    @property
-    def host_bound(self) -> bool:
-        """Whether issuing the calls takes as long as running them (never on a CPU, where the two are one)."""
-        return self.host != self.samples and float(np.median(self.host)) >= 0.95 * self.median
-
-    def as_json(self) -> dict[str, Any]:
-        """Summary and samples, for a result file."""
-        low, high = np.quantile(self.samples, (0.1, 0.9))
-        return {
-            "median_ms": self.median,
-            "p10_ms": float(low),
-            "p90_ms": float(high),
-            "spread": self.spread,
-            "rounds": len(self.samples),
-            "calls_per_round": self.calls,
-            "host_median_ms": float(np.median(self.host)),
-            "host_bound": self.host_bound,
-            "samples_ms": [round(x, 6) for x in self.samples],
-        }
-
-
-@dataclasses.dataclass(frozen=True)
-class Ratio:
-    """How many times longer one contestant takes than another, with a 95 % interval."""
-
-    median: float
-    low: float
-    high: float
-
-
-def ratio(numerator: Sequence[float], denominator: Sequence[float], *, resamples: int = 2000) -> Ratio:
-    """Median over the rounds of numerator / denominator, and its 95 % bootstrap interval.
-
-    Args:
-        numerator, denominator: samples of the same rounds, in the same order.
-
-    Raises:
-        ValueError: they are empty or differ in length.
-    """
-    if len(numerator) != len(denominator) or not numerator:
-        raise ValueError(f"both need the same rounds, at least one; got {len(numerator)} and {len(denominator)}")
-    ratios = np.asarray(numerator, dtype=np.float64) / np.asarray(denominator, dtype=np.float64)
-    rng = np.random.default_rng(0)  # the same samples give the same interval
-    medians = np.median(ratios[rng.integers(0, len(ratios), (resamples, len(ratios)))], axis=1)
-    low, high = np.quantile(medians, (0.025, 0.975))
-    return Ratio(float(np.median(ratios)), float(low), float(high))
 
 
 def l2_bytes(device: torch.device) -> int:
@@ -232,9 +160,6 @@ def interleave(
                 n = burst_calls[name]
                 samples[name].append(stopwatch.burst(works[name], done * n, n, lead_ms[name]))
     return {
-        name: Timing(tuple(s for s, _ in pairs), tuple(h for _, h in pairs), burst_calls[name])
+        name: Timing.of([s for s, _ in pairs], [h for _, h in pairs], burst_calls[name])
         for name, pairs in samples.items()
     }
-
-
-__all__ = ["Ratio", "Timing", "Work", "interleave", "l2_bytes", "ratio"]

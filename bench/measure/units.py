@@ -29,6 +29,3 @@ def rate(limit: str, row: dict[str, Any]) -> str:
 def interval(against: dict[str, float] | None) -> str:
     """A ratio and its 95 % interval; nothing where there is none."""
     return "" if against is None else f"{against['median']:.2f} [{against['low']:.2f}, {against['high']:.2f}]"
-
-
-__all__ = ["interval", "milliseconds", "rate", "size"]

@@ -1,67 +1,14 @@
-"""Right before fast: every contestant's result and gradients against the float64 oracle, on fresh random inputs.
-
-The rule is the test-suite's: a tensor is right when ‖x − oracle‖ / ‖oracle‖ is at most twice the error of plain PyTorch
-at the same dtype on the same inputs, or twice the rounding of the oracle to the dtype of PyTorch's result where that is
-larger (for a single number, whose own rounding is luck: the dtype's unit roundoff). Up to 8 times is "coarse": timed,
-and said so. Beyond that, or not finite, or of the wrong shape, is "wrong": not timed.
-"""
+"""Verifies contestants: result and gradients against the float64 oracle, on fresh random inputs (see `correctness`)."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from .case import BOUND, Case, Contestant, Tensors
-
-RIGHT_FACTOR, COARSE_FACTOR = 2.0, 8.0
-RIGHT, COARSE, WRONG, FAILED, UNCHECKED = "right", "coarse", "wrong", "failed", "unchecked"
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """How right a contestant is.
-
-    Attributes:
-        status: "right", "coarse", "wrong", "failed" (it raised) or "unchecked" (a bound computes no result).
-        errors: relative error to the oracle of the result and of each gradient.
-        versus_torch: the largest of errors / PyTorch's.
-        detail: what is wrong, in a line; empty when nothing is.
-    """
-
-    status: str
-    errors: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    versus_torch: float = math.nan
-    detail: str = ""
-
-    @property
-    def may_be_timed(self) -> bool:
-        return self.status in (RIGHT, COARSE, UNCHECKED)
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "status": self.status,
-            "errors": dict(self.errors),
-            "error_versus_torch": None if math.isnan(self.versus_torch) else self.versus_torch,
-            "detail": self.detail,
-        }
-
-
-def relative_error(actual: Tensor, oracle: Tensor) -> float:
-    """‖actual − oracle‖ / ‖oracle‖ in float64; NaN when ``actual`` is not finite."""
-    difference = torch.linalg.vector_norm(actual.detach().double() - oracle)
-    return float(difference / torch.linalg.vector_norm(oracle).clamp_min(torch.finfo(torch.float64).tiny))
-
-
-def _rounding(right: Tensor, dtype: torch.dtype) -> float:
-    unit_roundoff = torch.finfo(dtype).eps / 2
-    if right.numel() == 1:
-        return unit_roundoff
-    return relative_error(right.to(dtype), right) or unit_roundoff  # where dtype happens to hold it exactly
+from .correctness import FAILED, RIGHT, UNCHECKED, WRONG, Verdict, allowance, relative_error, status
 
 
 def one_line(error: Exception) -> str:
@@ -77,10 +24,7 @@ class Judge:
         self.inputs, self.dropout_p = inputs, dropout_p
         self.oracle = case.oracle(inputs, dropout_p)
         plain = case.yardstick(inputs, dropout_p)
-        self.allowance = {
-            name: max(relative_error(plain[name], right), _rounding(right, plain[name].dtype))
-            for name, right in self.oracle.items()
-        }
+        self.allowance = {name: allowance(plain[name], right) for name, right in self.oracle.items()}
 
     def judge(self, results: Tensors) -> Verdict:
         """Compare a contestant's named results."""
@@ -96,9 +40,9 @@ class Judge:
         if infinite:
             return Verdict(WRONG, errors, math.nan, f"not finite: {', '.join(infinite)}")
         worst = max(ratios, key=lambda name: ratios[name])
-        status = RIGHT if ratios[worst] <= RIGHT_FACTOR else COARSE if ratios[worst] <= COARSE_FACTOR else WRONG
-        detail = "" if status == RIGHT else f"{worst} is {ratios[worst]:.1f} times as far from float64 as PyTorch"
-        return Verdict(status, errors, ratios[worst], detail)
+        found = status(ratios[worst])
+        detail = "" if found == RIGHT else f"{worst} is {ratios[worst]:.1f} times as far from float64 as PyTorch"
+        return Verdict(found, errors, ratios[worst], detail)
 
 
 def poison(like: Tensors) -> None:
@@ -133,20 +77,3 @@ def verify(case: Case, contestant: Contestant, judges: Mapping[float, Judge]) ->
     except Exception as error:  # a peer may raise anything: it is out of the race, the race goes on
         return Verdict(FAILED, detail=one_line(error))
     return verdict
-
-
-__all__ = [
-    "COARSE",
-    "COARSE_FACTOR",
-    "FAILED",
-    "RIGHT",
-    "RIGHT_FACTOR",
-    "UNCHECKED",
-    "WRONG",
-    "Judge",
-    "Verdict",
-    "one_line",
-    "poison",
-    "relative_error",
-    "verify",
-]

@@ -12,15 +12,21 @@ from typing import Any
 
 import torch
 
-from ..measure.case import OURS, PEER, Case, Contestant, Cost, Run, Tensors, matches, with_peers
-from ..measure.ceilings import ceilings as measure_ceilings
-from ..measure.ceilings import drift
-from ..measure.clocks import Clocks, clock_lines
-from ..measure.environment import describe, environment, nvidia_smi
-from ..measure.result import SCHEMA, write_json
-from ..measure.timing import Ratio, Timing, Work, interleave, l2_bytes, ratio
-from ..measure.verify import FAILED, RIGHT, Judge, Verdict, one_line, verify
-from ..report.tables import case_lines, ceiling_lines, drift_line, missing_lines, summary_lines
+from ..measure.case import OURS, PEER, Case, Contestant, Floor, Run, Tensors, matches, with_peers
+from ..measure.ceilings import Ceilings, measure_ceilings, measure_drift
+from ..measure.correctness import FAILED, RIGHT, Verdict
+from ..measure.machine import Clocks, environment, nvidia_smi
+from ..measure.result import (
+    KernelContestant,
+    KernelsResult,
+    KernelsSettings,
+    KernelTime,
+    PassResult,
+    write_result,
+)
+from ..measure.statistics import Ratio, Timing, ratio
+from ..measure.timing import Work, interleave, l2_bytes
+from ..measure.verify import Judge, one_line, verify
 from . import attention, bias_gelu, embed_layernorm, gelu_linear, layernorm, linear_gelu, mlm_loss
 
 OPERATORS: dict[str, Any] = {
@@ -148,30 +154,19 @@ def _peak_bytes(timed: Work, device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def _contestant_json(
-    contestant: Contestant,
-    verdict: Verdict,
-    timing: Timing | None,
-    against: Ratio | None,
-    peak_bytes: int | None,
-    cost: Cost,
-    ceilings: dict[str, Any],
-) -> dict[str, Any]:
-    found: dict[str, Any] = {"name": contestant.name, "role": contestant.role, "verdict": verdict.as_json()}
-    if timing is not None:
-        seconds = 1e-3 * timing.median
-        found |= {
-            "timing": timing.as_json(),
-            "ratio_to_ours": None if against is None else dataclasses.asdict(against),
-            "peak_bytes": peak_bytes,
-            "flops_per_s": cost.flops / seconds,
-            "bytes_per_s": cost.bytes / seconds,
-            "roofline": cost.floor_ms(ceilings) / timing.median,
-        }
-    return found
+def _time(timing: Timing, against: Ratio | None, peak_bytes: int | None, floor: Floor) -> KernelTime:
+    seconds = 1e-3 * timing.median_ms
+    return KernelTime(
+        timing=timing,
+        ratio_to_ours=against,
+        peak_bytes=peak_bytes,
+        flops_per_s=floor.flops / seconds,
+        bytes_per_s=floor.bytes / seconds,
+        roofline=floor.floor_ms / timing.median_ms,
+    )
 
 
-def run_case(case: Case, ceilings: dict[str, Any], *, effort: _Effort = FULL) -> list[dict[str, Any]]:
+def run_case(case: Case, ceilings: Ceilings, *, effort: _Effort = FULL) -> list[PassResult]:
     """Verify a case's contestants, time those that are right, pass by pass; a result for each pass."""
     torch.compiler.reset()  # compiled peers count their recompilations per function, over all cases
     inputs = case.inputs(12345)
@@ -202,27 +197,26 @@ def run_case(case: Case, ceilings: dict[str, Any], *, effort: _Effort = FULL) ->
             rounds = effort.max_rounds
             timings = interleave(works, case.device, seconds=seconds, max_rounds=rounds, device_time=True)
         ours = next((c.name for c in case.contestants if c.role == OURS and c.name in timings), None)
+        floor = cost.floor(ceilings)
         rows = []
         for contestant in case.contestants:
-            timing = timings.get(contestant.name)
-            against = ratio(timing.samples, timings[ours].samples) if timing and ours else None
-            verdict, peak = verdicts[contestant.name], peaks.get(contestant.name)
-            rows.append(_contestant_json(contestant, verdict, timing, against, peak, cost, ceilings))
+            timing, found = timings.get(contestant.name), None
+            if timing is not None:
+                against = ratio(timing.samples_ms, timings[ours].samples_ms) if ours else None
+                found = _time(timing, against, peaks[contestant.name], floor)
+            rows.append(KernelContestant(contestant.name, contestant.role, verdicts[contestant.name], found))
         results.append(
-            {
-                "op": case.op,
-                "case": case.name,
-                "pass": name,
-                "dtype": str(case.dtype).removeprefix("torch."),
-                "shape": dict(case.shape),
-                "dropout": case.dropout_p,
-                "flops": cost.flops,
-                "bytes": cost.bytes,
-                "floor_ms": cost.floor_ms(ceilings),
-                "limit": cost.limit(ceilings),
-                "contestants": rows,
-                "missing": [dataclasses.asdict(gap) for gap in case.missing],
-            }
+            PassResult(
+                op=case.op,
+                case=case.name,
+                pass_name=name,
+                dtype=str(case.dtype).removeprefix("torch."),
+                shape=dict(case.shape),
+                dropout=case.dropout_p,
+                floor=floor,
+                contestants=tuple(rows),
+                missing=case.missing,
+            )
         )
     return results
 
@@ -237,15 +231,15 @@ def run(
     quick: bool = False,
     minutes: float | None = None,
     out: Path | None = None,
-    say: Callable[[str], None] = print,
-) -> dict[str, Any]:
-    """Run the benchmark, print each case's table as it is measured, and return (and write) the result.
+    show: Callable[[Any], None] = print,
+) -> KernelsResult:
+    """Run the benchmark, show each pass as it is measured, and return (and write) the result.
 
     Args:
         op, shapes, peers: as in `select_cases`.
         minutes: begin no case that would end later; the most valuable come first, and what is left out is named.
         out: written after every case, so that a run cut short leaves what it had.
-        say: takes each piece of output.
+        show: takes each record as it is made: environment, ceilings, passes, the result; and remarks, as text.
 
     Raises:
         ValueError: as `select_cases`.
@@ -253,73 +247,59 @@ def run(
     begin = time.monotonic()
     selected = select_cases(op, device, dtype, quick=quick, shapes=shapes, peers=peers)
     where = environment(device)
-    say(describe(where))
+    show(where)
     limits = measure_ceilings(device, dtype, quick=quick)
-    say("\n".join(ceiling_lines(limits)))
-    result: dict[str, Any] = {
-        "schema": SCHEMA,
-        "kind": "kernels",
-        "environment": where,
-        "settings": {
-            "op": op,
-            "shapes": shapes,
-            "peers": None if peers is None else list(peers),
-            "dtype": str(dtype).removeprefix("torch."),
-            "quick": quick,
-            "minutes": minutes,
-        },
-        "ceilings": limits,
-        "results": [],
-        "left_out": [],
-        "did_not_fit": [],
-    }
+    show(limits)
+    settings = KernelsSettings(
+        op=op,
+        dtype=str(dtype).removeprefix("torch."),
+        quick=quick,
+        minutes=minutes,
+        shapes=shapes,
+        peers=None if peers is None else tuple(peers),
+    )
+    result = KernelsResult(where, settings, limits)
     longest: dict[str, float] = {}  # seconds a case of an operator has taken at most
     with Clocks(device) as clocks:
         for i, case in enumerate(selected):
             started = time.monotonic()
             expected = longest.get(case.op, 0.0)
             if i and minutes is not None and started + expected - begin > 60 * minutes:
-                result["left_out"].append(f"{case.op} {case.name}")
+                result.left_out.append(f"{case.op} {case.name}")
                 continue
             try:
                 passes = run_case(case, limits, effort=QUICK if quick else FULL)
             except torch.OutOfMemoryError as error:  # the oracle, in float64: the others go on
-                say(f"\n{case.op} {case.name}: not measured: {one_line(error)}")
-                result["did_not_fit"].append(f"{case.op} {case.name}")
+                show(f"\n{case.op} {case.name}: not measured: {one_line(error)}")
+                result.did_not_fit.append(f"{case.op} {case.name}")
                 passes = []
-            result["results"] += passes
+            result.results += passes
             for measured in passes:
-                say("\n".join(case_lines(measured)))
-            if case.missing:
-                say("\n".join(missing_lines(case.missing)))
+                show(measured)
+            for gap in case.missing:
+                show(gap)
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             longest[case.op] = max(expected, time.monotonic() - started)
             if out is not None:
-                write_json(out, result)
-    result["clocks"] = clocks.found
-    result["ceilings_drift"] = drift(limits, device, dtype)
-    result["seconds"] = time.monotonic() - begin
-    result["nvidia_smi_after"] = nvidia_smi(device) if device.type == "cuda" else None
+                write_result(out, result)
+    result.clocks = clocks.found
+    result.ceilings_drift = measure_drift(limits, device, dtype)
+    result.seconds = time.monotonic() - begin
+    result.nvidia_smi_after = nvidia_smi(device)
     if out is not None:
-        write_json(out, result)
-    say("\n".join(summary_lines(result["results"])))
-    say("\n".join([*clock_lines(clocks.found), drift_line(result["ceilings_drift"])]))
-    if result["left_out"]:
-        say(f"Left out for want of time ({minutes} minutes): {'; '.join(result['left_out'])}")
+        write_result(out, result)
+    show(result)
     return result
 
 
-def ours_that_are_not_right(result: dict[str, Any]) -> list[str]:
+def ours_that_are_not_right(result: KernelsResult) -> list[str]:
     """Our own contestants that broke the rule, with what is wrong: this fails a run."""
     found = []
-    for measured in result["results"]:
-        for row in measured["contestants"]:
-            if row["role"] == OURS and row["verdict"]["status"] != RIGHT:
-                problem = f"{measured['op']} {measured['case']}: {row['name']} is {row['verdict']['status']}"
-                found.append(f"{problem} ({row['verdict']['detail']})")
+    for measured in result.results:
+        for row in measured.contestants:
+            if row.role == OURS and row.verdict.status != RIGHT:
+                problem = f"{measured.op} {measured.case}: {row.name} is {row.verdict.status}"
+                found.append(f"{problem} ({row.verdict.detail})")
     return list(dict.fromkeys(found))
-
-
-__all__ = ["OPERATORS", "input_sets", "ours_that_are_not_right", "run", "run_case", "select_cases", "work"]

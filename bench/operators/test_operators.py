@@ -19,7 +19,9 @@ import pytest
 import torch
 
 from ..measure.case import OURS, Case
-from ..measure.verify import RIGHT, Judge, verify
+from ..measure.correctness import RIGHT
+from ..measure.serialise import to_json
+from ..measure.verify import Judge, verify
 from . import run as kernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -79,7 +81,7 @@ def test_operator(name: str, which: str, contestant_name: str, benchmark: Any) -
     cost = case.passes[which]
     benchmark.group = f"{name} {which}"
     benchmark.extra_info.update(
-        calls_per_round=CALLS, flops=cost.flops, bytes=cost.bytes, shape=dict(case.shape), verdict=verdict.as_json()
+        calls_per_round=CALLS, flops=cost.flops, bytes=cost.bytes, shape=dict(case.shape), verdict=to_json(verdict)
     )
     with timed.context():
         benchmark.pedantic(burst, setup=prepare, rounds=ROUNDS, warmup_rounds=WARMUP_ROUNDS)

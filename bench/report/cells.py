@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from ..measure.correctness import RIGHT, UNCHECKED
 from ..measure.units import interval, milliseconds, size
-from ..measure.verify import RIGHT, UNCHECKED
 from .blocks import Cell, Text
 from .tables import ceiling_lines
 

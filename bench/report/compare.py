@@ -28,15 +28,14 @@ import numpy as np
 
 from ...train.errors import UserError
 from ..measure.case import OURS
-from ..measure.result import read_result
-from ..measure.timing import Ratio
+from ..measure.correctness import COARSE, RIGHT, UNCHECKED
+from ..measure.result import KernelsResult, Result, StepResult, TrainResult, read_result, result_json
+from ..measure.statistics import Ratio, ratio_of_runs
 from ..measure.units import interval, milliseconds
-from ..measure.verify import COARSE, RIGHT, UNCHECKED
 from .tables import columns
 
-RESAMPLES = 10000
 CONFIDENCE = 0.95  # in all rows of a table together
-KINDS = ("kernels", "step", "train")
+KINDS: tuple[type[Result], ...] = (KernelsResult, StepResult, TrainResult)
 TRAIN_SETTINGS = ("data", "model", "tokens", "seqlen", "dropout", "workers", "vocab_size", "compute_dtype")
 STEP_SETTINGS = ("model", "tokens", "seqlen", "ragged", "dropout", "vocab_size", "compute_dtype")
 
@@ -114,18 +113,6 @@ def machine_factors(others: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np
         for which in (0, 1)
     )
     return old, new
-
-
-def ratio_of_runs(old: np.ndarray, new: np.ndarray, confidence: float = CONFIDENCE) -> Ratio:
-    """Median of ``new`` over median of ``old``, with its bootstrap interval; the rounds are not paired."""
-    rng = np.random.default_rng(0)  # the same samples give the same interval
-
-    def medians(samples: np.ndarray) -> np.ndarray:
-        return np.median(samples[rng.integers(0, len(samples), (RESAMPLES, len(samples)))], axis=1)
-
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(medians(new) / medians(old), (tail, 1 - tail))
-    return Ratio(float(np.median(new) / np.median(old)), float(low), float(high))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,7 +263,7 @@ def run(old: Path, new: Path, *, threshold: float, say: Callable[[str], None] = 
     Raises:
         UserError: a file is not a result of kernels, step or train, or the two can not be compared.
     """
-    results = [read_result(path, KINDS) for path in (old, new)]
+    results = [result_json(read_result(path, *KINDS)) for path in (old, new)]
     try:
         findings, remarks = compare(*results, threshold=threshold)
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
@@ -296,6 +283,3 @@ def run(old: Path, new: Path, *, threshold: float, say: Callable[[str], None] = 
     if count["unclear"]:
         say(f"unclear: noise hides whether it is more than {100 * threshold:g} % slower; measure longer, undisturbed")
     return not failed
-
-
-__all__ = ["Finding", "compare", "judge", "machine_factors", "ratio_of_runs", "run"]

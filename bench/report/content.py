@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from ..measure.environment import describe
+from ..measure.machine import Environment
+from ..measure.serialise import from_json
 from .blocks import Figure, Section, Text
 from .cells import CPU_WARNING, Source
 from .kernels import kernels_section
@@ -36,7 +37,7 @@ def section(source: Source, figures: Sequence[Figure]) -> Section:
     where = source.result.get("environment")
     lines = [Text(f"From {source.path.name}.")]
     if where:
-        first, *others = describe(where).splitlines()
+        first, *others = from_json(Environment, where).describe().splitlines()
         lines = [Text(f"From {source.path.name}: {first}"), *map(Text, others)]
     return dataclasses.replace(found, blocks=(*lines, *found.blocks))
 

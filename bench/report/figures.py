@@ -24,8 +24,9 @@ from pathlib import Path
 
 from ...train.errors import UserError
 from ..measure.case import OURS, PEER
-from ..measure.environment import describe
-from ..measure.result import read_result
+from ..measure.machine import Environment
+from ..measure.result import ALL_KINDS, read_result, result_json
+from ..measure.serialise import from_json
 from ..measure.units import interval
 from .blocks import Row, row, table
 from .cells import Source
@@ -48,7 +49,7 @@ def _linked(sources: Sequence[Source]) -> list[str]:
     """Where the figures above it come from: a line a file, and once for all what they were measured on."""
     machines: dict[str, list[str]] = {}
     for source in sources:
-        where, versions = describe(source.result["environment"]).splitlines()
+        where, versions = from_json(Environment, source.result["environment"]).describe().splitlines()
         versions, _, _ = versions.rpartition("; ")  # the date is in the file's name
         machines.setdefault(f"{where}. {versions}", []).append(_link(source))
     lines = []
@@ -181,7 +182,9 @@ def _generate(view: str, patterns: str, document: Path, root: Path) -> list[str]
     sources = []
     for path in paths:
         relative = Path(os.path.relpath(path, document.parent))
-        sources.append(Source(path.stem, relative, read_result(path, (kind,))))
+        sources.append(
+            Source(path.stem, relative, result_json(read_result(path, *(x for x in ALL_KINDS if x.kind == kind))))
+        )
     try:
         return write(sources)
     except (KeyError, TypeError, IndexError, AttributeError, StopIteration) as error:

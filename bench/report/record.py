@@ -8,11 +8,11 @@ file is newer than the run's report or PyTorch is not the one that ran.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,8 +20,9 @@ from ...train.corpus.format import CorpusError
 from ...train.corpus.reader import Corpus
 from ...train.errors import UserError
 from ...train.run.log import read_log
-from ..measure.environment import environment
-from ..measure.result import SCHEMA, write_json
+from ..measure.machine import environment
+from ..measure.result import CorpusSummary, PretrainReport, PretrainResult, write_result
+from ..measure.serialise import from_json
 
 PACKAGES = ("kernels", "model", "train")
 THREADS = re.compile(r"CPU \((?P<n>\d+) threads\)")  # what the log calls a CPU
@@ -35,7 +36,7 @@ def _newest_source(root: Path) -> Path:
     )
 
 
-def record(run: Path, root: Path) -> dict[str, Any]:
+def record(run: Path, root: Path) -> PretrainResult:
     """The run's report with environment, settings and corpus.
 
     Args:
@@ -65,16 +66,14 @@ def record(run: Path, root: Path) -> dict[str, Any]:
     where = environment(torch.device("cpu" if begin["device"].startswith("CPU") else "cuda"))
     threads = THREADS.fullmatch(begin["device"])
     if threads:
-        where["torch_threads"] = int(threads["n"])  # the run's, not this process's
-    return {
-        "schema": SCHEMA,
-        "kind": "pretrain",
-        "environment": where,
-        "settings": {name: value for name, value in settings.items() if name not in PLACES},
-        "shape": begin["shape"],
-        "corpus": {"vocab_size": corpus.vocab_size, "train_tokens": corpus.split("train").num_tokens},
-        "report": {name: value for name, value in report.items() if name not in PLACES},
-    }
+        where = dataclasses.replace(where, torch_threads=int(threads["n"]))  # the run's, not this process's
+    return PretrainResult(
+        environment=where,
+        settings={name: value for name, value in settings.items() if name not in PLACES},
+        shape=begin["shape"],
+        corpus=CorpusSummary(corpus.vocab_size, corpus.split("train").num_tokens),
+        report=from_json(PretrainReport, {name: value for name, value in report.items() if name not in PLACES}),
+    )
 
 
 def main() -> None:
@@ -83,10 +82,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the result file")
     args = parser.parse_args()
     try:
-        write_json(args.out, record(args.run, Path(__file__).parents[2]))
+        write_result(args.out, record(args.run, Path(__file__).parents[2]))
     except (UserError, CorpusError) as error:
         print(f"fusebert: error: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-__all__ = ["record"]

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..measure.case import OURS, PEER, Missing
-from ..measure.clocks import clock_lines
 from ..measure.units import interval, milliseconds, rate, size
+from ..steps.profile import AT_ROOFLINE
 
 
 def columns(rows: list[list[str]], *, left: int = 1) -> list[str]:
@@ -202,18 +202,44 @@ def train_lines(result: dict[str, Any]) -> list[str]:
         f"{settings['minutes']:g} minutes in all; losses are MLM + NSP",
         *columns(table),
         *remarks,
-        *clock_lines(result["clocks"]),
     ]
 
 
-__all__ = [
-    "case_lines",
-    "ceiling_lines",
-    "columns",
-    "drift_line",
-    "missing_lines",
-    "parity_lines",
-    "step_lines",
-    "summary_lines",
-    "train_lines",
-]
+def profile_lines(profiled: dict[str, Any], *, most: int = 25) -> list[str]:
+    """The table, and the list of what is not at its roofline."""
+    rows, total = profiled["operators"], profiled["operator_ms"]
+    table = [["operator", "calls", "time", "share", "GFLOP", "MB", "limit", "roofline"]]
+    for row in rows[:most]:
+        table.append(
+            [
+                row["name"],
+                f"{row['calls']:.0f}",
+                f"{row['ms']:.3f} ms",
+                f"{100 * row['share']:.1f} %",
+                f"{row['flops'] / 1e9:.3g}" if row["flops"] else "",
+                f"{row['bytes'] / 1e6:.3g}",
+                row["limit"],
+                "" if row["roofline"] is None else f"{100 * row['roofline']:.0f} %",
+            ]
+        )
+    rest = rows[most:]
+    if rest:
+        share = sum(row["ms"] for row in rest)
+        table.append([f"{len(rest)} more", "", f"{share:.3f} ms", f"{100 * share / total:.1f} %", "", "", "", ""])
+    lines = [
+        "",
+        f"our step by operator: {total:.1f} ms of {profiled['ms']:.1f} ms under the profiler; the rest is Python, "
+        "autograd, gaps and the profiler itself",
+        *columns(table),
+    ]
+    lost = [
+        {**row, "lost_ms": row["ms"] - row["floor_ms"]}
+        for row in rows
+        if row["roofline"] is not None and row["roofline"] < AT_ROOFLINE
+    ]
+    lost = sorted((row for row in lost if row["lost_ms"] >= 0.01 * total), key=lambda row: -row["lost_ms"])
+    if lost:
+        table = [["not at its roofline", "lost", "roofline"]]
+        table += [[row["name"], f"{row['lost_ms']:.3f} ms", f"{100 * row['roofline']:.0f} %"] for row in lost]
+        lines += ["", *columns(table)]
+    return lines

@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ...train.errors import UserError
-from ..measure.result import read_result
+from ..measure.result import ALL_KINDS, read_result, result_json
 from .blocks import Figure, Section, Text
 from .cells import Source
-from .content import SECTIONS, section
+from .content import section
 from .html import Image, page
 from .markdown import markdown
 from .method import environment_section, method_section
@@ -32,7 +32,8 @@ def _sources(paths: Sequence[Path]) -> list[Source]:
     found: list[Source] = []
     taken: set[str] = set()
     for path in paths:
-        result = read_result(path, SECTIONS)
+        found_result = read_result(path, *ALL_KINDS)
+        result = {**result_json(found_result), "kind": found_result.kind}
         stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem)
         name, number = stem, 1
         while name in taken:

@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,10 +23,9 @@ from ...model import BertConfig, PackedBatch, from_hf
 from ...train.errors import UserError
 from ...train.step.optim import make_optimizer
 from ...train.step.step import TrainingStep
-from ..measure.environment import describe, environment, nvidia_smi
-from ..measure.result import SCHEMA, write_json
-from ..measure.verify import RIGHT_FACTOR
-from ..report.tables import parity_lines
+from ..measure.correctness import RIGHT_FACTOR
+from ..measure.machine import environment, nvidia_smi
+from ..measure.result import ParityResult, ParityRun, ParitySettings, ParityVerdict, write_result
 from .batches import random_batches
 from .transformers_step import TransformersStep, padded_examples, split_examples, transformers_bert
 
@@ -58,7 +57,7 @@ def _theirs(hf: nn.Module, dtype: torch.dtype) -> _Trainer:
     return _Trainer(lambda batch: split_examples(padded_examples(batch), 1, gather=False), step)
 
 
-def _train(trainer: _Trainer, batches: list[PackedBatch], device: torch.device) -> dict[str, Any]:
+def _train(trainer: _Trainer, batches: list[PackedBatch], device: torch.device) -> ParityRun:
     """Losses of all steps; real tokens a second after the first few."""
 
     def wait() -> None:
@@ -76,27 +75,24 @@ def _train(trainer: _Trainer, batches: list[PackedBatch], device: torch.device) 
     wait()
     elapsed = time.perf_counter() - begin
     tokens = sum(batch.num_tokens for batch in batches[UNTIMED_STEPS:])
-    return {"losses": torch.stack([x.double() for x in losses]).tolist(), "tokens_per_s": tokens / elapsed}
+    return ParityRun(tuple(torch.stack([x.double() for x in losses]).tolist()), tokens / elapsed)
 
 
 def compare(
-    losses: list[float], oracle: list[float], theirs: list[float] | None, *, factor: float = RIGHT_FACTOR
-) -> dict[str, Any]:
+    losses: Sequence[float], oracle: Sequence[float], theirs: Sequence[float] | None, *, factor: float = RIGHT_FACTOR
+) -> ParityVerdict:
     """Whether ``losses`` follow ``oracle`` as they must.
 
     Args:
         theirs: Transformers' losses at the same dtype, the allowance; None in float32, where 1e-3 a step is.
-
-    Returns:
-        ``right`` and the figures it follows from.
     """
     right = np.asarray(oracle)
     drift = np.abs(np.asarray(losses) - right) / right
-    found: dict[str, Any] = {"mean_drift": float(drift.mean()), "largest_drift": float(drift.max())}
+    mean, largest = float(drift.mean()), float(drift.max())
     if theirs is None:
-        return found | {"right": bool(drift.max() < FP32_TOLERANCE), "allowed_largest_drift": FP32_TOLERANCE}
+        return ParityVerdict(mean, largest, largest < FP32_TOLERANCE, allowed_largest_drift=FP32_TOLERANCE)
     allowed = factor * float((np.abs(np.asarray(theirs) - right) / right).mean())
-    return found | {"right": bool(drift.mean() <= allowed), "allowed_mean_drift": allowed}
+    return ParityVerdict(mean, largest, mean <= allowed, allowed_mean_drift=allowed)
 
 
 def run(
@@ -108,14 +104,15 @@ def run(
     tokens: int = 16384,
     seqlen: int = 128,
     out: Path | None = None,
-    say: Callable[[str], None] = print,
-) -> dict[str, Any]:
-    """Train both, print the comparison, and return (and write) it.
+    show: Callable[[Any], None] = print,
+) -> ParityResult:
+    """Train both, show the comparison, and return (and write) it.
 
     Args:
         config: its dropout is switched off.
         dtype: of the matrix products (autocast over float32 weights).
         steps: more than 3.
+        show: takes the environment, and the result.
 
     Raises:
         ValueError: a setting is out of range.
@@ -126,7 +123,7 @@ def run(
     config = dataclasses.replace(config, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     batches = random_batches(config.vocab_size, tokens, seqlen, steps, ragged=True)
     where = environment(device)
-    say(describe(where))
+    show(where)
     torch.manual_seed(0)
     hf = transformers_bert(config, device)
     trainers: dict[str, Callable[[], _Trainer]] = {
@@ -142,38 +139,36 @@ def run(
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
-    ours, theirs = runs["fusebert"]["losses"], runs["transformers"]["losses"]
+    ours, theirs = runs["fusebert"], runs["transformers"]
     if dtype == torch.float32:
-        verdict = compare(ours, theirs, None)
+        verdict = compare(ours.losses, theirs.losses, None)
     else:
-        verdict = compare(ours, runs["transformers float32"]["losses"], theirs)
-    result = {
-        "schema": SCHEMA,
-        "kind": "train_parity",
-        "environment": where,
-        "settings": {
-            "layers": config.num_hidden_layers,
-            "hidden_size": config.hidden_size,
-            "vocab_size": config.vocab_size,
-            "compute_dtype": str(dtype).removeprefix("torch."),
-            "steps": steps,
-            "tokens": tokens,
-            "seqlen": seqlen,
-            "ragged": True,
-            "dropout": 0.0,
-        },
-        "runs": runs,
-        "verdict": verdict,
-        "speed_up": runs["fusebert"]["tokens_per_s"] / runs["transformers"]["tokens_per_s"],
-        "nvidia_smi_after": nvidia_smi() if device.type == "cuda" else None,
-    }
-    say("\n".join(parity_lines(result)))
+        verdict = compare(ours.losses, runs["transformers float32"].losses, theirs.losses)
+    result = ParityResult(
+        environment=where,
+        settings=ParitySettings(
+            layers=config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            vocab_size=config.vocab_size,
+            compute_dtype=str(dtype).removeprefix("torch."),
+            steps=steps,
+            tokens=tokens,
+            seqlen=seqlen,
+            ragged=True,
+            dropout=0.0,
+        ),
+        runs=runs,
+        verdict=verdict,
+        speed_up=ours.tokens_per_s / theirs.tokens_per_s,
+        nvidia_smi_after=nvidia_smi(device),
+    )
+    show(result)
     if out is not None:
-        write_json(out, result)
+        write_result(out, result)
     return result
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
+def plot(result: ParityResult, path: Path) -> None:
     """The loss curves of a result in one plot, to ``path`` (PNG or what its ending says).
 
     Raises:
@@ -183,16 +178,13 @@ def plot(result: dict[str, Any], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError("plotting needs matplotlib: pip install matplotlib") from error
-    settings = result["settings"]
+    settings = result.settings
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss, MLM + NSP (nats)")
-    for style, (name, run) in zip(("-", "--", ":"), result["runs"].items(), strict=False):
-        label = name if name.endswith("float32") else f"{name} {settings['compute_dtype']}"
-        axes.plot(range(1, 1 + len(run["losses"])), run["losses"], style, label=label, linewidth=1.5)
-    axes.set_title(f"{settings['layers']} layers of {settings['hidden_size']}: same weights, same batches, no dropout")
+    for style, (name, run) in zip(("-", "--", ":"), result.runs.items(), strict=False):
+        label = name if name.endswith("float32") else f"{name} {settings.compute_dtype}"
+        axes.plot(range(1, 1 + len(run.losses)), run.losses, style, label=label, linewidth=1.5)
+    axes.set_title(f"{settings.layers} layers of {settings.hidden_size}: same weights, same batches, no dropout")
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-
-
-__all__ = ["compare", "plot", "run"]

@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ..measure.case import Cost
-from ..report.tables import columns
+from ..measure.ceilings import Ceilings
+from ..measure.result import Profile, ProfiledOperator
 
 LABEL = "fusebert_step::"
 AT_ROOFLINE = 0.8  # nearer than this is not worth anybody's time
@@ -141,17 +142,11 @@ class _Labels(TorchDispatchMode):
         return out
 
 
-def profile_step(
-    step: Callable[[int], Any], device: torch.device, ceilings: Mapping[str, float], *, steps: int = 4
-) -> dict[str, Any]:
+def profile_step(step: Callable[[int], Any], device: torch.device, ceilings: Ceilings, *, steps: int = 4) -> Profile:
     """Runs ``step`` (which takes the batch's number) ``steps`` times under the profiler.
 
-    Args:
-        ceilings: as `ceilings.ceilings` measured them.
-
     Returns:
-        JSON types, a step's share of everything: ``ms`` of wall-clock time under the profiler, ``operator_ms`` of it in
-        operators, and ``operators``, slowest first.
+        A step's share of everything.
     """
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     labels = _Labels()
@@ -171,71 +166,18 @@ def profile_step(
         name = event.key.removeprefix(LABEL)
         microseconds = event.device_time_total if device.type == "cuda" else event.cpu_time_total
         count, ms = labels.counts[name], 1e-3 * microseconds / steps
-        cost = Cost(flops=count.flops / steps, bytes=count.bytes / steps)
-        floor = cost.floor_ms(ceilings)
-        found.append(
-            {
-                "name": name,
-                "calls": count.calls / steps,
-                "ms": ms,
-                "flops": cost.flops,
-                "bytes": cost.bytes,
-                "floor_ms": floor,
-                "limit": cost.limit(ceilings),
-                "roofline": floor / ms if ms else None,
-            }
-        )
-    found.sort(key=lambda row: -row["ms"])
-    in_operators = sum(row["ms"] for row in found)
-    for row in found:
-        row["share"] = row["ms"] / in_operators if in_operators else None
-    return {"ms": wall, "operator_ms": in_operators, "operators": found}
+        floor = Cost(flops=count.flops / steps, bytes=count.bytes / steps).floor(ceilings)
+        roofline = floor.floor_ms / ms if ms else None
+        found.append(ProfiledOperator(name, count.calls / steps, ms, floor, roofline, None))
+    found.sort(key=lambda row: -row.ms)
+    in_operators = sum(row.ms for row in found)
+    if in_operators:
+        found = [dataclasses.replace(row, share=row.ms / in_operators) for row in found]
+    return Profile(wall, in_operators, tuple(found))
 
 
-def to_do(profiled: Mapping[str, Any]) -> list[dict[str, Any]]:
+def to_do(profiled: Profile) -> list[ProfiledOperator]:
     """Operators below their roofline, by the time that is lost there; those that lose less than 1 % are left out."""
-    rows = [
-        {**row, "lost_ms": row["ms"] - row["floor_ms"]}
-        for row in profiled["operators"]
-        if row["roofline"] is not None and row["roofline"] < AT_ROOFLINE
-    ]
-    rows = [row for row in rows if row["lost_ms"] >= 0.01 * profiled["operator_ms"]]
-    return sorted(rows, key=lambda row: -row["lost_ms"])
-
-
-def profile_lines(profiled: Mapping[str, Any], *, most: int = 25) -> list[str]:
-    """The table, and the list of what is not at its roofline."""
-    rows, total = profiled["operators"], profiled["operator_ms"]
-    table = [["operator", "calls", "time", "share", "GFLOP", "MB", "limit", "roofline"]]
-    for row in rows[:most]:
-        table.append(
-            [
-                row["name"],
-                f"{row['calls']:.0f}",
-                f"{row['ms']:.3f} ms",
-                f"{100 * row['share']:.1f} %",
-                f"{row['flops'] / 1e9:.3g}" if row["flops"] else "",
-                f"{row['bytes'] / 1e6:.3g}",
-                row["limit"],
-                "" if row["roofline"] is None else f"{100 * row['roofline']:.0f} %",
-            ]
-        )
-    rest = rows[most:]
-    if rest:
-        share = sum(row["ms"] for row in rest)
-        table.append([f"{len(rest)} more", "", f"{share:.3f} ms", f"{100 * share / total:.1f} %", "", "", "", ""])
-    lines = [
-        "",
-        f"our step by operator: {total:.1f} ms of {profiled['ms']:.1f} ms under the profiler; the rest is Python, "
-        "autograd, gaps and the profiler itself",
-        *columns(table),
-    ]
-    lost = to_do(profiled)
-    if lost:
-        table = [["not at its roofline", "lost", "roofline"]]
-        table += [[row["name"], f"{row['lost_ms']:.3f} ms", f"{100 * row['roofline']:.0f} %"] for row in lost]
-        lines += ["", *columns(table)]
-    return lines
-
-
-__all__ = ["profile_lines", "profile_step", "to_do"]
+    rows = [row for row in profiled.operators if row.roofline is not None and row.roofline < AT_ROOFLINE]
+    rows = [row for row in rows if row.lost_ms >= 0.01 * profiled.operator_ms]
+    return sorted(rows, key=lambda row: -row.lost_ms)

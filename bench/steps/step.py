@@ -33,14 +33,15 @@ from ...train.step.graphs import WARMUP_STEPS
 from ...train.step.optim import make_optimizer
 from ...train.step.step import TrainingStep, autocast
 from ..measure.case import OURS, PEER
-from ..measure.ceilings import ceilings as measure_ceilings
-from ..measure.environment import describe, environment, nvidia_smi
-from ..measure.result import SCHEMA, write_json
-from ..measure.timing import Work, interleave, ratio
-from ..measure.verify import COARSE, COARSE_FACTOR, FAILED, RIGHT, RIGHT_FACTOR, UNCHECKED, WRONG, Verdict, one_line
-from ..report.tables import ceiling_lines, step_lines
+from ..measure.ceilings import measure_ceilings
+from ..measure.correctness import FAILED, RIGHT, UNCHECKED, WRONG, Verdict, status
+from ..measure.machine import environment, nvidia_smi
+from ..measure.result import StepBatch, StepContestant, StepResult, StepSettings, StepTime, write_result
+from ..measure.statistics import ratio
+from ..measure.timing import Work, interleave
+from ..measure.verify import one_line
 from .batches import random_batches
-from .profile import profile_lines, profile_step
+from .profile import profile_step
 from .transformers_step import (
     Examples,
     MaskedRowsOnly,
@@ -137,9 +138,9 @@ class _GradientCheck:
         versus = error / self.allowance
         if not math.isfinite(versus):
             return Verdict(WRONG, {"gradient": error}, detail="the gradient is not finite")
-        status = RIGHT if versus <= RIGHT_FACTOR else COARSE if versus <= COARSE_FACTOR else WRONG
-        detail = "" if status == RIGHT else f"the gradient is {versus:.1f} times as far from float64 as Transformers'"
-        return Verdict(status, {"gradient": error}, versus, detail)
+        found = status(versus)
+        detail = "" if found == RIGHT else f"the gradient is {versus:.1f} times as far from float64 as Transformers'"
+        return Verdict(found, {"gradient": error}, versus, detail)
 
     def theirs(self, hf: nn.Module, compute_dtype: torch.dtype, *, gather: bool) -> Verdict:
         """Judge a Transformers model (a copy of it: its gradients stay as they are)."""
@@ -257,13 +258,14 @@ def run(
     quick: bool = False,
     minutes: float | None = None,
     out: Path | None = None,
-    say: Callable[[str], None] = print,
-) -> dict[str, Any]:
-    """Run the benchmark, print its table, and return (and write) the result.
+    show: Callable[[Any], None] = print,
+) -> StepResult:
+    """Run the benchmark, show what it finds, and return (and write) the result.
 
     Args:
         dtype: of the matrix products (autocast over float32 weights); float32 for none.
         minutes: compiled contestants are left out, and named, when more than half of it is gone before they start.
+        show: takes each record as it is made: environment, ceilings, the result.
 
     Raises:
         ValueError: a setting is out of range.
@@ -273,9 +275,9 @@ def run(
     settings, drawn = _draw(settings)
     config = settings.config()
     where = environment(device)
-    say(describe(where))
+    show(where)
     limits = measure_ceilings(device, dtype, quick=True)
-    say("\n".join(ceiling_lines(limits)))
+    show(limits)
     flops = sum(batch_flops(config, batch) for batch in drawn) / BATCHES
     tokens = sum(batch.num_tokens for batch in drawn) / BATCHES
     batches = [batch.to(device) for batch in drawn]
@@ -284,25 +286,24 @@ def run(
     few = {name: x[:CHECKED_SEQUENCES] for name, x in padded_examples(batches[0]).items()}
     check = _GradientCheck(hf, few, config.num_hidden_layers, dtype)
 
-    rows: list[dict[str, Any]] = []
+    verdicts: dict[str, tuple[str, Verdict]] = {}  # name → role, verdict
+    prepared: dict[str, tuple[int, int | None]] = {}  # name → micro-batches, peak bytes
     steps: dict[str, Callable[[int], Any]] = {}
     left_out: list[str] = []
     for contestant in _contestants(settings, hf, batches, check, dtype):
         if minutes is not None and ", torch.compile" in contestant.name and time.monotonic() - begin > 30 * minutes:
             left_out.append(contestant.name)
             continue
-        row: dict[str, Any] = {"name": contestant.name, "role": contestant.role}
         try:
             verdict = contestant.check()
             if verdict.may_be_timed:
-                step, row["micro_batches"] = contestant.prepare()
+                step, micro_batches = contestant.prepare()
                 step(0)
-                row["peak_bytes"] = _peak_bytes(step, device)
+                prepared[contestant.name] = micro_batches, _peak_bytes(step, device)
                 steps[contestant.name] = step
         except Exception as error:  # one contestant less; the others go on
             verdict = Verdict(FAILED, detail=one_line(error))
-        row["verdict"] = verdict.as_json()
-        rows.append(row)
+        verdicts[contestant.name] = contestant.role, verdict
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -317,48 +318,46 @@ def run(
     # The form whose operators the dispatcher sees one by one.
     eager = steps.get("fusebert, no CUDA graph", steps.get("fusebert"))
     profiled = None if eager is None else profile_step(eager, device, limits, steps=BATCHES)
-    ours = next((row["name"] for row in rows if row["role"] == OURS and row["name"] in timings), None)
-    for row in rows:
-        timing = timings.get(row["name"])
-        if timing is None:
-            continue
-        per_second = 1e3 / timing.median
-        row |= {
-            "timing": timing.as_json(),
-            "ratio_to_ours": dataclasses.asdict(ratio(timing.samples, timings[ours].samples)) if ours else None,
-            "tokens_per_s": tokens * per_second,
-            "mfu": flops * per_second / limits["matmul_flops_per_s"],
-        }
-    result = {
-        "schema": SCHEMA,
-        "kind": "step",
-        "environment": where,
-        "settings": {
-            **dataclasses.asdict(settings),
-            "data": None if settings.data is None else str(settings.data),
-            "compute_dtype": str(dtype).removeprefix("torch."),
-            "quick": quick,
-            "minutes": minutes,
-        },
-        "ceilings": limits,
-        "batch": {
-            "tokens": tokens,
-            "sequences": sum(batch.num_pairs for batch in drawn) / BATCHES,
-            "masked": sum(batch.num_masked for batch in drawn) / BATCHES,
-            "padding_for_transformers": _padding(drawn),
-            "flops": flops,
-        },
-        "contestants": rows,
-        "profile": profiled,
-        "left_out": left_out,
-        "seconds": time.monotonic() - begin,
-        "nvidia_smi_after": nvidia_smi() if device.type == "cuda" else None,
-    }
-    say("\n".join(step_lines(result)))
-    if profiled is not None:
-        say("\n".join(profile_lines(profiled)))
+    ours = next((name for name, (role, _) in verdicts.items() if role == OURS and name in timings), None)
+    rows = []
+    for name, (role, verdict) in verdicts.items():
+        timing, found = timings.get(name), None
+        if timing is not None:
+            per_second = 1e3 / timing.median_ms
+            micro_batches, peak_bytes = prepared[name]
+            found = StepTime(
+                timing=timing,
+                ratio_to_ours=ratio(timing.samples_ms, timings[ours].samples_ms) if ours else None,
+                tokens_per_s=tokens * per_second,
+                mfu=flops * per_second / limits.matmul_flops_per_s,
+                micro_batches=micro_batches,
+                peak_bytes=peak_bytes,
+            )
+        rows.append(StepContestant(name, role, verdict, found))
+    result = StepResult(
+        environment=where,
+        settings=StepSettings(
+            **dataclasses.asdict(settings)
+            | {"data": None if settings.data is None else str(settings.data)}
+            | {"compute_dtype": str(dtype).removeprefix("torch."), "quick": quick, "minutes": minutes}
+        ),
+        ceilings=limits,
+        batch=StepBatch(
+            tokens=tokens,
+            sequences=sum(batch.num_pairs for batch in drawn) / BATCHES,
+            masked=sum(batch.num_masked for batch in drawn) / BATCHES,
+            padding_for_transformers=_padding(drawn),
+            flops=flops,
+        ),
+        contestants=rows,
+        profile=profiled,
+        left_out=left_out,
+        seconds=time.monotonic() - begin,
+        nvidia_smi_after=nvidia_smi(device),
+    )
+    show(result)
     if out is not None:
-        write_json(out, result)
+        write_result(out, result)
     return result
 
 
@@ -380,13 +379,10 @@ def _padding(batches: list[PackedBatch]) -> float:
     return 1 - sum(batch.num_tokens for batch in batches) / slots
 
 
-def ours_that_are_not_right(result: dict[str, Any]) -> list[str]:
+def ours_that_are_not_right(result: StepResult) -> list[str]:
     """Our own contestants that are wrong, coarse or failed, with what is wrong: this fails a run."""
     return [
-        f"{row['name']} is {row['verdict']['status']} ({row['verdict']['detail']})"
-        for row in result["contestants"]
-        if row["role"] == OURS and row["verdict"]["status"] not in (RIGHT, UNCHECKED)
+        f"{row.name} is {row.verdict.status} ({row.verdict.detail})"
+        for row in result.contestants
+        if row.role == OURS and row.verdict.is_bad
     ]
-
-
-__all__ = ["Settings", "ours_that_are_not_right", "run"]

@@ -34,12 +34,19 @@ from ...train.run.plan import LEARNING_RATES
 from ...train.step.optim import make_optimizer
 from ...train.step.step import TrainingStep
 from ..measure.case import OURS, PEER
-from ..measure.clocks import Clocks
-from ..measure.environment import describe, environment, nvidia_smi
-from ..measure.result import SCHEMA, write_json
-from ..measure.timing import ratio
-from ..measure.verify import FAILED, RIGHT, UNCHECKED, WRONG, Verdict, one_line
-from ..report.tables import train_lines
+from ..measure.correctness import FAILED, RIGHT, UNCHECKED, WRONG, Verdict
+from ..measure.machine import Clocks, environment, nvidia_smi
+from ..measure.result import (
+    CurvePoint,
+    LossAtStep,
+    TrainContestant,
+    TrainResult,
+    TrainSettings,
+    TrainTime,
+    write_result,
+)
+from ..measure.statistics import ratio
+from ..measure.verify import one_line
 from .parity import FP32_TOLERANCE
 from .transformers_step import TransformersStep, padded_examples, split_examples, transformers_bert, transformers_loss
 
@@ -97,7 +104,7 @@ class _Trainer:
     tokens: int = 0
     peak_bytes: int = 0
     losses: list[float] = dataclasses.field(default_factory=list)
-    curve: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    curve: list[CurvePoint] = dataclasses.field(default_factory=list)
     us_per_token: list[float] = dataclasses.field(default_factory=list)
 
 
@@ -201,12 +208,7 @@ def _turn(trainer: _Trainer, steps: int, lr: float, device: torch.device, *, tim
         trainer.seconds += seconds
         trainer.us_per_token.append(1e6 * seconds / tokens)
         trainer.curve.append(
-            {
-                "seconds": trainer.seconds,
-                "step": len(trainer.losses),
-                "tokens": trainer.tokens,
-                "loss": math.fsum(trainer.losses[-steps:]) / steps,
-            }
+            CurvePoint(trainer.seconds, len(trainer.losses), trainer.tokens, math.fsum(trainer.losses[-steps:]) / steps)
         )
     return seconds / steps
 
@@ -238,12 +240,13 @@ def run(
     dtype: torch.dtype,
     *,
     out: Path | None = None,
-    say: Callable[[str], None] = print,
-) -> dict[str, Any]:
-    """Train everybody, print the comparison, and return (and write) it.
+    show: Callable[[Any], None] = print,
+) -> TrainResult:
+    """Train all contestants, show the comparison, and return (and write) it.
 
     Args:
         dtype: of the matrix products (autocast over float32 weights); float32 for none.
+        show: takes the environment, and the result.
 
     Raises:
         ValueError: a setting is out of range.
@@ -269,7 +272,7 @@ def run(
             f"--data {settings.data}: its held-out text is too short to compare losses on: prepare more text"
         )
     where = environment(device)
-    say(describe(where))
+    show(where)
     torch.manual_seed(0)
     hf = transformers_bert(config, device)
 
@@ -284,62 +287,55 @@ def run(
     lr = LEARNING_RATES[settings.model]
     with Clocks(device) as clocks:
         _train([t for t in trainers if t.verdict.may_be_timed], settings, lr, device)
-    result = {
-        "schema": SCHEMA,
-        "kind": "train",
-        "environment": where,
-        "settings": {
-            **dataclasses.asdict(settings),
-            "data": settings.data.name,
-            "compute_dtype": str(dtype).removeprefix("torch."),
-            "lr": lr,
-            "vocab_size": corpus.vocab_size,
-        },
-        "unigram_entropy": corpus.unigram_entropy,
-        "contestants": _rows(trainers),
-        "clocks": clocks.found,
-        "seconds": time.monotonic() - begin,
-        "nvidia_smi_after": nvidia_smi(device) if device.type == "cuda" else None,
-    }
-    say("\n".join(train_lines(result)))
+    result = TrainResult(
+        environment=where,
+        settings=TrainSettings(
+            **dataclasses.asdict(settings)
+            | {"data": settings.data.name, "compute_dtype": str(dtype).removeprefix("torch.")}
+            | {"lr": lr, "vocab_size": corpus.vocab_size}
+        ),
+        unigram_entropy=corpus.unigram_entropy,
+        contestants=_rows(trainers),
+        clocks=clocks.found,
+        seconds=time.monotonic() - begin,
+        nvidia_smi_after=nvidia_smi(device),
+    )
+    show(result)
     if out is not None:
-        write_json(out, result)
+        write_result(out, result)
     return result
 
 
-def _rows(trainers: list[_Trainer]) -> list[dict[str, Any]]:
-    """The contestants as JSON. The loss at the same step is the mean of the last quarter of the steps all have made."""
+def _rows(trainers: list[_Trainer]) -> list[TrainContestant]:
+    """The contestants. The loss at the same step is the mean of the last quarter of the steps all have made."""
     timed = [t for t in trainers if t.us_per_token]
     common = min((len(t.losses) for t in timed), default=0)
     last = max(1, common // 4)
     ours = next((t for t in timed if t.role == OURS), None)
     rows = []
     for t in trainers:
-        row: dict[str, Any] = {"name": t.name, "role": t.role, "verdict": t.verdict.as_json()}
+        found = None
         if t in timed:
-            row |= {
-                "tokens_per_s": 1e6 / sorted(t.us_per_token)[len(t.us_per_token) // 2],
-                "us_per_token": t.us_per_token,
-                "ratio_to_ours": dataclasses.asdict(ratio(t.us_per_token, ours.us_per_token)) if ours else None,
-                "steps": len(t.losses),
-                "tokens": t.tokens,
-                "loss_at_same_step": {"step": common, "loss": math.fsum(t.losses[common - last : common]) / last},
-                "heldout_loss": t.heldout(),
-                "peak_bytes": t.peak_bytes or None,
-                "losses": t.losses,
-                "curve": t.curve,
-            }
-        rows.append(row)
+            found = TrainTime(
+                tokens_per_s=1e6 / sorted(t.us_per_token)[len(t.us_per_token) // 2],
+                us_per_token=tuple(t.us_per_token),
+                ratio_to_ours=ratio(t.us_per_token, ours.us_per_token) if ours else None,
+                steps=len(t.losses),
+                tokens=t.tokens,
+                loss_at_same_step=LossAtStep(common, math.fsum(t.losses[common - last : common]) / last),
+                heldout_loss=t.heldout(),
+                peak_bytes=t.peak_bytes or None,
+                losses=tuple(t.losses),
+                curve=tuple(t.curve),
+            )
+        rows.append(TrainContestant(t.name, t.role, t.verdict, found))
     return rows
 
 
-def ours_that_are_not_right(result: dict[str, Any]) -> list[str]:
+def ours_that_are_not_right(result: TrainResult) -> list[str]:
     """What fails a run: ours wrong, or unable to train."""
     return [
-        f"{row['name']} is {row['verdict']['status']} ({row['verdict']['detail']})"
-        for row in result["contestants"]
-        if row["role"] == OURS and row["verdict"]["status"] != RIGHT
+        f"{row.name} is {row.verdict.status} ({row.verdict.detail})"
+        for row in result.contestants
+        if row.role == OURS and row.verdict.status != RIGHT
     ]
-
-
-__all__ = ["Settings", "ours_that_are_not_right", "run"]

@@ -12,9 +12,9 @@ from small_corpus import make_corpus
 from typer.testing import CliRunner
 
 from fusebert.bench.cli import app
-from fusebert.bench.measure.ceilings import ceilings
-from fusebert.bench.measure.result import write_json
+from fusebert.bench.measure.ceilings import Ceilings, Drift, measure_ceilings
 from fusebert.bench.operators import run as kernels
+from fusebert.bench.report.terminal import show
 from fusebert.bench.steps import parity as train_parity
 from fusebert.bench.steps import step
 from fusebert.train.batches.loader import batches
@@ -93,27 +93,25 @@ def test_costs_are_the_stated_ones():
     assert case.passes["forward"].bytes == 4 * size
     assert case.passes["forward+backward"].flops == 14 * pairs
     assert case.passes["forward+backward"].bytes == 11 * size
-    limits = {"copy_bytes_per_s": 4e12, "matmul_flops_per_s": 8e14}
+    floor = case.passes["forward+backward"].floor(Ceilings(4e12, 8e14, "bfloat16"))
     # Intensity 14 · 128 / 22 = 81 FLOPs a byte, below the ridge of 200: memory is the limit.
-    assert case.passes["forward+backward"].limit(limits) == "memory"
-    assert case.passes["forward+backward"].floor_ms(limits) == pytest.approx(1e3 * 11 * size / 4e12)
+    assert floor.limit == "memory"
+    assert floor.floor_ms == pytest.approx(1e3 * 11 * size / 4e12)
 
 
-def test_most_valuable_cases_first_and_what_is_left_out_is_named(monkeypatch, tmp_path):
+def test_most_valuable_cases_first_and_what_is_left_out_is_named(monkeypatch, tmp_path, capsys):
     """With no time at all the first case runs, and the others are named."""
     ran = []
     monkeypatch.setattr(kernels, "run_case", lambda case, *_, **__: ran.append(case) or [])
-    monkeypatch.setattr(kernels, "measure_ceilings", lambda *_, **__: {})
-    monkeypatch.setattr(kernels, "ceiling_lines", lambda _: [])
-    monkeypatch.setattr(kernels, "drift", lambda *_: {"copy": 1.0, "matmul": 1.0})
-    said = []
+    monkeypatch.setattr(kernels, "measure_ceilings", lambda *_, **__: Ceilings(1.0, 1.0, "float32"))
+    monkeypatch.setattr(kernels, "measure_drift", lambda *_: Drift(1.0, 1.0))
     device = torch.device(DEVICE)
-    result = kernels.run(device, torch.float32, minutes=1e-9, say=said.append, out=tmp_path / "x.json")
+    result = kernels.run(device, torch.float32, minutes=1e-9, show=show, out=tmp_path / "x.json")
     everything = kernels.select_cases(None, device, torch.float32, quick=False)
     assert [case.value for case in everything] == sorted(case.value for case in everything)
-    assert len(ran) + len(result["left_out"]) == len(everything)
-    assert len(result["left_out"]) >= 1
-    assert result["left_out"][-1] in said[-1]
+    assert len(ran) + len(result.left_out) == len(everything)
+    assert len(result.left_out) >= 1
+    assert result.left_out[-1] in capsys.readouterr().out.splitlines()[-1]
     assert len(ran) == 1
 
 
@@ -175,13 +173,13 @@ def test_step_races_fp8_where_it_runs(monkeypatch):
     scaled_mm = torch._scaled_mm
     monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **kw: multiplied.append(1) or scaled_mm(*args, **kw))
     for dtype, raced in ((torch.float32, False), (torch.bfloat16, True)):
-        result = step.run(settings, torch.device(DEVICE), dtype, quick=True, say=lambda _: None)
-        rows = {row["name"]: row for row in result["contestants"]}
+        result = step.run(settings, torch.device(DEVICE), dtype, quick=True, show=lambda _: None)
+        rows = {row.name: row for row in result.contestants}
         assert ("fusebert, fp8" in rows) == bool(multiplied) == raced
     row = rows["fusebert, fp8"]
-    assert row["verdict"]["status"] == "unchecked"
-    assert row["timing"]["median_ms"] > 0
-    assert rows["fusebert"]["ratio_to_ours"]["median"] == 1.0
+    assert row.verdict.status == "unchecked"
+    assert row.time.timing.median_ms > 0
+    assert rows["fusebert"].time.ratio_to_ours.median == 1.0
     assert not step.ours_that_are_not_right(result)
 
 
@@ -236,25 +234,15 @@ def test_parity(tmp_path):
 
 def test_parity_notices_another_run():
     oracle = [10.0, 9.0, 8.0]
-    assert train_parity.compare(oracle, oracle, None)["right"]
-    assert not train_parity.compare([10.0, 9.0, 8.02], oracle, None)["right"]  # 2.5e-3 at one step
+    assert train_parity.compare(oracle, oracle, None).right
+    assert not train_parity.compare([10.0, 9.0, 8.02], oracle, None).right  # 2.5e-3 at one step
     theirs = [10.01, 8.99, 8.01]
-    assert train_parity.compare([9.99, 9.01, 8.02], oracle, theirs)["right"]
-    assert not train_parity.compare([10.05, 9.05, 8.05], oracle, theirs)["right"]
-    assert not train_parity.compare([10.0, np.nan, 8.0], oracle, theirs)["right"]
+    assert train_parity.compare([9.99, 9.01, 8.02], oracle, theirs).right
+    assert not train_parity.compare([10.05, 9.05, 8.05], oracle, theirs).right
+    assert not train_parity.compare([10.0, np.nan, 8.0], oracle, theirs).right
 
 
 def test_ceilings_are_positive_and_matmul_counts_its_dtype():
-    found = ceilings(torch.device(DEVICE), torch.float32, quick=True)
-    assert found["dtype"] == "float32"
-    assert found["copy_bytes_per_s"] > 0 < found["matmul_flops_per_s"]
-
-
-def test_a_result_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "new" / "x.json"
-    write_json(path, {"nan": float("nan"), "list": [1.0, float("inf")]})
-    assert json.loads(path.read_text()) == {"nan": None, "list": [1.0, None]}
-    with pytest.raises(TypeError):
-        write_json(path, {"bad": object()})
-    assert json.loads(path.read_text())["list"] == [1.0, None]
-    assert [p.name for p in path.parent.iterdir()] == ["x.json"]
+    found = measure_ceilings(torch.device(DEVICE), torch.float32, quick=True)
+    assert found.dtype == "float32"
+    assert found.copy_bytes_per_s > 0 < found.matmul_flops_per_s

@@ -12,7 +12,8 @@ import torch
 from oracle import DEVICE
 
 from fusebert.bench.measure.case import OURS
-from fusebert.bench.measure.verify import RIGHT, Judge, verify
+from fusebert.bench.measure.correctness import RIGHT
+from fusebert.bench.measure.verify import Judge, verify
 from fusebert.bench.operators.run import OPERATORS
 from fusebert.kernels import use_backend
 

@@ -8,12 +8,17 @@ import torch
 from oracle import DEVICE, relative_error
 
 from fusebert.bench.measure.case import OURS, Case, Contestant, Run
-from fusebert.bench.measure.verify import COARSE, FAILED, RIGHT, UNCHECKED, WRONG, Judge, verify
+from fusebert.bench.measure.ceilings import Ceilings
+from fusebert.bench.measure.correctness import COARSE, FAILED, RIGHT, UNCHECKED, WRONG
+from fusebert.bench.measure.machine import environment
+from fusebert.bench.measure.result import KernelsResult, KernelsSettings
+from fusebert.bench.measure.verify import Judge, verify
 from fusebert.bench.operators import attention
 from fusebert.bench.operators import run as kernels
 
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 HERE = torch.device(DEVICE)
+CEILINGS = Ceilings(copy_bytes_per_s=1e10, matmul_flops_per_s=1e11, dtype="")
 
 
 RAGGED = {"N": 32, "T": 75, "H": 2, "D": 16, "lengths": "half", "p": 0.0}
@@ -196,20 +201,19 @@ def test_a_contestant_that_raises_is_out_of_the_race_and_the_race_goes_on():
     entered = dataclasses.replace(
         case, contestants=(case.contestants[0], broken, dataclasses.replace(wrong, name="wrong"))
     )
-    ceilings = {"copy_bytes_per_s": 1e10, "matmul_flops_per_s": 1e11}
-    for measured in kernels.run_case(entered, ceilings, effort=kernels.QUICK):
-        rows = {row["name"]: row for row in measured["contestants"]}
-        assert "timing" in rows["fusebert"]
-        assert "timing" not in rows["broken"]
-        assert "timing" not in rows["wrong"]
-        assert rows["wrong"]["verdict"]["status"] == WRONG
+    for measured in kernels.run_case(entered, CEILINGS, effort=kernels.QUICK):
+        rows = {row.name: row for row in measured.contestants}
+        assert rows["fusebert"].time is not None
+        assert rows["broken"].time is rows["wrong"].time is None
+        assert rows["wrong"].verdict.status == WRONG
 
 
 def test_our_own_mistake_fails_the_run():
     case = CASES["mlm_loss"]
     bad = dataclasses.replace(case, contestants=(changed(case.contestants[0], lambda name, x: 2 * x),))
-    measured = kernels.run_case(bad, {"copy_bytes_per_s": 1e10, "matmul_flops_per_s": 1e11}, effort=kernels.QUICK)
-    (problem,) = kernels.ours_that_are_not_right({"results": measured})
+    result = KernelsResult(environment(HERE), KernelsSettings(None, "", True, None), CEILINGS)
+    result.results += kernels.run_case(bad, CEILINGS, effort=kernels.QUICK)
+    (problem,) = kernels.ours_that_are_not_right(result)
     assert "fusebert is wrong" in problem
 
 

@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from fusebert.bench.cli import app
-from fusebert.bench.measure.timing import Ratio
-from fusebert.bench.report.compare import compare, judge, machine_factors, ratio_of_runs
+from fusebert.bench.measure.statistics import Ratio, ratio_of_runs
+from fusebert.bench.report.compare import compare, judge, machine_factors
 from fusebert.train.errors import UserError
 
 CASES = 6
@@ -202,7 +202,7 @@ def cut_off(result):
         (on_a_cpu, "device was cuda and is cpu"),
         (nothing_in_common, "no pass in common"),
         (no_results, "no pass in common"),
-        (cut_off, "not a whole result"),
+        (cut_off, "not a whole kernels result: environment.versions is missing"),
     ],
 )
 def test_what_can_not_be_compared_is_an_error(tmp_path, change, message):
@@ -216,7 +216,7 @@ def test_what_can_not_be_compared_is_an_error(tmp_path, change, message):
 
 def test_other_kinds_are_an_error(tmp_path):
     done = gate(tmp_path, run_of(0), made.parity())
-    assert "holds a result of kind 'train_parity'; this takes kernels, step, train" in str(done.exception)
+    assert "holds a result of kind 'train_parity'; this command takes kernels, step, train" in str(done.exception)
     step = made.step([made.contestant("fusebert", "ours", [1.0, 1.0])])
     with pytest.raises(UserError, match="the old file holds kernels, the new one step"):
         compare(run_of(0), step)

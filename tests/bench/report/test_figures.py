@@ -12,6 +12,7 @@ import pytest
 import torch
 from small_corpus import make_corpus
 
+from fusebert.bench.measure.result import result_json
 from fusebert.bench.report.figures import END, VIEWS, documents, newest, rewrite, update
 from fusebert.bench.report.record import record
 from fusebert.train.errors import UserError
@@ -172,7 +173,7 @@ def test_an_indented_marker_is_an_example(project):
         (f"{marker('poem', 'cpu-step-*')}\n{END}\n", "choose one of step, kernels, pretrain, parity, aot"),
         (f"{marker('step', 'cpu-parity')}\n{END}\n", "of kind 'train_parity'"),
         (f"<!-- figures step bench/results/undated.json -->\n{END}\n", "call it DATE-NAME.json"),
-        (f"{marker('step', 'torn')}\n{END}\n", "not whole step results"),
+        (f"{marker('step', 'torn')}\n{END}\n", "not a whole step result"),
         (f"{marker('step', '*-step-mini-*')}\n{END}\n", "vocab_size is 30522"),
     ],
 )
@@ -231,14 +232,13 @@ def finished(tmp_path, corpus):
 def test_record_keeps_figures_and_where_they_are_from(finished):
     run, sources = finished
     result = record(run, sources)
-    assert (result["schema"], result["kind"]) == (1, "pretrain")
-    assert result["report"]["after"]["mlm_loss"] == 4.689
-    assert result["environment"]["versions"]["torch"] == torch.__version__
-    assert result["environment"]["device"] == "cpu"
-    assert result["environment"]["torch_threads"] == 7
-    assert result["corpus"]["vocab_size"] == 240
-    assert result["corpus"]["train_tokens"] > 1000
-    assert str(run.parent) not in json.dumps(result)  # no place on this machine
+    assert result.report.after.mlm_loss == 4.689
+    assert result.environment.versions["torch"] == torch.__version__
+    assert result.environment.device == "cpu"
+    assert result.environment.torch_threads == 7
+    assert result.corpus.vocab_size == 240
+    assert result.corpus.train_tokens > 1000
+    assert str(run.parent) not in json.dumps(result_json(result))  # no place on this machine
 
 
 def test_record_refuses_what_these_sources_did_not_give(finished):
