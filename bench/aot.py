@@ -1,6 +1,6 @@
-"""The command ``python -m fusebert.bench.aot``; the code is in `compiled.aot`."""
+"""The command ``python -m fusebert.bench.aot``; the code is in `compiled.table`."""
 
-from .compiled.aot import main
+from .compiled.table import main
 
 if __name__ == "__main__":
     main()

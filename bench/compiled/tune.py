@@ -20,7 +20,7 @@ from ...kernels.attn import config as attention_config
 from ...kernels.attn.config import Config, Table
 from ...kernels.attn.launch import Problem, backward, forward, new_stats
 from ...kernels.backend import triton
-from . import aot_attention
+from . import attention_cases
 from .aot import LIMITS, compiled_kernels
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -169,11 +169,11 @@ def _calls(kernel: str, problem: Problem) -> Callable[[], None]:
     return lambda: backward(problem, out, stats, out, dq, dk, dv)
 
 
-def _variants(kernel: str, masked: bool) -> tuple[aot_attention.Variant, ...]:
+def _variants(kernel: str, masked: bool) -> tuple[attention_cases.Variant, ...]:
     if not masked:
-        return aot_attention.DROPOUT, aot_attention.PLAIN
-    heads = aot_attention.GROUPED if kernel.startswith("long") else aot_attention.MASKED
-    return heads, aot_attention.WINDOW
+        return attention_cases.DROPOUT, attention_cases.PLAIN
+    heads = attention_cases.GROUPED if kernel.startswith("long") else attention_cases.MASKED
+    return heads, attention_cases.WINDOW
 
 
 def _spills(
@@ -186,7 +186,7 @@ def _spills(
             compiled_kernels(arch) as found,
             mock.patch.object(attention_config, "table", return_value=_only(kernel, config, head_dim)),
         ):
-            aot_attention.call(dtype, head_dim, seqlen, seqlen, variant)
+            attention_cases.call(dtype, head_dim, seqlen, seqlen, variant)
         r = next(r for r in found if r.name == kernel)
         worst = max(worst, r.spill_bytes if r.shared_bytes <= LIMITS[arch][2] else math.inf)
         if worst:

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from fusebert.bench.compiled import aot, aot_attention
+from fusebert.bench.compiled import aot, attention_cases
 from fusebert.kernels.attn import config as attention_config
 from fusebert.kernels.backend import triton
 
@@ -23,19 +23,9 @@ def compiled(tmp_path_factory):
     """sm_<arch> -> rows of the table, from the command that writes it, in processes where Triton may compile."""
     out = tmp_path_factory.mktemp("aot")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "fusebert.bench.aot",
-        "--only",
-        "attention",
-        "--heaviest",
-        "--out",
-        str(out),
-    ]
-    ran = subprocess.run(
-        [*command, "--arch", *map(str, aot.LIMITS)], env=environment, cwd=out, capture_output=True, text=True
-    )
+    options = ["--only", "attention", "--heaviest", "--out", str(out), "--arch", *map(str, aot.LIMITS)]
+    command = [sys.executable, "-m", "fusebert.bench.aot", *options]
+    ran = subprocess.run(command, env=environment, cwd=out, capture_output=True, text=True)
     assert ran.returncode in (0, 1), ran.stderr
     tables = {arch: json.loads(next(out.glob(f"*sm_{arch}.json")).read_text())["kernels"] for arch in aot.LIMITS}
     return ran.returncode, tables
@@ -52,7 +42,7 @@ def entries(arch: int) -> set[tuple[str, tuple[int, int], int]]:
     """(kernel, tile, BLOCK_D) of every long entry that the launcher can look up on sm_<arch>."""
     found = set()
     for dtype in (torch.bfloat16, torch.float32):
-        for table in aot_attention._tables(arch, dtype):
+        for table in attention_cases.tables(arch, dtype):
             for kernel in ("long_forward", "long_backward_dq", "long_backward_dk_dv"):
                 for head_dim, config in getattr(table, kernel).items():
                     found.add((kernel, (config.block_m, config.block_n), head_dim))
@@ -85,27 +75,27 @@ def test_the_status_says_whether_all_is_well(compiled):
 def test_the_committed_table_is_whole_clean_and_of_these_kernels(arch, compiled):
     """What tests have no time to compile, every variant of every entry, is read; what they compile must be as read."""
     about, rows = committed(arch)
-    assert about["attention_sources"] == aot_attention.sources(), (
+    assert about["attention_sources"] == attention_cases.sources(), (
         "attention's kernels or tables have changed: python -m fusebert.bench.aot --arch 80 90 100 --out bench/results"
     )
     rows = [row for row in rows if row["case"].startswith("attention")]
-    assert {row["case"] for row in rows} == aot_attention.cases(arch).keys()
+    assert {row["case"] for row in rows} == attention_cases.cases(arch).keys()
     assert not [row for row in rows if row["problems"] or row["spill_bytes"]]
     if about["triton"] == triton.__version__:
         assert [row for row in compiled[1][arch] if row not in rows] == []
 
 
 def test_another_source_is_noticed(monkeypatch, tmp_path):
-    before = aot_attention.sources()
+    before = attention_cases.sources()
     folder = Path(attention_config.__file__).parent
     (tmp_path / "attn").mkdir()
     for file in (folder.parent / "dropout.py", *folder.glob("*.py")):
         (tmp_path / file.relative_to(folder.parent)).write_text(file.read_text() + "# a comment\n")
     monkeypatch.setattr(attention_config, "__file__", str(tmp_path / "attn" / "config.py"))
-    assert aot_attention.sources() == before
+    assert attention_cases.sources() == before
     changed = tmp_path / "attn" / "long.py"
     changed.write_text(changed.read_text().replace('float("-inf")', "-1e30", 1))
-    assert aot_attention.sources() != before
+    assert attention_cases.sources() != before
 
 
 def resources(**changes):
@@ -131,7 +121,7 @@ def resources(**changes):
     ],
 )
 def test_what_counts_as_wrong(changes, words):
-    found = aot_attention.problems(resources(**changes), aot.LIMITS[90][2], "HGMMA")
+    found = attention_cases.problems(resources(**changes))
     assert found == [] if words is None else words in "; ".join(found)
 
 
@@ -151,10 +141,10 @@ def test_occupancy(changes, blocks, by):
 
 def test_a_new_entry_is_compiled(monkeypatch):
     """The cases come from the tables: an entry that is added brings its own."""
-    before = aot_attention.cases(90, heaviest=True)
+    before = attention_cases.cases(90, heaviest=True)
     table = attention_config.TABLES[90, 2]
     more = table._replace(**{name: {**getattr(table, name), 512: getattr(table, name)[256]} for name in table._fields})
     monkeypatch.setitem(attention_config.TABLES, (90, 2), more)
     monkeypatch.setitem(attention_config.MASKED, (90, 2), attention_config.NOTHING)
-    added = aot_attention.cases(90, heaviest=True).keys() - before.keys()
+    added = attention_cases.cases(90, heaviest=True).keys() - before.keys()
     assert any("D=512 N=512 masked window dropout groups=2" in name for name in added)

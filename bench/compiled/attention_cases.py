@@ -1,11 +1,12 @@
-"""Every way attention can be launched, as calls to compile: enumerated from the launch tables themselves.
+"""Every way in which attention can be launched, as calls to compile, enumerated from the launch tables.
 
-A launch is an entry of `attention_config.TABLES` (element size, BLOCK_D, and a segment length of the short route or the
-long route's tiles) under a variant, what else decides the code: dropout, a window, a padding mask, grouped heads. Of
-the rest a few cases stand for all: head sizes below BLOCK_D and a schedule in place of the padded grid (`_between`);
-unequal lengths of queries and keys (fewer loads of the same tiles) and fp16 (bf16 but for the conversions). Padded
-tensors without a mask are packed ones without cu_seqlens. ``heaviest`` takes one variant an entry, which
-tests have the time to compile; for all of them they read the committed table, if it is of these `sources`.
+A launch is an entry of `attn.config.TABLES` (element size, BLOCK_D, and a segment length of the short route or the
+tiles of the long route) under a `Variant`: dropout, a window, a padding mask, grouped heads. A few cases stand for the
+rest: head sizes below BLOCK_D and the scheduled grid (`_between`), unequal lengths of queries and keys, and fp16, which
+differs from bf16 in its conversions only. Padded tensors without a mask compile as packed ones without cu_seqlens.
+
+``heaviest`` takes one variant an entry, which the tests have time to compile. For the others the tests read the
+committed table, provided that it was made of these `sources`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -24,42 +25,42 @@ from ...kernels import backend
 from ...kernels.attn import config as attention_config
 from ...kernels.attn.config import Table
 from ...kernels.attn.launch import NO_WINDOW, Problem, backward, forward, like_query, new_stats
+from .aot import LIMITS, MATRIX, Resources
 
-if TYPE_CHECKING:
-    from .aot import Resources
-
-# What decides how attention is compiled, beside Triton.
-SOURCES = ("config", "dropout_tile", "launch", "long", "schedule", "short", "tile")
-
-LONG = 512  # rows: no tile of any table holds them
+LONG = 512  # tokens of a segment: more than a tile of any table holds
 HEADS = 4
-MATRIX_ROWS = 64  # of the left factor: Hopper's and Blackwell's matrix instructions; fewer take Ampere's
+MATRIX_ROWS = 64  # of the left factor, for Hopper's and Blackwell's matrix instructions; fewer rows take Ampere's
 
 
-def _said(node: ast.AST) -> Iterator[str]:
-    """The code as words, without docstrings (and f-strings, which are messages): alike in every version of Python."""
+def _code_words(node: ast.AST) -> Iterator[str]:
+    """The code without comments, docstrings and messages (f-strings): the same words in every version of Python."""
     yield type(node).__name__
     for _, value in ast.iter_fields(node):
         for item in value if isinstance(value, list) else [value]:
             docstring = isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant)
             if isinstance(item, ast.AST) and not docstring and not isinstance(item, ast.JoinedStr):
-                yield from _said(item)
+                yield from _code_words(item)
             elif isinstance(item, (str, int, float)):
                 yield repr(item)
 
 
 def sources() -> str:
-    """A digest of attention's kernels, tables and launcher: another one may compile to something else."""
+    """A digest of attention's files and of the dropout it draws: other sources may compile to something else."""
     folder = Path(attention_config.__file__).parent
-    files = [folder.parent / "dropout.py", *(folder / f"{name}.py" for name in SOURCES)]
-    words = "\n".join(word for file in files for word in _said(ast.parse(file.read_text(encoding="utf-8"))))
+    files = [folder.parent / "dropout.py", *sorted(folder.glob("*.py"))]
+    words = "\n".join(word for file in files for word in _code_words(ast.parse(file.read_text(encoding="utf-8"))))
     return hashlib.sha256(words.encode()).hexdigest()
 
 
 class Variant(NamedTuple):
-    """What besides the shape decides which code is compiled."""
+    """What decides, besides the shape, which code is compiled.
 
-    form: str = "packed"  # or "masked": a padded batch with its mask; "scheduled": packed, and few tiles of many exist
+    Attributes:
+        form: "packed"; "masked": a padded batch with its mask; "scheduled": packed, and few tiles of the grid exist.
+        groups: query heads for each key head.
+    """
+
+    form: str = "packed"
     window: bool = False
     dropout: bool = False
     groups: int = 1
@@ -79,7 +80,7 @@ SCHEDULED = Variant("scheduled", dropout=True)
 
 
 def call(dtype: torch.dtype, head_dim: int, n_q: int, n_k: int, variant: Variant) -> None:
-    """Forward and backward as the launcher chooses them, on tensors nobody fills."""
+    """Forward and backward as the launcher chooses them, on uninitialised tensors."""
     heads, key_heads = HEADS, HEADS // variant.groups
     cu_q = cu_k = mask = None
     longest_q, longest_k = n_q, n_k
@@ -106,19 +107,21 @@ def call(dtype: torch.dtype, head_dim: int, n_q: int, n_k: int, variant: Variant
         torch.backends.cuda.matmul.fp32_precision = before
 
 
-def _tables(arch: int, dtype: torch.dtype) -> tuple[Table, Table]:
-    """What plain calls look up, and masked ones."""
+def tables(arch: int, dtype: torch.dtype) -> tuple[Table, Table]:
+    """The tables of plain calls and of masked ones."""
     with mock.patch.object(backend, "architecture", return_value=arch):
         return attention_config.table(dtype), attention_config.table(dtype, masked=True)
 
 
 def _longest(table: Table, head_dim: int) -> list[int]:
-    """The segment lengths at which one of the short kernels still takes the whole segment, and then does not."""
+    """The longest segments that a short kernel takes whole."""
     return sorted({table.short_forward[head_dim], table.short_backward[head_dim]} - {0})
 
 
-def _of_table(arch: int, dtype: torch.dtype, heaviest: bool) -> Iterator[tuple[torch.dtype, int, int, int, Variant]]:
-    plain, masked = _tables(arch, dtype)
+def _table_entries(
+    arch: int, dtype: torch.dtype, heaviest: bool
+) -> Iterator[tuple[torch.dtype, int, int, int, Variant]]:
+    plain, masked = tables(arch, dtype)
     for head_dim in plain.long_forward:
         for n in _longest(masked, head_dim):
             for variant in (WINDOW,) if heaviest else (WINDOW, MASKED, DROPOUT, PLAIN):
@@ -139,15 +142,15 @@ def _of_table(arch: int, dtype: torch.dtype, heaviest: bool) -> Iterator[tuple[t
 
 
 def _between() -> Iterator[tuple[torch.dtype, int, int, int, Variant]]:
-    """Head sizes between two entries, and a schedule with each."""
+    """Head sizes between two entries, and the scheduled grid."""
     for head_dim in (48, 80, 96):
         yield torch.bfloat16, head_dim, 128, 128, WINDOW
     for head_dim in (48, 64, 80, 96, 128):
         yield torch.bfloat16, head_dim, LONG, LONG, SCHEDULED
 
 
-def _of_berts_head() -> Iterator[tuple[torch.dtype, int, int, int, Variant]]:
-    """What `_of_table` leaves out, at D = 64."""
+def _bert_head() -> Iterator[tuple[torch.dtype, int, int, int, Variant]]:
+    """BERT's D = 64: what `_table_entries` leaves out."""
     for n in (16, 64, 128, LONG):
         yield torch.float16, 64, n, n, WINDOW
         yield torch.bfloat16, 64, n, n, DROPOUT
@@ -156,11 +159,11 @@ def _of_berts_head() -> Iterator[tuple[torch.dtype, int, int, int, Variant]]:
 
 
 def cases(arch: int, *, heaviest: bool = False) -> dict[str, Callable[[], None]]:
-    """Name -> a call to make within `compiled_kernels`."""
-    found = [case for dtype in (torch.bfloat16, torch.float32) for case in _of_table(arch, dtype, heaviest)]
+    """Name → a call to make within `compiled_kernels`."""
+    found = [case for dtype in (torch.bfloat16, torch.float32) for case in _table_entries(arch, dtype, heaviest)]
     found += _between()
     if not heaviest:
-        found += _of_berts_head()
+        found += _bert_head()
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
     return {
         f"attention {names[dtype]} D={d} N={n if n == m else f'{n}x{m}'} {variant}": functools.partial(
@@ -170,21 +173,24 @@ def cases(arch: int, *, heaviest: bool = False) -> dict[str, Callable[[], None]]
     }
 
 
-def problems(r: Resources, shared_limit: int, matrix: str) -> list[str]:
-    """What is wrong with a compiled kernel of attention, in words."""
+def problems(r: Resources) -> list[str]:
+    """What is wrong with a compiled kernel of attention, in words; nothing for the kernel that schedules tiles."""
     constants = r.constants
+    if "EXACT" not in constants:
+        return []
     found = []
     if r.spill_bytes:
         found.append(f"spills {r.spill_bytes} bytes")
-    if r.shared_bytes > shared_limit:
-        found.append(f"takes {r.shared_bytes} bytes of shared memory; there are {shared_limit}")
-    # The rows of the left factors: of S and dQ queries, of dK and dV keys; the short backward has both.
+    limit = LIMITS[r.arch].shared_bytes
+    if r.shared_bytes > limit:
+        found.append(f"takes {r.shared_bytes} bytes of shared memory; there are {limit}")
+    # The rows of a product's left factor: queries for S and dQ, keys for dK and dV, both in the short backward.
     rows = {"short_backward": max(constants["BLOCK_M"], constants["BLOCK_N"])}
     rows |= {"long_backward_dk_dv": constants["BLOCK_N"]}
     if constants["EXACT"] and constants["PRECISION"] == "ieee":
         meant = None
     else:
-        meant = matrix if rows.get(r.name, constants["BLOCK_M"]) >= MATRIX_ROWS else "HMMA"
+        meant = MATRIX[r.arch] if rows.get(r.name, constants["BLOCK_M"]) >= MATRIX_ROWS else "HMMA"
     if r.matrix_instruction != meant:
         found.append(f"multiplies with {r.matrix_instruction}, not {meant}")
     return found
