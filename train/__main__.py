@@ -1,10 +1,10 @@
-"""The ``fusebert`` command, and ``python -m fusebert.train``; where the packages it needs are installed."""
+"""The ``fusebert`` command, and ``python -m fusebert.train``."""
 
 import sys
 
 
 def main() -> None:
-    """Run the command line, or say in one line what installs it: the kernels alone need less than training."""
+    """Runs the command line. If a package is missing, prints in one line how to install it."""
     try:
         from .cli import main as run
     except ModuleNotFoundError as error:

@@ -73,7 +73,8 @@ def _pretrain(settings: PretrainSettings) -> None:
     # PyTorch reads this when it loads. OpenMP threads that spin while they wait cost a factor of ten if another process
     # uses the same cores (measured on 2 busy cores, tiny: 200 to 600 tokens/s, against 4,000 with sleeping threads).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from .run.pretrain import Interrupted, pretrain
+    from .run.pretrain import pretrain
+    from .run.signals import Interrupted
     from .step.distributed import first_to_fail
 
     typed = [word for word in sys.argv[1:] if word != "--resume"]

@@ -1,11 +1,11 @@
-"""The error that is the user's to correct."""
+"""The error for wrong input."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something given on the command line, or a file it names, is wrong. The message is one line that says what was
-    given and the remedy; the command line prints it alone, without a traceback, and exits with status 2."""
+    """An option or a file named by the user is wrong.
 
-
-__all__ = ["UserError"]
+    The message is one line: what was given, what is allowed, what to do. The command line prints it without a
+    traceback and exits with status 2.
+    """

@@ -1,5 +1,4 @@
-"""Pretraining runs in several processes on this machine, as torchrun would start them, but with one import of PyTorch
-for many runs."""
+"""Pretraining runs in several processes, as torchrun starts them, but with one import of PyTorch for many runs."""
 
 from __future__ import annotations
 
@@ -17,14 +16,14 @@ Job = dict[str, Any]  # PretrainSettings' arguments
 
 
 def pretrain_in(world_size: int, jobs: Sequence[Job], seconds: float = 900.0, setup: Any = None) -> None:
-    """Runs the jobs one after the other, each in all of ``world_size`` processes; fails if one of them does.
+    """Runs the jobs one after the other, each in all of ``world_size`` processes; fails if one of them fails.
 
     Args:
-        seconds: after which the processes are ended. They hang, then: a busy machine makes this ten times slower.
+        seconds: time limit for processes that hang. Generous, because a busy machine is ten times slower.
         setup: called with the rank in each process before the jobs.
     """
-    # The stores are here, as torchrun's are in its agent: a port that was only looked up could be another's by the
-    # time its job begins, gloo's own connections take theirs from the same range.
+    # Open the stores here, as torchrun does in its agent. A port that is only looked up could be taken before its job,
+    # because gloo's connections use the same range.
     stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in jobs]
     ports = [store.port for store in stores]
     context = multiprocessing.get_context("spawn")
@@ -36,7 +35,7 @@ def pretrain_in(world_size: int, jobs: Sequence[Job], seconds: float = 900.0, se
         process.start()
     end = time.monotonic() + seconds
     running = list(processes)
-    # Where one fails the others may wait for it for ever.
+    # If one fails, the others may wait for it forever.
     while running and errors.empty() and time.monotonic() < end:
         multiprocessing.connection.wait([process.sentinel for process in running], end - time.monotonic())
         running = [process for process in running if process.is_alive()]
@@ -72,7 +71,7 @@ def _run(rank: int, world_size: int, jobs: Sequence[Job], ports: Sequence[int], 
 
 
 class SkewedClock:
-    """A second passes with each step; on the second process it is an hour later, and three seconds pass."""
+    """Advances by one second a step on rank 0. On rank 1 it is an hour ahead and advances by three seconds."""
 
     def __init__(self, rank: int) -> None:
         self.now, self.rank = 0.0, rank
@@ -83,14 +82,16 @@ class SkewedClock:
 
 def skew_clocks(rank: int) -> None:
     """A `setup` that gives each process's run a `SkewedClock`."""
-    from fusebert.train.run import pretrain as module
+    from fusebert.train.run import clock, setup
     from fusebert.train.step import stopwatch
+    from fusebert.train.step.step import TrainingStep
 
-    clock, original = SkewedClock(rank), module.TrainingStep.__call__
+    skewed, original = SkewedClock(rank), TrainingStep.__call__
 
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        clock.now += 1.0
+        skewed.now += 1.0
         return original(self, *args, **kwargs)
 
-    module.time = stopwatch.time = clock  # type: ignore[assignment]
-    module.TrainingStep.__call__ = step  # type: ignore[method-assign]
+    clock.time = stopwatch.time = skewed  # type: ignore[assignment]
+    setup.matmul_rate = lambda device, dtype: 1e12  # type: ignore[assignment]  # it measures time
+    TrainingStep.__call__ = step  # type: ignore[method-assign]

@@ -1,16 +1,16 @@
-"""Checkpoints that are whole or not there: safetensors and JSON, no pickle.
+"""Checkpoints in safetensors and JSON, written atomically, without pickle.
 
-    out/checkpoints/step-00000400/model.safetensors       parameters, under the model's own names
+    out/checkpoints/step-00000400/model.safetensors       parameters, under the model's names
                                   optimizer.safetensors   "{parameter}/{state}": exp_avg, exp_avg_sq, step
-                                  trainer.json            the rest, and every file's size and CRC-32; written last
+                                  trainer.json            the rest, and size and CRC-32 of the other files
 
-No generator's state is among it: batches and dropout are functions of the seed and the number of the micro-batch.
-Nor does anything tell how many processes there were: tensors are whole, gathered to the first process, which writes
-and reads, and any number of processes can go on, replicated or in shards. (PyTorch's distributed checkpoint would write
-the shards in parallel; its metadata is a pickle.)
+Generator states are not saved: batches and dropout are functions of the seed and the number of the micro-batch. A
+checkpoint does not depend on the number of processes: rank 0 gathers full tensors, writes and reads them, and any
+number of processes can continue, replicated or sharded. (PyTorch's distributed checkpoint would write shards in
+parallel, but its metadata is a pickle.)
 
-A checkpoint is written into a hidden sibling, synced to disk and renamed, so a crash or a full disk leaves the ones
-before it as they were. Reading checks size and CRC-32 of every file before anything is loaded.
+A checkpoint is written to a hidden folder beside its final path, synced to disk and renamed, so a crash or a full disk
+does not affect earlier checkpoints. Reading verifies size and CRC-32 of every file before anything is loaded.
 """
 
 from __future__ import annotations
@@ -27,32 +27,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...model.atomic import replace_file, sync_directory
 from ...model.pretraining import BertForPreTraining
 from ..errors import UserError
 from ..step.distributed import Ranks, lost_connection
 from ..step.sharding import gather, scatter
 
 FORMAT_VERSION = 2
-READABLE = (1, 2)  # 1 also had the generators' states, in rng.safetensors, and read its batches in one lane
+READABLE = (1, 2)  # version 1 has generator states in rng.safetensors, and its batches come from one lane
 FILES = ("model.safetensors", "optimizer.safetensors")
 
 
 class CheckpointError(UserError):
-    """A checkpoint is damaged, or is not one. The message is one line."""
+    """A checkpoint is damaged or not a checkpoint. The message is one line."""
 
 
 @dataclasses.dataclass
 class TrainerState:
-    """Where a run stands.
+    """The progress of a run.
 
     Attributes:
-        step: optimisation steps done. batches: micro-batches consumed, by all ranks. tokens: real tokens seen.
+        step: optimisation steps done.
+        batches: micro-batches consumed by all ranks.
         lanes: chunks that the batches are read from side by side, see `loader.batches`.
-        elapsed_s: wall-clock seconds the run has taken. train_s, flops: those spent in steps alone, and their FLOPs.
-        length: how long the run was to be, in steps or in minutes. finished: it reached that end.
-        identity: what a continuation must share with the run (model, corpus, batch shape, ...).
-        first_evaluation: held-out figures before the first step.
-        loss_scale: fp16's, as GradScaler gives it.
+        tokens: real tokens seen.
+        elapsed_s: wall-clock seconds of the run.
+        train_s: seconds of the steps alone.
+        flops: FLOPs of the steps.
+        length: the length of the run as given, {"steps": ..., "minutes": ...}.
+        finished: the run reached that length.
+        identity: what must not change when the run is continued, see `resume.run_identity`.
+        first_evaluation: `Evaluation.to_json` before the first step.
+        loss_scale: state of GradScaler, in fp16.
     """
 
     step: int = 0
@@ -77,13 +83,15 @@ def save_checkpoint(
     keep: int = 2,
     ranks: Ranks | None = None,
 ) -> Path:
-    """Writes ``root``/step-N, N being ``state.step``, and removes all but the ``keep`` newest.
+    """Writes ``root``/step-N with N = ``state.step``, and removes all but the ``keep`` newest checkpoints.
 
-    Of ``ranks`` the first process writes, for which the others wait, so that it has the whole model and its moments in
-    its memory, on the CPU, where they are sharded.
+    A collective call: rank 0 writes and the others wait. Sharded tensors are gathered to the CPU memory of rank 0.
+
+    Args:
+        ranks: None: this process alone.
 
     Raises:
-        OSError: no space left, for instance; the checkpoints already there are untouched.
+        OSError: for example no space left. Earlier checkpoints are not changed.
     """
     ranks = ranks or Ranks()
     tensors = gather(model.state_dict(), ranks), gather(_optimizer_tensors(model, optimizer), ranks)
@@ -94,37 +102,34 @@ def _write(root: Path, tensors: tuple[dict[str, Tensor], ...], state: TrainerSta
     final = root / f"step-{state.step:08d}"
     partial = root / f".{final.name}.partial-{os.getpid()}"
     root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.glob(".step-*"):  # of a process that died
+    for leftover in root.glob(".step-*"):  # of a killed process
         shutil.rmtree(leftover)
     partial.mkdir()
     try:
         files = {name: _write_tensors(partial / name, each) for name, each in zip(FILES, tensors, strict=True)}
         content = {"version": FORMAT_VERSION, "state": dataclasses.asdict(state), "files": files}
-        with open(partial / "trainer.json", "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        _sync_directory(partial)
-        if final.exists():  # the step a run was resumed from, saved again
+        with replace_file(partial / "trainer.json") as path:
+            path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        if final.exists():  # the step that the run was resumed from, saved again
             os.rename(final, partial.with_suffix(".replaced"))
         os.rename(partial, final)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    _sync_directory(root)
+    sync_directory(root)
     for old in [*list_checkpoints(root)[keep:], *root.glob(".step-*")]:
         shutil.rmtree(old)
     return final
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """The checkpoints in ``root``, newest first; whether they are sound shows when they are read."""
+    """The checkpoints in ``root``, newest first, not yet verified."""
     found = [path for path in root.glob("step-*") if re.fullmatch(r"step-\d+", path.name)] if root.is_dir() else []
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
 def read_state(path: Path) -> TrainerState:
-    """The trainer's state in a checkpoint, all of whose files have been checked.
+    """Verifies all files of a checkpoint and returns its trainer state.
 
     Raises:
         CheckpointError: a file is missing or damaged.
@@ -137,7 +142,7 @@ def read_state(path: Path) -> TrainerState:
         state = TrainerState(**content["state"])
         for name in FILES:
             if _fingerprint(path / name) != files[name]:
-                raise CheckpointError(f"{path / name} is damaged: its size or CRC-32 is not what was written")
+                raise CheckpointError(f"{path / name} is damaged: its size or CRC-32 differs from trainer.json")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not a whole checkpoint ({error})") from error
     return state
@@ -146,12 +151,15 @@ def read_state(path: Path) -> TrainerState:
 def load_checkpoint(
     path: Path, model: BertForPreTraining, optimizer: torch.optim.Optimizer, ranks: Ranks | None = None
 ) -> None:
-    """Puts a checkpoint's parameters and optimiser state in place; `read_state` has checked it.
+    """Loads parameters and optimiser state from a checkpoint that `read_state` has verified.
 
-    Of ``ranks`` the first process reads, and sends each of the others what it holds.
+    A collective call: rank 0 reads and sends the other ranks their tensors.
+
+    Args:
+        ranks: None: this process alone.
 
     Raises:
-        CheckpointError: it is another model's.
+        CheckpointError: the checkpoint is of another model.
     """
     from safetensors.torch import load_file
 
@@ -179,32 +187,31 @@ def _optimizer_tensors(model: BertForPreTraining, optimizer: torch.optim.Optimiz
 
 
 def _load_optimizer(model: BertForPreTraining, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    # PyTorch's state dict numbers the parameters in the order of the groups.
+    # In PyTorch's state dict the parameters are numbered in the order of the groups.
     names = {parameter: name for name, parameter in model.named_parameters()}
     ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    keys = ("step", "exp_avg", "exp_avg_sq") if tensors else ()  # before the first step there is no state
+    keys = ("step", "exp_avg", "exp_avg_sq") if tensors else ()  # an empty state before the first step
     state = {i: {key: tensors[f"{name}/{key}"] for key in keys} for i, name in enumerate(ordered) if keys}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, int]:
-    """Writes and syncs a safetensors file; its size and CRC-32.
+    """Writes a safetensors file and returns its size and CRC-32.
 
     Raises:
-        OSError: safetensors reports the system's error in words; here it is what it was.
+        OSError: the operating system's error, which safetensors wraps in a message.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
-        save_file(tensors, path)
+        with replace_file(path) as partial:
+            save_file(tensors, partial)
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
     return _fingerprint(path)
 
 
@@ -215,25 +222,3 @@ def _fingerprint(path: Path) -> dict[str, int]:
             size += len(block)
             crc = zlib.crc32(block, crc)
     return {"bytes": size, "crc32": crc}
-
-
-def _sync_directory(path: Path) -> None:
-    """Makes the names in a directory durable (a no-op where directories can't be opened, as on Windows)."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-__all__ = [
-    "CheckpointError",
-    "TrainerState",
-    "list_checkpoints",
-    "load_checkpoint",
-    "read_state",
-    "save_checkpoint",
-]

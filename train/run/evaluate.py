@@ -1,10 +1,10 @@
-"""How well a model predicts held-out text: masked-LM loss and accuracy, next-sentence accuracy."""
+"""Evaluation on held-out text: masked-LM loss and accuracy, next-sentence loss and accuracy."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,10 @@ class Evaluation:
     """Means over the labelled positions and pairs of a set of batches.
 
     Attributes:
-        mlm_loss: nats a masked token. mlm_accuracy: share of masked tokens whose arg max is the original.
-        nsp_loss, nsp_accuracy: the same for sentence pairs; None where there is none.
-        num_masked, num_pairs: how many were counted.
+        mlm_loss: nats a masked token.
+        mlm_accuracy: share of the masked tokens that the arg max predicts.
+        nsp_loss, nsp_accuracy: the same for sentence pairs; None without pairs.
+        num_masked, num_pairs: number of masked tokens and of pairs.
     """
 
     mlm_loss: float
@@ -34,22 +35,29 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """e^mlm_loss (Devlin et al. 2018's measure); infinite where that overflows."""
+        """e^mlm_loss (as in Devlin et al. 2018); infinite on overflow."""
         return math.exp(self.mlm_loss) if self.mlm_loss < 700 else math.inf
 
-    def as_json(self) -> dict[str, Any]:
-        """The fields and the perplexity as JSON values."""
+    def to_json(self) -> dict[str, Any]:
+        """The fields and the perplexity, for log.jsonl, report.json and checkpoints."""
         return {**dataclasses.asdict(self), "perplexity": self.perplexity}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Evaluation:
+        """The inverse of `to_json`; other keys are ignored."""
+        return cls(**{field.name: content[field.name] for field in dataclasses.fields(cls)})
 
 
 @torch.no_grad()
 def evaluate(
     model: BertForPreTraining, batches: Sequence[PackedBatch], compute_dtype: torch.dtype, ranks: Ranks | None = None
 ) -> Evaluation:
-    """The model's `Evaluation` on ``batches``, without dropout; the model's mode and the generators are left as found.
+    """Evaluates the model on ``batches``, without dropout. The model's mode and the generators do not change.
 
     Args:
-        batches: the same in every process of ``ranks``, which share the work.
+        batches: the same in every process of ``ranks``. The processes share the work.
+        compute_dtype: dtype of the matrix products.
+        ranks: None: this process alone.
 
     Raises:
         ValueError: ``batches`` has no masked token.
@@ -61,7 +69,7 @@ def evaluate(
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     num_masked = num_pairs = 0
     for i in range(0, len(batches), ranks.world_size):
-        # A sharded model's forward takes all ranks: one without a batch at the end goes along with another's.
+        # The forward of a sharded model is a collective call: a rank without a batch runs another rank's batch.
         mine = i + ranks.rank < len(batches)
         batch = batches[i + ranks.rank if mine else i]
         with autocast(device, compute_dtype):
@@ -84,6 +92,3 @@ def evaluate(
         num_masked=num_masked,
         num_pairs=num_pairs,
     )
-
-
-__all__ = ["Evaluation", "evaluate"]

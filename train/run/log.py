@@ -1,18 +1,19 @@
-"""The run's log: one JSON object a line in log.jsonl; the same numbers as TensorBoard scalars where it is installed.
+"""The run's log: one JSON object a line in log.jsonl, and TensorBoard scalars if TensorBoard is installed.
 
-Every record has "kind" ("run", "train", "eval") and "step".
+Every record has "kind" ("run", "train" or "eval") and "step".
 """
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, Protocol
 
+from ...model.atomic import replace_file
+
 
 class ScalarWriter(Protocol):
-    """What is used of TensorBoard's SummaryWriter."""
+    """The methods of TensorBoard's SummaryWriter that the log uses."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
 
@@ -20,27 +21,26 @@ class ScalarWriter(Protocol):
 
 
 class RunLog:
-    """Appends records to ``directory``/log.jsonl, each on disk as soon as it is written.
+    """Appends records to ``directory``/log.jsonl, without buffering.
 
     Args:
-        resume_step: keep the records of a run up to this step and go on after them; None starts anew.
-        tensorboard: False never writes TensorBoard files, True insists, None writes them when it is installed.
+        resume_step: keep the existing records up to this step and append to them; None removes all.
+        tensorboard: whether to write TensorBoard files; None: if TensorBoard is installed.
 
     Raises:
-        ModuleNotFoundError: ``tensorboard`` is True and it is not installed.
+        ModuleNotFoundError: ``tensorboard`` is True and TensorBoard is not installed.
     """
 
     def __init__(self, directory: Path, *, resume_step: int | None, tensorboard: bool | None) -> None:
         self.path = directory / "log.jsonl"
         kept = [r for r in read_log(self.path) if r["step"] <= resume_step] if resume_step is not None else []
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        os.replace(partial, self.path)
+        with replace_file(self.path) as partial:
+            partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         self._file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         self._tensorboard = _tensorboard_writer(directory / "tensorboard", resume_step, tensorboard)
 
     def write(self, kind: str, step: int, **fields: Any) -> None:
-        """Appends a record; numbers among ``fields`` become TensorBoard scalars kind/name."""
+        """Appends a record. The numbers in ``fields`` also become TensorBoard scalars ``kind/name``."""
         self._file.write(json.dumps({"kind": kind, "step": step, **fields}) + "\n")
         if self._tensorboard is not None:
             for name, value in fields.items():
@@ -55,7 +55,7 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a log.jsonl; a last line cut short by a crash is left out, and no file is no record."""
+    """The records of a log.jsonl, without a last line that a crash cut short; an empty list if there is no file."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
@@ -76,6 +76,3 @@ def _tensorboard_writer(directory: Path, resume_step: int | None, wanted: bool |
         return None
     purge_step = resume_step + 1 if resume_step is not None else None
     return SummaryWriter(str(directory), purge_step=purge_step)
-
-
-__all__ = ["RunLog", "read_log"]

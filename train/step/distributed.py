@@ -1,8 +1,8 @@
-"""The processes of a torchrun job: which one this is, what all of them counted, who tells the user of a failure.
+"""The processes of a torchrun job: ranks, sums over the hosts, and which process reports an error.
 
-Every process runs the same program on its own device. What they must agree on (counts, the clock, whether to stop) is
-a few numbers a step, summed over gloo from host to host: no device waits for it as long as its host is ahead. What
-moves weights and gradients is PyTorch's (see `sharding`), over NCCL between GPUs and over gloo between CPUs.
+Every process runs the same program on its own device. The processes agree on a few numbers a step (counts, the clock,
+whether to stop), summed over gloo between the hosts; no device waits for that as long as its host is ahead. Weights and
+gradients are exchanged by PyTorch (see `sharding`), over NCCL between GPUs and over gloo between CPUs.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ STORE_TIMEOUT = datetime.timedelta(seconds=10)
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """The processes that train together, seen from one of them; alone by default, and then nothing is communicated.
+    """The position of this process among the processes that train together. By default it is the only one.
 
-    Every process must make the same calls in the same order.
+    All processes must call the same methods in the same order. A single process communicates nothing.
 
     Attributes:
-        rank, world_size: this process among how many. local_rank, local_world_size: the same on this machine.
+        rank: index of this process.
+        world_size: number of processes.
+        local_rank: index of this process on its machine.
+        local_world_size: number of processes on this machine.
     """
 
     rank: int = 0
@@ -39,24 +42,24 @@ class Ranks:
     local_world_size: int = 1
 
     @classmethod
-    def of_environment(cls) -> Ranks:
-        """What torchrun says; alone where it did not launch this process."""
+    def from_environment(cls) -> Ranks:
+        """Reads torchrun's environment variables; a single process if torchrun did not launch this one."""
         if not dist.is_torchelastic_launched():
             return cls()
         return cls(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes and prints."""
+        """Whether this is rank 0, the process that writes and prints."""
         return self.rank == 0
 
     @property
     def alone(self) -> bool:
-        """Whether there is no other."""
+        """Whether this is the only process."""
         return self.world_size == 1
 
     def join(self, device: torch.device) -> None:
-        """Meets the others: gloo for what is on the CPU, and NCCL where ``device`` is a GPU."""
+        """Initialises the process group: gloo for CPU tensors, and NCCL if ``device`` is a GPU."""
         if self.alone:
             return
         if device.type == "cuda":
@@ -66,13 +69,13 @@ class Ranks:
             dist.init_process_group("gloo")
 
     def leave(self) -> None:
-        """Waits for the others, and ends the communication. Not after an error: the others may never come."""
+        """Waits for all processes and destroys the process group. After an error it could wait forever."""
         if not self.alone:
             self.sum([])
             dist.destroy_process_group()
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Each value summed over the processes, in float64: exact for counts below 2⁵³."""
+        """Each value summed over the processes in float64, exact for counts below 2⁵³."""
         if self.alone:
             return list(values)
         total = torch.tensor([*values, 0.0], dtype=torch.float64)
@@ -80,7 +83,7 @@ class Ranks:
         return total[:-1].tolist()
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What ``make`` returns in the first process, where alone it is called; the others wait for it."""
+        """Calls ``make`` on rank 0 only and returns its result in every process."""
         if self.alone:
             return make()
         made: list[T | None] = [make() if self.first else None]
@@ -89,24 +92,26 @@ class Ranks:
 
 
 def first_to_fail() -> bool:
-    """Whether this process, which failed, is the job's first: then it tells the user why. The others failed because it
-    did, or for the same reason. A process that is alone is always the first."""
-    ranks = Ranks.of_environment()
+    """Whether this failed process is the first of the job to fail, and so should print its error.
+
+    The other processes fail as a consequence or for the same reason. A single process is always the first.
+    """
+    ranks = Ranks.from_environment()
     if ranks.alone:
         return True
-    # torchrun ends all of them as soon as one has exited: not the one that has yet to tell.
+    # torchrun sends SIGTERM to all processes when one exits. Ignore it so that this process can still print its error.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         store = dist.TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=STORE_TIMEOUT
         )
         return int(store.add(f"fusebert/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1)) == 1
-    except (RuntimeError, KeyError):  # the store's machine is gone: better twice than not at all
+    except (RuntimeError, KeyError):  # the store's machine is gone: rather print the error twice than not at all
         return True
 
 
 def lost_connection(error: Exception) -> bool:
-    """Whether it says that another process of the job does not answer any more."""
+    """Whether ``error`` means that the connection to another process of the job is lost."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
 
 
@@ -115,9 +120,6 @@ class LostPeer(UserError):
 
     def __init__(self) -> None:
         super().__init__(
-            "another process of the job has ended without a word (was it killed? is its memory full?), and none can go "
-            "on without it: torchrun's summary names it; start again with --resume"
+            "another process of the job has ended without an error message, perhaps killed or out of memory; the job "
+            "cannot continue without it. torchrun's summary names the process; start again with --resume"
         )
-
-
-__all__ = ["LostPeer", "Ranks", "first_to_fail", "lost_connection"]

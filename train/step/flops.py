@@ -1,17 +1,17 @@
-"""The floating-point operations of a training step, counted exactly, and the rate the device could do them at.
+"""The floating-point operations of a training step, and the device's rate of matrix products: the two parts of MFU.
 
-Only the matrix products that the mathematics asks for, on real tokens (not the slack of a packed batch, not spare
-masked rows), a multiply-add counting 2; the backward costs twice the forward, one product for each operand's gradient:
+Counted are the matrix products of the model on real tokens, without the slack of a packed batch and spare masked rows.
+A multiply-add counts 2. The backward costs twice the forward: one product for the gradient of each operand.
 
     linears     6 · tokens · (L − 1) · (4H² + 2HI)        Q, K, V, output; both feed-forward layers
     attention   12 · Σ_s n_s² · (L − 1) · H               QKᵀ and PV on segments of n_s tokens
-    last layer  6 · tokens · 2H² + 6 · read · (2H² + 2HI)     K, V for all; the rest for the rows that are read after it
+    last layer  6 · tokens · 2H² + 6 · read · (2H² + 2HI)     K, V for all rows; the rest for the rows read after it
                 + 12 · Σ_s read_s n_s · H                 (masked positions and first tokens)
     MLM head    6 · masked · (H² + HV)                    transform, decoder
     NSP head    6 · pairs · (H² + 2H)                     pooler, classifier
 
-MFU (model FLOPs utilisation, Chowdhery et al. 2022) is these over the time of the step and the rate of a large matrix
-product measured on the same device (not the figure on its data sheet).
+MFU (model FLOPs utilisation, Chowdhery et al. 2022) is this count, divided by the time of the step and by the rate of a
+large matrix product on the same device. The rate is measured, not taken from a data sheet.
 """
 
 from __future__ import annotations
@@ -33,8 +33,12 @@ def train_flops(
     """FLOPs of forward and backward.
 
     Args:
-        tokens: real tokens. squared_lengths: Σ n² over the segments. read: rows read after the last layer.
-        read_by_length: Σ read_s · n_s. masked: labelled positions. pairs: labelled pairs.
+        tokens: real tokens.
+        squared_lengths: Σ n_s² over the segments.
+        read: rows read after the last layer, Σ read_s.
+        read_by_length: Σ read_s · n_s over the segments.
+        masked: labelled positions.
+        pairs: labelled pairs.
     """
     hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers - 1
     linears = 6 * tokens * layers * (4 * hidden * hidden + 2 * hidden * inner)
@@ -47,9 +51,9 @@ def train_flops(
 
 
 def batch_flops(config: BertConfig, batch: PackedBatch) -> int:
-    """`train_flops` of a packed batch that is on the CPU."""
+    """`train_flops` of a packed batch on the CPU."""
     bounds = batch.cu_seqlens.long()
-    # The slack's segments lie behind the real tokens and are not counted.
+    # Exclude the segments of the slack: they start after the real tokens.
     lengths = bounds.diff() * (bounds[:-1] < batch.num_tokens)
     masked = batch.masked_positions[batch.masked_labels != IGNORE]
     segments = torch.bucketize(masked, bounds[1:], right=True)
@@ -97,7 +101,7 @@ def matmul_words(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def rate_words(flops_per_second: float) -> str:
-    """``"53.1 GFLOP/s"``, or in TFLOP/s from one on."""
+    """For example ``"53.1 GFLOP/s"``; in TFLOP/s from 1 TFLOP/s."""
     if flops_per_second < 1e12:
         return f"{flops_per_second / 1e9:.3g} GFLOP/s"
     return f"{flops_per_second / 1e12:.3g} TFLOP/s"

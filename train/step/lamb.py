@@ -1,13 +1,12 @@
-"""LAMB (You et al. 2019, algorithm 2): Adam's step, its length a matrix' own: for batches of tens of thousands of
-examples.
+"""LAMB (You et al. 2019, algorithm 2): Adam with a step length for each matrix, for batches of 10,000s of examples.
 
     m ← β₁m + (1 − β₁)g      v ← β₂v + (1 − β₂)g²      r = m̂ / (√v̂ + ε) + λw
     w ← w − lr · (‖w‖ / ‖r‖) · r
 
-The ratio is 1 where ‖w‖ or ‖r‖ is 0, and for what does not decay (biases, LayerNorms), as in the authors' code.
-PyTorch has no LAMB; those of timm and pytorch-optimizer read the step count and the loss scale on the host, so a CUDA
-graph cannot hold them. Multi-tensor kernels of PyTorch do the work here: about 80 bytes a parameter, where a single
-fused pass (as AdamW's, 28) cannot be had, since the norms stand between.
+The ratio is 1 if ‖w‖ or ‖r‖ is 0, and for parameters without decay (biases, LayerNorms), as in the authors' code.
+PyTorch has no LAMB; those of timm and pytorch-optimizer read the step count and the loss scale on the host, so they
+cannot be captured in a CUDA graph. This one uses PyTorch's multi-tensor kernels, about 80 bytes a parameter. One fused
+pass (28 bytes, as in AdamW) is not possible, because the update needs the norms first.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ from torch.optim.optimizer import ParamsT
 
 
 class LAMB(torch.optim.Optimizer):
-    """LAMB over float32 parameters; state as AdamW's (exp_avg, exp_avg_sq, step).
+    """LAMB over float32 parameters. Its state has AdamW's names: exp_avg, exp_avg_sq, step.
 
     Args:
-        lr: a float, or a tensor on the parameters' device, which a captured step reads.
-        weight_decay: λ, unless a group has its own; groups with 0 are plain Adam.
+        lr: a float, or a tensor on the parameters' device that a captured step reads.
+        weight_decay: λ of groups without their own; groups with 0 use Adam's step.
 
     Raises:
-        ValueError: a rate, β, ε or λ out of range.
+        ValueError: lr, β, ε or λ is out of range.
     """
 
-    # GradScaler then hands over found_inf, on the device, where it would otherwise wait to read it.
+    # With this GradScaler passes found_inf as a device tensor, without a host sync.
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -50,13 +49,13 @@ class LAMB(torch.optim.Optimizer):
         ):
             if not allowed:
                 raise ValueError(f"{name} is out of range; got {value}")
-        # capturable: by which load_state_dict knows that the step counts live with the parameters.
+        # capturable makes load_state_dict keep the step counts on the parameters' device.
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "capturable": True}
         super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step; parameters without a gradient stay. Waits for nothing."""
+        """One step. Parameters without a gradient do not change. Does not synchronise."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -86,7 +85,7 @@ class LAMB(torch.optim.Optimizer):
         if found_inf is None:
             torch._foreach_add_(steps, 1)
         else:
-            # Nothing is to change, and nobody may look: m goes towards itself, v too, and the rate is 0.
+            # On overflow the step must be a no-op, without a host sync: m and v are updated with themselves, lr is 0.
             overflow = found_inf.bool()
             grads = [torch.where(overflow, old, new) for old, new in zip(m, grads, strict=True)]
             squares = [torch.where(overflow, old, new) for old, new in zip(v, squares, strict=True)]
@@ -94,7 +93,7 @@ class LAMB(torch.optim.Optimizer):
             lr = lr * (1.0 - found_inf)
         torch._foreach_lerp_(m, grads, 1.0 - beta1)
         torch._foreach_lerp_(v, squares, 1.0 - beta2)
-        # 1 − β^step, the same for all, in float64, for it begins near 0; and not 0 when the very first step overflows.
+        # Bias corrections 1 − β^step, in float64 because they start near 0. The clamp is for an overflow in step 1.
         step = steps[0].double().clamp(min=1.0)
         update = torch._foreach_div(v, 1.0 - beta2**step)
         torch._foreach_sqrt_(update)
@@ -109,6 +108,3 @@ class LAMB(torch.optim.Optimizer):
             torch._foreach_mul_(update, list(ratio.unbind()))
         torch._foreach_mul_(update, lr)
         torch._foreach_sub_(params, update)
-
-
-__all__ = ["LAMB"]

@@ -1,20 +1,18 @@
-"""A model's twin for 16-bit training: its matrices live in the compute dtype, their masters stay in float32.
+"""16-bit training with float32 master weights: a copy of the model with its matrices in the compute dtype.
 
-Autocast alone casts every matrix anew in every micro-batch, and every gradient back. Bytes a weight, k micro-batches a
-step (16-bit gradients from the matrix products, fp32 masters and sums):
+Autocast alone casts every matrix in every micro-batch, and every gradient back. Bytes a weight with k micro-batches a
+step (16-bit gradients from the matrix products, float32 master weights and gradient sums):
 
-                               autocast                                     twin
-    weight, forward            6 k    (reads 4, writes 2)                   6    (in the first)
+                               autocast                                     low-precision copy
+    weight, forward            6 k    (reads 4, writes 2)                   6    (in the first micro-batch)
     gradient                   2 k    written by the product                2 k
     into the fp32 sum          6 k    (reads 2, writes 4)                   6    the first, cast
                                12 (k − 1)  added to it                      10 (k − 1)  cast and added in one pass
-    in all                     26 k − 12                                    12 k + 2
+    total                      26 k − 12                                    12 k + 2
 
-Both compute the same, to the bit. Of a layer's launches the twin saves 4 in the first micro-batch and 8 in each further
-one (`tests/train/step/test_launches`). The products could also add to the fp32 sum themselves, 4 bytes less again: not
-worth a second path beside PyTorch's autograd.
-
-The rest (embeddings, LayerNorms, biases) is not copied: the twin holds the very same parameters.
+Both give the same bits. The copy saves 4 launches a layer in the first micro-batch and 8 in each further one
+(`tests/train/step/test_launches`). Matrix products that accumulate into the float32 sum would save 4 more bytes, but
+need a second path beside PyTorch's autograd.
 """
 
 from __future__ import annotations
@@ -28,20 +26,21 @@ from torch import Tensor, nn
 from ...model.pretraining import BertForPreTraining
 
 
-class Twin:
-    """Copies of the linears' matrices in ``dtype``, in a model that shares everything else with ``model``.
+class LowPrecisionCopy:
+    """A copy of ``model`` with the linears' matrices in ``dtype``; all other parameters are shared with ``model``.
 
-    A backward through the twin leaves its gradients in ``model``'s parameters, summed over backwards in their dtype.
+    A backward through the copy accumulates its gradients in ``model``'s parameters, in their dtype.
 
     Attributes:
-        model: what to call in place of the master.
+        model: the copy.
     """
 
     def __init__(self, model: BertForPreTraining, dtype: torch.dtype) -> None:
         self._master = model
         self._masters: list[Tensor] = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
         self._copies: list[Tensor] = [nn.Parameter(p.detach().to(dtype)) for p in self._masters]
-        # deepcopy takes what it finds in its memo for the copy: masters become their copies, the rest remains itself.
+        # deepcopy returns what its memo holds for an object: the low-precision copy of a matrix, any other parameter
+        # itself.
         memo: dict[int, object] = {id(p): p for p in model.parameters()}
         memo |= {id(master): copied for master, copied in zip(self._masters, self._copies, strict=True)}
         self.model: BertForPreTraining = copy.deepcopy(model, memo)  # type: ignore[arg-type]
@@ -50,7 +49,7 @@ class Twin:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Takes over the masters' values and the model's mode, once a step: whatever changed them."""
+        """Copies the master weights and the training mode to the copy. Call it once a step, before the forward."""
         torch._foreach_copy_(self._copies, self._masters)
         if self.model.training != self._master.training:
             self.model.train(self._master.training)
@@ -66,6 +65,3 @@ def _add_into(master: Tensor) -> Callable[[Tensor], None]:
             master.grad.add_(grad)
 
     return add
-
-
-__all__ = ["Twin"]

@@ -1,6 +1,6 @@
-"""BERT's optimiser: AdamW or LAMB, sparing biases and LayerNorms the decay; warm-up, then linear decay to zero.
+"""BERT's optimiser: AdamW or LAMB, no decay of biases and LayerNorms; linear warm-up, then linear decay to zero.
 
-AdamW (Loshchilov & Hutter 2019) for a parameter w with gradient g, and the rate when a share x of the run is done:
+AdamW (Loshchilov & Hutter 2019) for a parameter w with gradient g, and the learning rate at progress x of the run:
 
     m ← β₁m + (1 − β₁)g,  v ← β₂v + (1 − β₂)g²,  w ← w − lr·(m̂ / (√v̂ + ε) + λw)
     lr(x) = peak · min(x / warmup, (1 − x) / (1 − warmup))
@@ -15,23 +15,29 @@ from .lamb import LAMB
 
 OPTIMIZERS = ("adamw", "lamb")
 BETAS = (0.9, 0.999)
-EPS = 1e-6  # BERT's, and LAMB's; Adam's usual 1e-8 is below what bf16-sized gradients can tell from zero
+EPS = 1e-6  # as in BERT and LAMB; Adam's default of 1e-8 is below the resolution of bf16 gradients
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Two groups: matrices and embeddings decay, what has one axis (biases, LayerNorm weights) does not."""
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    spared = [p for p in model.parameters() if p.ndim <= 1]
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    """Two groups: matrices and embeddings, which decay; vectors (biases, LayerNorm weights), which do not."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float, name: str = "adamw") -> torch.optim.Optimizer:
-    """AdamW (PyTorch's fused kernel: one pass over the parameters, on CPU and GPU) or `LAMB` over `parameter_groups`.
+    """AdamW or `LAMB` over `parameter_groups`. AdamW is PyTorch's fused kernel: one pass over the parameters.
 
-    On a GPU the rate is a tensor there, which a CUDA graph reads anew at each replay: see `set_learning_rate`.
+    On a GPU the learning rate is a tensor on the device, so that a CUDA graph reads its current value at each replay:
+    see `set_learning_rate`.
+
+    Args:
+        model: on its device.
+        lr: learning rate.
+        name: "adamw" or "lamb".
 
     Raises:
-        ValueError: another ``name``.
+        ValueError: ``name`` has another value.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"name must be one of {', '.join(OPTIMIZERS)}; got {name!r}")
@@ -45,7 +51,7 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float, name: str =
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets every group's rate, in place where it is a tensor. Waits for nothing."""
+    """Sets the learning rate of every group, in place if it is a tensor. Does not synchronise."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)
@@ -54,10 +60,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def learning_rate(peak: float, progress: float, warmup: float) -> float:
-    """The rate when ``progress`` (0 … 1) of the run is done: up to ``peak`` over the first ``warmup`` of it, then
-    linearly down to 0 at its end."""
+    """The learning rate at ``progress`` (0 … 1) of the run: rises linearly to ``peak`` at ``warmup``, then falls
+    linearly to 0 at 1."""
     rise = progress / warmup if warmup > 0.0 else 1.0
     return peak * max(0.0, min(rise, (1.0 - progress) / (1.0 - warmup)))
-
-
-__all__ = ["OPTIMIZERS", "learning_rate", "make_optimizer", "parameter_groups", "set_learning_rate"]

@@ -1,11 +1,11 @@
-"""A model over several processes: replicated (DDP) or in shards (FSDP2), by PyTorch's own engines.
+"""A model over several processes: replicated (DDP) or sharded (FSDP2), with PyTorch's implementations.
 
-    ddp    every process holds the weights; gradients are summed in buckets while the backward is still running
-    fsdp   every process holds 1/R of each weight, gradient and moment; a layer's weights are gathered before it runs
-           and let go after it, its gradients are summed into shards (Rajbhandari et al. 2020, ZeRO-3)
+    ddp    every process holds all weights; gradients are summed in buckets during the backward
+    fsdp   every process holds 1/R of each weight, gradient and moment; the weights of a layer are gathered before it
+           runs and freed after it; its gradients are reduce-scattered (Rajbhandari et al. 2020, ZeRO-3)
 
-Both *sum* gradients: each process divides its loss by the counts of the whole global batch, so the sum is the gradient
-of the mean over all labelled positions. (An average of the processes' means would weigh a token by its neighbours.)
+Both *sum* gradients: each process divides its loss by the label counts of the global batch, so the sum is the gradient
+of the mean over all labelled positions. An average of the processes' means would weigh tokens unequally.
 """
 
 from __future__ import annotations
@@ -29,29 +29,30 @@ PARALLEL = ("ddp", "fsdp")
 def distribute(
     model: BertForPreTraining, device: torch.device, ranks: Ranks, parallel: str
 ) -> BertForPreTraining | DistributedDataParallel:
-    """Moves ``model``, which is on the CPU and the same in every process, to ``device``; what to call to train it.
+    """Moves ``model`` to ``device``, replicated or sharded, and returns the module to call in training.
 
-    ``model`` itself stays what it was: evaluated, saved and optimised under its own names, for "fsdp" with
-    parameters that are DTensors. An optimiser must be made afterwards.
+    Evaluate, save and optimise ``model`` itself: it keeps its parameter names. With "fsdp" its parameters become
+    DTensors, so create the optimiser afterwards.
 
     Args:
-        parallel: "ddp" or "fsdp"; a process that is alone needs neither.
+        model: on the CPU, with the same weights in every process.
+        parallel: "ddp" or "fsdp"; not used by a single process.
     """
     if ranks.alone:
         return model.to(device)
     if parallel == "ddp":
-        # No static_graph, nor a search for unused parameters: each is used in every backward, which DDP assumes.
+        # Every parameter is used in every backward, so DDP need not search for unused ones.
         wrapped = DistributedDataParallel(model.to(device), gradient_as_bucket_view=True)
-        # DDP reads a hook's annotations, and not as the strings that they are here: a lambda has none.
+        # A lambda, because DDP rejects the string annotations of a function in this module.
         wrapped.register_comm_hook(dist.group.WORLD, lambda group, bucket: _sum(group, bucket))
         return wrapped
-    # A layer at a time goes to the device, and a 1/R of it stays there. What is left (embeddings, which the decoder
-    # needs at the end again, and heads) is the root's: gathered once for forward and backward.
+    # Layers move to the device one at a time, and 1/R of each stays there. Embeddings (used again by the decoder) and
+    # heads belong to the root module: they are gathered once for forward and backward.
     mesh = dist.device_mesh.init_device_mesh(device.type, (ranks.world_size,))
     for module in [*model.encoder.layers, model]:
         sharded = fully_shard(module, mesh=mesh)
         sharded.set_gradient_divide_factor(1.0)
-        sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo supports only sums
     return model
 
 
@@ -61,26 +62,31 @@ def _sum(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Fut
 
 
 def accumulating(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[object]:
-    """Around forward and backward of a micro-batch: DDP sums gradients over the processes after the ``last`` alone.
+    """Context of a micro-batch's forward and backward: DDP sums gradients over the processes in the last one only.
 
-    FSDP does it after each: what it would have to keep until then are whole gradients, not shards.
+    FSDP sums in each micro-batch: to wait for the last, it would have to keep whole gradients instead of shards.
+
+    Args:
+        last: this is the last micro-batch of the step.
     """
     if isinstance(model, DistributedDataParallel) and not last:
         return model.no_sync()
     return contextlib.nullcontext()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A DTensor's full value, which takes every process; any other tensor as it is."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The full value of a DTensor (a collective call); any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gather(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """The full values in the first process, sharded ones on the CPU; nothing in the others. One at a time is whole on
-    the devices."""
+    """The full values on rank 0, those of sharded tensors on the CPU; an empty dict on the other ranks.
+
+    Only one full tensor at a time is on the devices.
+    """
     gathered = {}
     for name, tensor in tensors.items():
-        full = whole(tensor)
+        full = full_tensor(tensor)
         if ranks.first:
             gathered[name] = full.cpu() if isinstance(tensor, DTensor) else tensor
     return gathered
@@ -89,10 +95,11 @@ def gather(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
 def scatter(
     tensors: Mapping[str, Tensor], like: Callable[[str], Tensor | None], device: torch.device, ranks: Ranks
 ) -> dict[str, Tensor]:
-    """The inverse of `gather`: ``tensors`` of the first process (those of the others are not looked at) in every one.
+    """The inverse of `gather`: the tensors of rank 0, in every process.
 
     Args:
-        like: for a name, the tensor whose sharding the value shall have; a value of another shape is left whole.
+        tensors: used on rank 0 only.
+        like: maps a name to the tensor that the value is sharded like. A value of another shape is not sharded.
     """
     if ranks.alone:
         return dict(tensors)
@@ -109,9 +116,11 @@ def scatter(
     return placed
 
 
-def replica(model: BertForPreTraining, ranks: Ranks) -> BertForPreTraining | None:
-    """``model`` for the first process to use by itself: a whole copy on the CPU where it is sharded. None in the
-    others, which must take part."""
+def unsharded(model: BertForPreTraining, ranks: Ranks) -> BertForPreTraining | None:
+    """On rank 0 a model that it can use alone: ``model``, or a full copy on the CPU if ``model`` is sharded.
+
+    None on the other ranks. A collective call.
+    """
     if not isinstance(model, FSDPModule):
         return model if ranks.first else None
     weights = gather(model.state_dict(), ranks)
@@ -121,6 +130,3 @@ def replica(model: BertForPreTraining, ranks: Ranks) -> BertForPreTraining | Non
         copy = BertForPreTraining(model.config)
     copy.load_state_dict(weights, assign=True)
     return copy
-
-
-__all__ = ["PARALLEL", "accumulating", "distribute", "gather", "replica", "scatter", "whole"]

@@ -1,8 +1,8 @@
-"""Batches at one address: what a captured step reads, and how host batches get there while the step before computes.
+"""A batch at a fixed address, for CUDA graphs, and asynchronous copies of host batches into it.
 
-A host batch goes to one of two slots on a stream of its own, from pinned memory, as soon as the batch before last has
-left it; the compute stream waits for that copy alone and moves the slot to the static batch, on the device (24 bytes a
-token: microseconds). The host waits for nothing.
+A host batch is copied from pinned memory to one of two slots on the device, on a stream of its own, while the previous
+batch is computed. The compute stream waits for that copy and moves the slot to the static batch (24 bytes a token:
+microseconds). The host does not wait.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from ...model.batch import PackedBatch
 
 SLOTS = 2
-UNKNOWN = -1  # the host's counts are another batch's at each step: nothing captured may have used them
+UNKNOWN = -1  # the counts differ from step to step, so a captured function must not use them
 
 
 def _tensors(batch: PackedBatch) -> list[Tensor]:
@@ -24,13 +24,14 @@ def _tensors(batch: PackedBatch) -> list[Tensor]:
 
 
 class StaticBatch:
-    """One batch on ``device`` whose content is replaced, never its memory.
+    """One batch on ``device`` with content that is replaced in place.
 
     Args:
-        like: a batch of the run; all of them have its shapes and its ``max_seqlen``.
+        like: a batch of the run. All batches have its shapes and its ``max_seqlen``.
 
     Attributes:
-        batch: its counts (``num_tokens`` and the like) are −1.
+        batch: the batch; its counts (``num_tokens`` and the like) are −1.
+        device: where it is.
     """
 
     def __init__(self, like: PackedBatch, device: torch.device) -> None:
@@ -38,15 +39,17 @@ class StaticBatch:
             return like.map(lambda x: torch.empty_like(x, device=device, pin_memory=False))
 
         self.batch = dataclasses.replace(empty(), num_tokens=UNKNOWN, num_masked=UNKNOWN, num_pairs=UNKNOWN)
+        self.device = device
         self._loads = 0
         self._on_gpu = device.type == "cuda"
         if self._on_gpu:
             self._slots = [empty() for _ in range(SLOTS)]
             self._stream = torch.cuda.Stream(device)
-            self._arrived, self._left = ([torch.cuda.Event() for _ in range(SLOTS)] for _ in range(2))
+            # For each slot: the host batch is in it; its content has been moved to the static batch.
+            self._filled, self._emptied = ([torch.cuda.Event() for _ in range(SLOTS)] for _ in range(2))
 
     def load(self, batch: PackedBatch) -> PackedBatch:
-        """``self.batch``, which holds ``batch`` when the current stream gets there.
+        """Copies ``batch`` into ``self.batch``, in the order of the current stream, and returns ``self.batch``.
 
         Raises:
             ValueError: ``batch`` has another shape or ``max_seqlen``.
@@ -59,28 +62,25 @@ class StaticBatch:
         self._loads += 1
         slot, compute = _tensors(self._slots[i]), torch.cuda.current_stream(self._stream.device)
         with torch.cuda.stream(self._stream):
-            self._stream.wait_event(self._left[i])
-            for there, here in zip(slot, _tensors(batch), strict=True):
-                there.copy_(here, non_blocking=True)
-            self._arrived[i].record(self._stream)
-        compute.wait_event(self._arrived[i])
+            self._stream.wait_event(self._emptied[i])
+            for on_device, on_host in zip(slot, _tensors(batch), strict=True):
+                on_device.copy_(on_host, non_blocking=True)
+            self._filled[i].record(self._stream)
+        compute.wait_event(self._filled[i])
         torch._foreach_copy_(_tensors(self.batch), slot)
-        self._left[i].record(compute)
+        self._emptied[i].record(compute)
         return self.batch
 
     def _check(self, batch: PackedBatch) -> None:
         for field in dataclasses.fields(batch):
-            ours, given = getattr(self.batch, field.name), getattr(batch, field.name)
-            if isinstance(given, Tensor) and given.shape != ours.shape:
+            static, given = getattr(self.batch, field.name), getattr(batch, field.name)
+            if isinstance(given, Tensor) and given.shape != static.shape:
                 raise ValueError(
-                    f"the batches of a captured step have one shape: {field.name} has {tuple(given.shape)}, the first "
-                    f"batch had {tuple(ours.shape)}"
+                    f"all batches of a captured step must have one shape: {field.name} has shape {tuple(given.shape)}, "
+                    f"in the first batch {tuple(static.shape)}"
                 )
         if batch.max_seqlen != self.batch.max_seqlen:
             raise ValueError(
-                f"the batches of a captured step have one max_seqlen: got {batch.max_seqlen}, the first batch had "
+                f"all batches of a captured step must have one max_seqlen: got {batch.max_seqlen}, in the first batch "
                 f"{self.batch.max_seqlen}"
             )
-
-
-__all__ = ["StaticBatch"]

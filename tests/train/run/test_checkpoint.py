@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from fusebert.model.config import BertConfig
 from fusebert.model.pretraining import BertForPreTraining
-from fusebert.train.run import checkpoint
 from fusebert.train.run.checkpoint import (
     FILES,
     CheckpointError,
@@ -105,9 +105,9 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         load_checkpoint(path, *trained(seed=0, hidden_size=32))
 
 
-@pytest.mark.parametrize("failing", [0, 1, 2, 3])
+@pytest.mark.parametrize("failing", range(6))
 def test_no_space_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
-    """The disk fills up at the ``failing``-th file: the error is the system's, nothing of the attempt is left."""
+    """The disk is full at one of the writes: the error is the system's, and nothing of the attempt is left."""
     model, optimizer = trained(seed=0)
     first = save_checkpoint(tmp_path, model, optimizer, TrainerState(step=1))
     calls = 0
@@ -120,7 +120,7 @@ def test_no_space_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(handle)
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(tmp_path, model, optimizer, TrainerState(step=2))
     monkeypatch.undo()
@@ -128,10 +128,12 @@ def test_no_space_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing:
     assert read_state(first).step == 1
 
 
-def test_safetensors_reports_the_systems_error(tmp_path: Path) -> None:
-    """It wraps errno in words; a full disk must not look like a bug in safetensors."""
+def test_safetensors_reports_the_systems_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors wraps errno in a message; a full disk must not look like a bug in safetensors."""
+    original = safetensors.torch.save_file
+    monkeypatch.setattr(safetensors.torch, "save_file", lambda tensors, path: original(tensors, path / "nowhere"))
     with pytest.raises(OSError, match="No such file or directory") as caught:
-        checkpoint._write_tensors(tmp_path / "nowhere" / "x.safetensors", {"x": torch.zeros(1)})
+        save_checkpoint(tmp_path, *trained(seed=0), TrainerState(step=1))
     assert caught.value.errno == errno.ENOENT
 
 

@@ -1,4 +1,4 @@
-"""The whole run on a small corpus: it learns, it stops and goes on bit for bit, it says what is wrong."""
+"""A whole run on a small corpus: it learns, stops and continues with the same bits, and reports errors."""
 
 import dataclasses
 import errno
@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
-from safetensors.torch import load_file
+from runs import SMALL, command_line, records, weights
 from small_corpus import make_corpus
 
 from fusebert.model.config import BertConfig
@@ -25,27 +26,14 @@ from fusebert.train.batches.loader import heldout_batches
 from fusebert.train.batches.pack import BatchShape
 from fusebert.train.corpus.reader import Corpus
 from fusebert.train.errors import UserError
-from fusebert.train.run import checkpoint
-from fusebert.train.run import pretrain as pretrain_module
-from fusebert.train.run.evaluate import evaluate
-from fusebert.train.run.log import read_log
-from fusebert.train.run.pretrain import Interrupted, pretrain
+from fusebert.train.run import checkpoint, clock, setup
+from fusebert.train.run.evaluate import Evaluation, evaluate
+from fusebert.train.run.pretrain import pretrain
 from fusebert.train.run.report import Report
 from fusebert.train.run.settings import PretrainSettings
+from fusebert.train.run.signals import Interrupted
 from fusebert.train.step import stopwatch
 from fusebert.train.step.step import TrainingStep
-
-# On the CPU whatever the machine: there a continuation is the same to the bit.
-SMALL: dict[str, Any] = {
-    "model": "tiny",
-    "seqlen": 32,
-    "tokens_per_batch": 256,
-    "device": "cpu",
-    "log_every": 1,
-    "eval_every": 1000,
-    "threads": 1,
-    "tensorboard": False,
-}
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +53,7 @@ def run(corpus: Path, out: Path, **settings: Any) -> Report:
 
 
 def losses(out: Path) -> list[tuple[int, float, float]]:
-    return [(r["step"], r["mlm_loss"], r["grad_norm"]) for r in read_log(out / "log.jsonl") if r["kind"] == "train"]
-
-
-def weights(out: Path, step: int) -> dict[str, torch.Tensor]:
-    return load_file(out / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
+    return [(r["step"], r["mlm_loss"], r["grad_norm"]) for r in records(out, "train")]
 
 
 def assert_same_run(one: Path, other: Path, steps: int) -> None:
@@ -89,10 +73,10 @@ def test_a_run_learns_and_leaves_everything(corpus: Path, tmp_path: Path, capsys
     assert report.after.mlm_accuracy > report.before.mlm_accuracy
     assert report.tokens == pytest.approx(100 * 512, rel=0.05)
 
-    records = read_log(out / "log.jsonl")
-    assert [r["step"] for r in records if r["kind"] == "train"] == sorted([*range(10, 110, 10), 25, 75])
-    assert [r["step"] for r in records if r["kind"] == "eval"] == [0, 25, 50, 75, 100]
-    last = [r for r in records if r["kind"] == "train"][-1]
+    logged = records(out, "train")
+    assert [r["step"] for r in logged] == sorted([*range(10, 110, 10), 25, 75])
+    assert [r["step"] for r in records(out, "eval")] == [0, 25, 50, 75, 100]
+    last = logged[-1]
     for name in ("mlm_loss", "nsp_loss", "nsp_accuracy", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_bytes"):
         assert last[name] >= 0, name
     assert 0 < last["mfu"] < 1
@@ -105,22 +89,22 @@ def test_a_run_learns_and_leaves_everything(corpus: Path, tmp_path: Path, capsys
     assert all(guess.sentence.count("[MASK]") == 1 and len(guess.guesses) == 5 for guess in report.guesses)
     assert f"{report.after.mlm_loss:.3f}" in capsys.readouterr().out
 
-    # The export is the model that was evaluated, and brings its tokenizer.
+    # The exported model is the evaluated one, with its tokenizer.
     opened = Corpus.open(corpus)
     shape = BatchShape.fit(opened.split("train"), 512, 32)
-    heldout = heldout_batches(opened, shape, tokens=pretrain_module.HELDOUT_TOKENS["cpu"])
+    heldout = heldout_batches(opened, shape, tokens=setup.HELDOUT_TOKENS["cpu"])
     again = evaluate(from_hf(out / "hf"), heldout, torch.float32)
     assert again.mlm_loss == pytest.approx(report.after.mlm_loss, rel=1e-5)
     assert (out / "hf" / "tokenizer.json").is_file()
 
 
 def test_continuing_is_bit_identical(corpus: Path, tmp_path: Path) -> None:
-    """Six steps, against the same run found after its third and continued; dropout on, two micro-batches a step."""
+    """Six steps, and the same run continued after its third; with dropout and two micro-batches a step."""
     settings = {"steps": 6, "save_every": 3, "batch_tokens": 512}
     run(corpus, tmp_path / "straight", **settings)
     shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-00000006")
-    torch.rand(1)  # the generator is elsewhere in another process, too
+    torch.rand(1)  # another process has another generator state
     run(corpus, tmp_path / "resumed", resume=True, **settings)
     assert_same_run(tmp_path / "straight", tmp_path / "resumed", steps=6)
     state = json.loads((tmp_path / "resumed" / "checkpoints" / "step-00000006" / "trainer.json").read_text())["state"]
@@ -128,7 +112,7 @@ def test_continuing_is_bit_identical(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_continuing_in_fp16_with_lamb_is_bit_identical(corpus: Path, tmp_path: Path) -> None:
-    """The loss scale and LAMB's state are in the checkpoint; another optimiser is another run."""
+    """The checkpoint holds the loss scale and LAMB's state; the optimiser cannot change."""
     settings = {"steps": 4, "save_every": 2, "precision": "fp16", "optimizer": "lamb", "checkpoint_activations": True}
     run(corpus, tmp_path / "straight", **settings)
     shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
@@ -138,7 +122,7 @@ def test_continuing_in_fp16_with_lamb_is_bit_identical(corpus: Path, tmp_path: P
     saved = tmp_path / "resumed" / "checkpoints" / "step-00000002" / "trainer.json"
     content = json.loads(saved.read_text())
     assert content["state"]["loss_scale"]["_growth_tracker"] == 2
-    content["state"]["loss_scale"]["scale"] /= 4  # to see that it is taken up
+    content["state"]["loss_scale"]["scale"] /= 4  # shows that the saved scale is used
     saved.write_text(json.dumps(content))
     run(corpus, tmp_path / "resumed", resume=True, **settings)
     state = json.loads((tmp_path / "resumed" / "checkpoints" / "step-00000004" / "trainer.json").read_text())["state"]
@@ -152,7 +136,7 @@ def test_continuing_in_fp16_with_lamb_is_bit_identical(corpus: Path, tmp_path: P
     assert_same_run(tmp_path / "straight", tmp_path / "resumed", steps=4)
 
 
-# However slowly the signal comes, the run is not over: a step is held until it has.
+# Holds step 4 until the signal has come, however slow the machine is.
 WAITS_IN_STEP_4 = """
 import signal, time
 from fusebert.train.cli import main
@@ -174,9 +158,8 @@ main()
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_run_goes_on(corpus: Path, tmp_path: Path, number: signal.Signals) -> None:
     out, steps = tmp_path / "interrupted", 10
-    options = {**SMALL, "steps": steps, "workers": 1, "data": corpus, "out": out}
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if name != "tensorboard"]
-    command = [sys.executable, "-c", WAITS_IN_STEP_4, "pretrain", "--no-tensorboard", *words]
+    words = command_line(**SMALL, steps=steps, workers=1, data=corpus, out=out)
+    command = [sys.executable, "-c", WAITS_IN_STEP_4, *words]
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
     )
@@ -184,7 +167,7 @@ def test_a_signal_saves_and_the_run_goes_on(corpus: Path, tmp_path: Path, number
     while len(losses(out)) < 3 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     if number == signal.SIGINT:
-        os.killpg(process.pid, number)  # as a terminal does: the workers get it too
+        os.killpg(process.pid, number)  # as a terminal does: the workers receive it too
     else:
         process.send_signal(number)
     _, errors = process.communicate(timeout=120)
@@ -216,17 +199,17 @@ def test_the_second_signal_stops_at_once(corpus: Path, tmp_path: Path, monkeypat
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted, match=r"(?s)stopped after step 1, .*RESUME"):
         run(corpus, tmp_path / "run", steps=5)
-    assert handled == [signal.SIG_DFL]  # by which the system ends the process
+    assert handled == [signal.SIG_DFL]  # a second signal ends the process
     assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_minutes_end_on_time_with_the_rate_at_zero(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a clock of which a step takes one second, and suddenly two: 60 seconds less those kept for the end."""
+    """On a fake clock: a step takes one second, later two, and `FINISH_SECONDS` of 60 seconds are kept for the end."""
     now = [0.0]
 
-    class Clock:
+    class FakeTime:
         perf_counter = staticmethod(lambda: now[0])
 
     original = TrainingStep.__call__
@@ -237,22 +220,23 @@ def test_minutes_end_on_time_with_the_rate_at_zero(
         now[0] += 1.0 if now[0] < 30 else 2.0
         return original(self, window, lr, **kwargs)
 
-    for module in (pretrain_module, stopwatch):
-        monkeypatch.setattr(module, "time", Clock)
+    for module in (clock, stopwatch):
+        monkeypatch.setattr(module, "time", FakeTime)
+    monkeypatch.setattr(setup, "matmul_rate", lambda device, dtype: 1e12)  # it measures time
     monkeypatch.setattr(TrainingStep, "__call__", slow)
     settings = {"minutes": 1.0, "lr": 1e-3, "eval_every": None}
     report = run(corpus, tmp_path / "run", **settings)
-    usable = 60 - pretrain_module.FINISH_SECONDS
+    usable = 60 - clock.FINISH_SECONDS
     assert usable - 2 <= report.seconds <= usable
     assert report.steps == len(rates) == 30 + (usable - 30) // 2
     assert rates[-1][1] < 0.05 * 1e-3
     peak_at = max(rates, key=lambda pair: pair[1])[0]
     assert peak_at == pytest.approx(0.1 * usable, abs=1.5)
-    assert len([r for r in read_log(tmp_path / "run" / "log.jsonl") if r["kind"] == "eval"]) == 11
+    assert len(records(tmp_path / "run", "eval")) == 11
 
-    # A run that had its time does nothing more, and one that is given more goes on from there.
+    # A complete run does not train further; with more minutes it continues.
     assert run(corpus, tmp_path / "run", resume=True, **settings).steps == report.steps
-    now[0] += 1000.0  # what passes between two sessions is not the run's
+    now[0] += 1000.0  # time between sessions does not count
     longer = run(corpus, tmp_path / "run", resume=True, **{**settings, "minutes": 1.2})
     assert report.steps + 5 <= longer.steps <= report.steps + 7
 
@@ -274,14 +258,14 @@ def test_a_run_that_diverges_is_stopped(corpus: Path, tmp_path: Path, monkeypatc
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = checkpoint._write_tensors
+    original = safetensors.torch.save_file
 
-    def full(path: Path, tensors: Any) -> Any:
+    def full(tensors: Any, path: Path) -> None:
         if "step-00000004" in str(path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        return original(path, tensors)
+        original(tensors, path)
 
-    monkeypatch.setattr(checkpoint, "_write_tensors", full)
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
     with pytest.raises(OSError, match=r"No space left.*step-00000002, is intact.*RESUME") as caught:
         run(corpus, tmp_path / "run", steps=10, save_every=2)
     assert caught.value.errno == errno.ENOSPC
@@ -297,11 +281,11 @@ def test_checkpoints_found_damaged(corpus: Path, tmp_path: Path, capsys: pytest.
     assert "step-00000004/optimizer.safetensors is damaged" in capsys.readouterr().err
     for path in (newest, older):
         (path / "trainer.json").unlink()
-    with pytest.raises(UserError, match=r"no checkpoint .* is sound"):
+    with pytest.raises(UserError, match=r"all checkpoints .* are damaged"):
         run(corpus, out, steps=4, resume=True)
 
 
-def test_what_a_run_can_not_be_continued_with(corpus: Path, tmp_path: Path) -> None:
+def test_options_that_a_continued_run_cannot_change(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     run(corpus, out, steps=2)
     with pytest.raises(UserError, match=r"already holds a run .*--resume.*another --out"):
@@ -317,7 +301,7 @@ def test_what_a_run_can_not_be_continued_with(corpus: Path, tmp_path: Path) -> N
         settings = PretrainSettings(**{"data": corpus, "out": out, "steps": 4, "resume": True, **SMALL, **change})
         with pytest.raises(UserError, match=message):
             pretrain(settings, resume_command="RESUME")
-    # The rate and the length may change.
+    # The learning rate and the length may change.
     assert run(corpus, out, steps=3, lr=1e-5, resume=True).steps == 3
 
 
@@ -348,10 +332,10 @@ def test_full_sentences_have_no_next_sentence_figures(corpus: Path, tmp_path: Pa
     assert "NSP" not in report.as_text()
 
 
-def test_the_verdict_is_honest() -> None:
+def test_the_verdict_compares_the_loss_with_the_unigram_entropy() -> None:
     fields: dict[str, Any] = {f.name: None for f in dataclasses.fields(Report)}
     for loss, words in ((5.6, "clearly below"), (5.9, "just below"), (6.1, "NOT below")):
-        evaluation = pretrain_module.Evaluation(loss, 0.1, None, None, 10, 0)
+        evaluation = Evaluation(loss, 0.1, None, None, 10, 0)
         report = Report(**{**fields, "unigram_entropy": 6.0, "after": evaluation})
         assert report.verdict().startswith(words)
 

@@ -51,9 +51,9 @@ def gradients(step: TrainingStep, window: list[PackedBatch]) -> dict[str, Tensor
     for i, batch in enumerate(window):
         step.micro_batch(batch, first=i == 0)
     found = {name: p.grad for name, p in step.model.named_parameters() if p.grad is not None}
-    found |= {"sums": step._sums.float()}
+    found |= {"sums": step.sums.float()}
     step.optimizer.zero_grad(set_to_none=True)
-    step._sums.zero_()
+    step.sums.zero_()
     return {name: x.clone() for name, x in found.items()}
 
 

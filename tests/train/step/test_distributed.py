@@ -1,5 +1,5 @@
-"""Several processes are one: the same losses and weights as a process alone on the same global batches, and a run goes
-on with any number of them. Over gloo, on the CPU whatever the machine."""
+"""Several processes give the losses and weights of a single process on the same global batches, and a run continues
+with any number of processes. Over gloo, on the CPU."""
 
 import dataclasses
 import json
@@ -13,31 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 import torch
 from ranks import pretrain_in, skew_clocks
+from runs import records, weights
 from safetensors.torch import load_file
 from small_corpus import make_corpus
 
 from fusebert.train.errors import UserError
-from fusebert.train.run import pretrain as pretrain_module
 from fusebert.train.run.checkpoint import TrainerState
-from fusebert.train.run.log import read_log
+from fusebert.train.run.loop import dropout_seed
 from fusebert.train.run.plan import resolve
 from fusebert.train.run.pretrain import pretrain
+from fusebert.train.run.resume import keep_batch_sizes
 from fusebert.train.run.settings import PretrainSettings
 from fusebert.train.step.distributed import Ranks
 
-SMALL: dict[str, Any] = {
-    "model": "tiny",
-    "seqlen": 32,
-    "tokens_per_batch": 256,
-    "device": "cpu",
-    "log_every": 1,
-    "eval_every": 3,
-    "threads": 1,
-    "tensorboard": False,
-}
-# Dropout is on. A step is two micro-batches, or, to go on with four processes, four.
+SMALL = {**runs.SMALL, "eval_every": 3}
+# With dropout. A step is two micro-batches, or four, so that four processes can continue it.
 TWO = {"batch_tokens": 512, "steps": 4}
 FOUR = {"batch_tokens": 1024, "steps": 6, "save_every": 3}
 REL = 1e-6  # of a loss, where gradients are summed in another order
@@ -49,8 +42,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of runs: by how many processes, and where one went on with another number after its third step."""
+def made(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs, named by their processes; "1 to 2" was continued by two processes after its third step."""
     place = tmp_path_factory.mktemp("runs")
 
     def job(name: str, **settings: Any) -> dict[str, Any]:
@@ -73,7 +66,7 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             job("two, 2", **TWO, workers=2),
             job("2 ddp", **FOUR),
             job("2 fsdp", **FOUR, parallel="fsdp"),
-            # The sizes of a step are not given: they are the run's.
+            # Without batch sizes: those of the continued run are used.
             go_on("1 to 2", "1", **{k: v for k, v in FOUR.items() if k != "batch_tokens"}, tokens_per_batch=None),
             go_on("1 to 2 fsdp", "1", **FOUR, parallel="fsdp"),
         ],
@@ -84,21 +77,13 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def records(out: Path, kind: str) -> list[dict[str, Any]]:
-    return [record for record in read_log(out / "log.jsonl") if record["kind"] == kind]
-
-
 def losses(out: Path) -> list[tuple[float, ...]]:
     return [(r["step"], r["mlm_loss"], r["nsp_loss"], r["mlm_accuracy"], r["tokens"]) for r in records(out, "train")]
 
 
-def weights(out: Path, step: int, name: str = "model") -> dict[str, torch.Tensor]:
-    return load_file(out / "checkpoints" / f"step-{step:08d}" / f"{name}.safetensors")
-
-
-def test_two_processes_are_one_to_the_bit(runs: Path) -> None:
-    """Two of them with a micro-batch each, and one with both: g₁ + g₂ either way, under the same dropout masks."""
-    one, two = runs / "two, 1", runs / "two, 2"
+def test_two_processes_are_one_to_the_bit(made: Path) -> None:
+    """Two with one micro-batch each, and one with both: the sum is g₁ + g₂ either way, with the same dropout masks."""
+    one, two = made / "two, 1", made / "two, 2"
     assert len(losses(one)) == 4
     assert losses(one) == losses(two)
     assert [r["grad_norm"] for r in records(one, "train")] == [r["grad_norm"] for r in records(two, "train")]
@@ -109,8 +94,8 @@ def test_two_processes_are_one_to_the_bit(runs: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["2 ddp", "2 fsdp", "1 to 2", "1 to 2 fsdp", "2 to 4 fsdp", "2 to 1", "2 fsdp to 1"])
-def test_a_run_is_the_same_on_any_number_of_processes(runs: Path, name: str) -> None:
-    one, other = runs / "1", runs / name
+def test_a_run_is_the_same_on_any_number_of_processes(made: Path, name: str) -> None:
+    one, other = made / "1", made / name
     assert [line[0] for line in losses(other)] == list(range(1, 7))
     for ours, theirs in zip(losses(one), losses(other), strict=True):
         assert theirs == pytest.approx(ours, rel=REL)
@@ -127,13 +112,13 @@ def test_a_run_is_the_same_on_any_number_of_processes(runs: Path, name: str) -> 
 
 
 def test_dropout_differs_between_micro_batches_and_between_seeds() -> None:
-    seeds = {pretrain_module._dropout_seed(seed, number) for seed in range(3) for number in range(100)}
-    assert len({seed & 0xFFFFFFFF for seed in seeds}) == 300  # what the CPU's generator takes of a seed
+    seeds = {dropout_seed(seed, number) for seed in range(3) for number in range(100)}
+    assert len({seed & 0xFFFFFFFF for seed in seeds}) == 300  # the CPU's generator uses these bits
 
 
-def test_one_process_writes_and_exports(runs: Path) -> None:
+def test_one_process_writes_and_exports(made: Path) -> None:
     for name in ("2 ddp", "2 fsdp"):
-        out = runs / name
+        out = made / name
         assert [r["ranks"] for r in records(out, "run")] == [2]
         assert "2 × CPU" in (out / "report.md").read_text()
         exported = load_file(out / "hf" / "model.safetensors")
@@ -144,19 +129,16 @@ def test_one_process_writes_and_exports(runs: Path) -> None:
 
 
 def test_one_clock_decides(corpus: Path, tmp_path: Path) -> None:
-    """With minutes, rate and end follow the clock: the first process's, or the processes would part."""
+    """With minutes, learning rate and end follow rank 0's clock, so that all ranks take the same steps."""
     job = {**SMALL, "data": corpus, "out": tmp_path / "run", "minutes": 0.25, "eval_every": None}
     pretrain_in(2, [job], setup=skew_clocks)
-    assert len(records(tmp_path / "run", "train")) == 10  # of 15 seconds, less those for the end
+    assert len(records(tmp_path / "run", "train")) == 10  # 15 seconds without FINISH_SECONDS
 
 
 def torchrun(corpus: Path, out: Path, *words: str, program: tuple[str, ...] = ("-m", "fusebert.train")) -> Any:
-    options = {**SMALL, "data": corpus, "out": out}
-    del options["tensorboard"]
-    given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *program]
     return subprocess.Popen(
-        [*command, "pretrain", "--no-tensorboard", *given, *words],
+        [*command, *runs.command_line(**SMALL, data=corpus, out=out), *words],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -174,9 +156,9 @@ def test_a_signal_saves_once_and_one_process_goes_on(corpus: Path, tmp_path: Pat
     process.send_signal(number)
     _, errors = process.communicate(timeout=240)
     assert process.returncode != 0
-    said = [line for line in errors.splitlines() if line.startswith("fusebert: ")]
+    printed = [line for line in errors.splitlines() if line.startswith("fusebert: ")]
     done = len(losses(out))
-    assert said == [f"fusebert: stopped after step {done}, saved in {out}/checkpoints/step-{done:08d}; go on with:"]
+    assert printed == [f"fusebert: stopped after step {done}, saved in {out}/checkpoints/step-{done:08d}; go on with:"]
     assert "\ntorchrun --nproc-per-node=2 -m fusebert.train pretrain " in errors
     assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{done:08d}"]
     settings = PretrainSettings(**{**SMALL, "data": corpus, "out": out, "resume": True, "steps": done + 1})
@@ -229,7 +211,7 @@ def test_the_size_of_a_step_is_of_all_processes() -> None:
     with pytest.raises(UserError, match="choose one of ddp, fsdp"):
         resolve(dataclasses.replace(settings, parallel="pipeline"))
     state = TrainerState(identity={"--tokens-per-batch": 256, "--batch-tokens": 1024})
-    same = pretrain_module._same_steps(settings, state, Ranks(0, 4, 0, 4))
+    same = keep_batch_sizes(settings, state, Ranks(0, 4, 0, 4))
     assert (same.tokens_per_batch, same.batch_tokens) == (256, 1024)
-    with pytest.raises(UserError, match=r"takes 4 micro-batches .* divides 4; there are 3"):
-        pretrain_module._same_steps(settings, state, Ranks(0, 3, 0, 3))
+    with pytest.raises(UserError, match=r"has 4 micro-batches .* divides 4; there are 3"):
+        keep_batch_sizes(settings, state, Ranks(0, 3, 0, 3))

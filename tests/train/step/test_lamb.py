@@ -1,4 +1,4 @@
-"""LAMB against the paper's algorithm written out in float64, and what a captured or fp16 step asks of it."""
+"""LAMB against the paper's algorithm in float64, and what a captured step and an fp16 step need."""
 
 import copy
 import math
@@ -31,7 +31,7 @@ def make(dtype: torch.dtype, rate: object = 0.02) -> tuple[LAMB, list[torch.nn.P
     generator = torch.Generator().manual_seed(1)
     draw = lambda: [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in SHAPES]  # noqa: E731
     params = [torch.nn.Parameter(x) for x in draw()]
-    params[2].data.zero_()  # a matrix whose norm is 0 takes Adam's step
+    params[2].data.zero_()  # a matrix of norm 0 takes Adam's step
     groups = [{"params": [params[0], params[2]], "weight_decay": 0.1}, {"params": [params[1]], "weight_decay": 0.0}]
     return LAMB(groups, lr=rate, betas=(0.8, 0.95), eps=1e-6), params, [draw() for _ in range(5)]
 
@@ -84,7 +84,7 @@ def test_its_state_survives_a_state_dict() -> None:
     one.step()
     for p, q in zip(params, params_too, strict=True):
         q.data.copy_(p.data)
-    other.load_state_dict(copy.deepcopy(one.state_dict()))  # which it would share
+    other.load_state_dict(copy.deepcopy(one.state_dict()))  # load_state_dict does not copy
     for optimizer, each in ((one, params), (other, params_too)):
         for p, g in zip(each, grads[1], strict=True):
             p.grad = g.clone()

@@ -1,7 +1,7 @@
-"""What the step asks of a GPU, counted on a CPU: every operator it dispatches, and that it never asks for a value.
+"""The operators that a step launches on a GPU, counted on a CPU, and that it never synchronises.
 
-The whole step runs under PyTorch's fake tensors with the Triton operators chosen: the code path of a GPU, without one.
-A fake tensor has no values, so anything that would have to wait for one raises.
+The step runs under fake tensors with the Triton operators chosen, as on a GPU. A fake tensor has no values, so
+any operation that would wait for a value raises.
 """
 
 import collections
@@ -21,7 +21,7 @@ from fusebert.train.step.step import TrainingStep
 
 
 class Count(TorchDispatchMode):
-    """Counts operators, but for those that only make a view or take memory: what is left launches something."""
+    """Counts the operators that launch a kernel: not those that only make a view or allocate memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Count(TorchDispatchMode):
 def _triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     import fusebert.kernels.mlm.api
 
-    # On the CPU it looks at the labels; on a GPU, which is meant here, it does not.
+    # The labels are checked on a CPU only, and this test counts what happens on a GPU.
     monkeypatch.setattr(fusebert.kernels.mlm.api, "check_labels", lambda *_: None)
     with use_backend("triton"):
         yield
@@ -48,7 +48,7 @@ def _triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def fake_step(
     mode: FakeTensorMode, layers: int, dtype: torch.dtype, wrap: Any = lambda model: model, **options: Any
 ) -> tuple[TrainingStep, list[Any]]:
-    """A step whose every tensor is fake, and its window of two micro-batches."""
+    """A step with fake tensors only, and its window of two micro-batches."""
     model: BertForPreTraining = small_model(dropout=0.1, layers=layers).to(DEVICE).train()
     for module in model.modules():
         for name, p in module._parameters.items():
@@ -83,7 +83,7 @@ def a_layer(dtype: torch.dtype, *, first: bool, **options: Any) -> dict[str, int
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("graph", [False, True])
-def test_a_step_never_asks_for_a_value(dtype: torch.dtype, graph: bool) -> None:
+def test_a_step_never_synchronises(dtype: torch.dtype, graph: bool) -> None:
     mode = FakeTensorMode()
     step, window = fake_step(mode, 2, dtype, graph=graph)
     with mode:
@@ -93,17 +93,17 @@ def test_a_step_never_asks_for_a_value(dtype: torch.dtype, graph: bool) -> None:
 
 
 @pytest.mark.parametrize("waiting", ["tolist", "nonzero"])
-def test_and_one_that_did_would_be_noticed(waiting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_synchronisation_is_noticed(waiting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mode = FakeTensorMode()
     step, window = fake_step(mode, 2, torch.float32)
     update = step.update
-    monkeypatch.setattr(step, "update", lambda: (getattr(step._sums, waiting)(), update()))
+    monkeypatch.setattr(step, "update", lambda: (getattr(step.sums, waiting)(), update()))
     with mode, pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
         step(window, 1e-3)
 
 
-# Forward and backward of a layer. A product for each matrix, and two in the backward; the sum is qkv's bias gradient,
-# the adds are where a residual's gradient meets its sub-layer's.
+# Forward and backward of a layer: one product a matrix in the forward, two in the backward. "sum" is qkv's bias
+# gradient; each "add" sums the gradients of a residual and its sub-layer.
 ONCE = {
     "mm": 11,
     "addmm": 1,
@@ -126,16 +126,17 @@ def test_launches_of_a_layer_in_float32(first: bool) -> None:
 
 @pytest.mark.parametrize("first", [True, False])
 def test_launches_of_a_layer_in_bf16(first: bool) -> None:
-    """Beside them: qkv's bias cast and its gradient cast back; the matrices' gradients into float32, cast or added.
-    (The matrices themselves are cast by one multi-tensor copy a step, which fake tensors show as none of a layer's.)"""
+    """Also: qkv's bias is cast, and its gradient cast back; the matrices' gradients are cast or added to float32.
+
+    The matrices are cast by one multi-tensor copy a step, which is not counted for a layer."""
     found = a_layer(torch.bfloat16, first=first)
     found.pop("copy_", None)
     casts = {"_to_copy": 2 + 4} if first else {"_to_copy": 2, "add_": PARAMETERS}
     assert found == ONCE | casts
 
 
-def test_the_twin_spares_a_layer_its_casts() -> None:
-    """Autocast casts each matrix once more, and in a further micro-batch its gradient back before the sum."""
+def test_the_low_precision_copy_saves_casts() -> None:
+    """Autocast casts each matrix, and in further micro-batches each gradient before the sum."""
 
     class Wrapped(torch.nn.Module):
         def __init__(self, model: BertForPreTraining) -> None:
@@ -145,8 +146,8 @@ def test_the_twin_spares_a_layer_its_casts() -> None:
         def forward(self, batch: Any) -> Any:
             return self.model(batch)
 
-    spared = {}
+    saved = {}
     for first in (True, False):
-        twin, autocast = (a_layer(torch.bfloat16, first=first, wrap=wrap) for wrap in (lambda model: model, Wrapped))
-        spared[first] = sum(autocast.values()) - sum(n for name, n in twin.items() if name != "copy_")
-    assert spared == {True: 4, False: 8}
+        ours, autocast = (a_layer(torch.bfloat16, first=first, wrap=wrap) for wrap in (lambda model: model, Wrapped))
+        saved[first] = sum(autocast.values()) - sum(n for name, n in ours.items() if name != "copy_")
+    assert saved == {True: 4, False: 8}

@@ -1,0 +1,102 @@
+"""Which checkpoint a run continues from, and which settings may change."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ...model.config import BertConfig
+from ..batches.pack import BatchShape
+from ..corpus.reader import Corpus
+from ..errors import UserError
+from ..step.distributed import Ranks
+from .checkpoint import CheckpointError, TrainerState, list_checkpoints, read_state
+from .plan import Plan
+from .settings import PretrainSettings
+
+
+def find_checkpoint(root: Path, settings: PretrainSettings) -> tuple[Path, TrainerState] | None:
+    """The newest undamaged checkpoint in ``root`` and its state; None if there is none.
+
+    Raises:
+        UserError: there is a checkpoint but no ``--resume``, or all checkpoints are damaged.
+    """
+    found = list_checkpoints(root)
+    if not found:
+        return None
+    if not settings.resume:
+        raise UserError(
+            f"{settings.out} already holds a run ({found[0].name}): give --resume to continue it, or another --out"
+        )
+    for path in found:
+        try:
+            return path, read_state(path)
+        except CheckpointError as error:
+            print(f"fusebert: warning: {error}; trying the one before", file=sys.stderr)
+    raise UserError(f"all checkpoints in {root} are damaged: remove that folder, or give another --out")
+
+
+def keep_batch_sizes(settings: PretrainSettings, state: TrainerState, ranks: Ranks) -> PretrainSettings:
+    """``settings`` with the batch sizes of the continued run in place of the defaults, which depend on the ranks.
+
+    Raises:
+        UserError: the number of processes does not divide the micro-batches of a step.
+    """
+    tokens, batch = state.identity["--tokens-per-batch"], state.identity["--batch-tokens"]
+    if settings.batch_tokens in (None, batch) and batch // tokens % ranks.world_size:
+        raise UserError(
+            f"the run in {settings.out} has {batch // tokens} micro-batches of {tokens} tokens in a step: continue it "
+            f"with a number of processes that divides {batch // tokens}; there are {ranks.world_size}"
+        )
+    return dataclasses.replace(
+        settings,
+        tokens_per_batch=settings.tokens_per_batch or tokens,
+        batch_tokens=settings.batch_tokens or batch,
+    )
+
+
+def run_identity(
+    settings: PretrainSettings, plan: Plan, corpus: Corpus, config: BertConfig, shape: BatchShape
+) -> dict[str, Any]:
+    """What must not change when a run is continued: model, corpus and batches, by the name of the option."""
+    model = {k: v for k, v in dataclasses.asdict(config).items() if not k.endswith("dropout_prob")}
+    splits = json.dumps(corpus.manifest["splits"], sort_keys=True).encode()
+    return {
+        "--model": model,
+        "--data (tokenizer)": corpus.manifest["tokenizer"]["sha256"],
+        "--data": hashlib.sha256(splits).hexdigest(),
+        "--seqlen": settings.seqlen,
+        "--tokens-per-batch": plan.tokens_per_batch,
+        "--batch-tokens": plan.batch_tokens,
+        "--seed": settings.seed,
+        "--optimizer": settings.optimizer,
+        "--nsp": settings.nsp,
+        "--whole-word": settings.whole_word,
+        "--mlm-probability": settings.mlm_probability,
+        "batch shape": dataclasses.asdict(shape),
+    }
+
+
+def check_identity(saved: dict[str, Any], now: dict[str, Any], out: Path) -> None:
+    """Compares two results of `run_identity`.
+
+    Raises:
+        UserError: they differ. The message names the option and both values.
+    """
+    for name, value in now.items():
+        before = saved.get(name)
+        if before == value:
+            continue
+        if isinstance(value, dict) and isinstance(before, dict):
+            parts = [key for key in value if before.get(key) != value[key]]
+            detail = ", ".join(f"{key} {before.get(key)} there, {value[key]} here" for key in parts)
+        else:
+            detail = f"{before} there, {value} here"
+        raise UserError(
+            f"the run in {out} cannot be continued with another {name} ({detail}): give the value that it was started "
+            "with, or another --out"
+        )

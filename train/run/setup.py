@@ -1,0 +1,264 @@
+"""Builds everything that a pretraining run needs from its settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ...model.batch import PackedBatch
+from ...model.config import BertConfig
+from ...model.fp8 import use_fp8
+from ...model.hf.load import from_hf
+from ...model.pretraining import BertForPreTraining
+from ..batches.loader import heldout_batches
+from ..batches.pack import BatchShape, PackedExamples
+from ..corpus.reader import Corpus
+from ..errors import UserError
+from ..step.distributed import Ranks
+from ..step.flops import matmul_rate, matmul_words, rate_words
+from ..step.optim import make_optimizer
+from ..step.precision import set_float32_products
+from ..step.sharding import distribute
+from ..step.step import TrainingStep
+from .checkpoint import TrainerState, load_checkpoint
+from .clock import Clock, Schedule
+from .log import RunLog
+from .plan import Plan, resolve
+from .resume import check_identity, find_checkpoint, keep_batch_sizes, run_identity
+from .settings import PretrainSettings
+
+MAX_LANES = 16  # each lane holds a chunk in memory; with more ranks than lanes some ranks make the same chunks
+HELDOUT_TOKENS = {"cpu": 65_536, "cuda": 1_048_576}  # the most that an evaluation uses
+
+
+@dataclasses.dataclass
+class Run:
+    """A run that is ready to train.
+
+    Attributes:
+        resume_command: the command that continues the run, for messages.
+        settings: the command line's, with the batch sizes of the continued run.
+        heldout: batches for evaluation, the same in every rank.
+        matmul_rate: FLOP/s of all ranks, measured; the denominator of MFU.
+        matmul: what was measured, in words.
+        log: on rank 0 only.
+    """
+
+    ranks: Ranks
+    resume_command: str
+    settings: PretrainSettings
+    plan: Plan
+    corpus: Corpus
+    shape: BatchShape
+    examples: PackedExamples
+    heldout: list[PackedBatch]
+    model: BertForPreTraining
+    optimizer: torch.optim.Optimizer
+    step: TrainingStep
+    state: TrainerState
+    clock: Clock
+    schedule: Schedule
+    matmul_rate: float
+    matmul: str
+    log: RunLog | None
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.settings.out / "checkpoints"
+
+    @property
+    def device_words(self) -> str:
+        """The devices of all ranks, in words."""
+        device = self.plan.device
+        name = f"CPU ({torch.get_num_threads()} threads)"
+        if device.type == "cuda":
+            name = torch.cuda.get_device_name(device)
+        return name if self.ranks.alone else f"{self.ranks.world_size} × {name}, {self.settings.parallel.upper()}"
+
+    def record(self, kind: str, step: int | None = None, **fields: Any) -> None:
+        """Writes a log record, on rank 0.
+
+        Args:
+            step: None: the current step.
+        """
+        if self.log is not None:
+            self.log.write(kind, self.state.step if step is None else step, **fields)
+
+    def say(self, text: str) -> None:
+        """Prints above the progress bar, on rank 0."""
+        if self.ranks.first:
+            tqdm.write(text)
+
+    def close(self) -> None:
+        """Closes the log."""
+        if self.log is not None:
+            self.log.close()
+
+
+def set_up(settings: PretrainSettings, resume_command: str, ranks: Ranks) -> Run:
+    """Builds a run, from its newest undamaged checkpoint if there is one and ``settings.resume``.
+
+    Raises as `pretrain.pretrain` does.
+    """
+    clock = Clock(ranks)
+    found = ranks.from_first(lambda: find_checkpoint(settings.out / "checkpoints", settings))
+    if found is not None:
+        settings = keep_batch_sizes(settings, found[1], ranks)
+    plan = resolve(settings, ranks)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    torch.manual_seed(settings.seed)
+
+    corpus = Corpus.open(settings.data)
+    model = make_model(settings, plan, corpus)
+    model.encoder.checkpoint_activations = settings.checkpoint_activations
+    set_float32_products(plan.precision)
+    if plan.precision == "fp8":
+        use_fp8(model)
+    kind: dict[str, Any] = {"nsp": settings.nsp, "mlm_probability": settings.mlm_probability}
+    shape = BatchShape.fit(corpus.split("train"), plan.tokens_per_batch, settings.seqlen, **kind)
+    kind["whole_word"] = settings.whole_word
+    examples = PackedExamples(corpus, "train", shape, seed=settings.seed, **kind)
+    heldout = heldout_batches(corpus, shape, tokens=HELDOUT_TOKENS[plan.device.type], **kind)
+    called = distribute(model, plan.device, ranks, settings.parallel)
+    optimizer = make_optimizer(model, plan.lr, settings.weight_decay, settings.optimizer)
+    step = TrainingStep(
+        called,
+        optimizer,
+        clip=settings.clip,
+        compute_dtype=plan.compute_dtype,
+        graph=settings.graph and plan.device.type == "cuda" and ranks.alone,
+        compiled=settings.compile,
+    )
+
+    identity = run_identity(settings, plan, corpus, model.config, shape)
+    state = TrainerState(identity=identity, lanes=count_lanes(plan, examples))
+    length = {"steps": settings.steps, "minutes": settings.minutes}
+    complete = False
+    if found is not None:
+        path, state = found
+        check_identity(state.identity, identity, settings.out)
+        load_checkpoint(path, model, optimizer, ranks)
+        if step.scaler is not None and state.loss_scale is not None:
+            step.scaler.load_state_dict(state.loss_scale)
+        complete = state.finished and state.length == length
+    state.length = length
+    state.finished = False
+    clock.before = state.elapsed_s
+
+    (rate,) = ranks.sum([matmul_rate(plan.device, plan.compute_dtype)])
+    matmul = matmul_words(plan.device, plan.compute_dtype)
+    log: RunLog | None = None
+    if ranks.first:
+        settings.out.mkdir(parents=True, exist_ok=True)
+        log = RunLog(settings.out, resume_step=state.step if found else None, tensorboard=settings.tensorboard)
+    run = Run(
+        ranks=ranks,
+        resume_command=resume_command,
+        settings=settings,
+        plan=plan,
+        corpus=corpus,
+        shape=shape,
+        examples=examples,
+        heldout=heldout,
+        model=model,
+        optimizer=optimizer,
+        step=step,
+        state=state,
+        clock=clock,
+        schedule=Schedule(settings, state, clock, complete),
+        matmul_rate=rate,
+        matmul=matmul if ranks.alone else f"{matmul} in each of {ranks.world_size} processes",
+        log=log,
+    )
+    _introduce(run)
+    clock.read()
+    return run
+
+
+def make_model(settings: PretrainSettings, plan: Plan, corpus: Corpus) -> BertForPreTraining:
+    """A new model from the preset, or the one in ``settings.init_from``, with the dropout of ``settings``.
+
+    Raises:
+        UserError: the vocabulary is not the corpus's, or ``--seqlen`` is too long for the model.
+    """
+    dropout: dict[str, Any] = {
+        "hidden_dropout_prob": settings.dropout,
+        "attention_probs_dropout_prob": settings.dropout,
+    }
+    if settings.init_from is None:
+        config = BertConfig.preset(plan.model, corpus.vocab_size, pad_token_id=corpus.special.pad, **dropout)
+        model = BertForPreTraining(config)
+    else:
+        source = from_hf(settings.init_from)
+        if source.config.vocab_size != corpus.vocab_size:
+            raise UserError(
+                f"--init-from {settings.init_from} has a vocabulary of {source.config.vocab_size} tokens, the corpus "
+                f"{corpus.directory} one of {corpus.vocab_size}: prepare the corpus with that model's tokenizer "
+                "(fusebert prepare --tokenizer)"
+            )
+        _check_vocabulary(settings.init_from, corpus)
+        model = BertForPreTraining(dataclasses.replace(source.config, **dropout))
+        model.load_state_dict(source.state_dict())
+    if settings.seqlen > model.config.max_position_embeddings:
+        raise UserError(
+            f"--seqlen {settings.seqlen} is more than the model's {model.config.max_position_embeddings} positions"
+        )
+    return model
+
+
+def _check_vocabulary(directory: Path, corpus: Corpus) -> None:
+    """Raises UserError if the folder has a tokenizer.json with other tokens than the corpus's."""
+    from tokenizers import Tokenizer
+
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        return
+    theirs, ours = (Tokenizer.from_file(str(each)).get_vocab() for each in (path, corpus.tokenizer_path))
+    if theirs != ours:
+        raise UserError(
+            f"--init-from {directory} has another vocabulary than the corpus {corpus.directory}, of the same size: "
+            "prepare the corpus with that model's tokenizer (fusebert prepare --tokenizer)"
+        )
+
+
+def count_lanes(plan: Plan, examples: PackedExamples) -> int:
+    """The largest divisor, up to `MAX_LANES`, of a step's micro-batches: it suits every number of ranks that divides
+    them."""
+    micro_batches = plan.batch_tokens // plan.tokens_per_batch
+    most = min(MAX_LANES, examples.chunks_per_epoch)
+    return max(lanes for lanes in range(1, most + 1) if micro_batches % lanes == 0)
+
+
+def _introduce(run: Run) -> None:
+    """Logs and prints what is trained, on what, for how long."""
+    settings, plan, state, ranks = run.settings, run.plan, run.state, run.ranks
+    chosen = {k: v if isinstance(v, int | float) else str(v) for k, v in dataclasses.asdict(plan).items()}
+    given = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()}
+    run.record(
+        "run",
+        settings=given,
+        plan=chosen,
+        ranks=ranks.world_size,
+        shape=dataclasses.asdict(run.shape),
+        parameters=run.model.num_parameters(),
+        unigram_entropy=run.corpus.unigram_entropy,
+        matmul_rate=run.matmul_rate,
+        torch=torch.__version__,
+        device=run.device_words,
+    )
+    length = f"{settings.steps:,} steps" if settings.steps is not None else f"{settings.minutes:g} minutes"
+    each = f"{plan.accumulation}" if ranks.alone else f"{ranks.world_size} × {plan.accumulation}"
+    run.say(
+        f"{settings.init_from or plan.model}: {run.model.num_parameters() / 1e6:.1f} M parameters, vocabulary "
+        f"{run.corpus.vocab_size:,}, on {run.device_words} in {plan.precision}; "
+        f"a {run.matmul} reaches {rate_words(run.matmul_rate)} here\n"
+        f"{run.corpus.split('train').num_tokens:,} training tokens; {length} of {each} × "
+        f"{plan.tokens_per_batch:,} tokens, segments up to {settings.seqlen}, peak learning rate {plan.lr:g}"
+        + (f"; continuing after step {state.step:,}" if state.step else "")
+    )
