@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from ...model.batch import IGNORE, PackedBatch
+from ...train.batches.masking import MLM_PROBABILITY, corrupt, num_to_mask
 
 PAD, CLS, SEP, MASK, FIRST_ORDINARY = 0, 1, 2, 3, 4
-MLM_PROBABILITY = 0.15
 SHORTEST = 8
 
 
@@ -45,9 +45,9 @@ def _zipf(rng: np.random.Generator, vocab_size: int, n: int) -> np.ndarray:
     return FIRST_ORDINARY + rng.choice(len(weights), size=n, p=weights / weights.sum())
 
 
-def _masked_count(length: int) -> int:
-    """How many of a segment's tokens are predicted: [CLS] and two [SEP] are not candidates."""
-    return max(1, round(MLM_PROBABILITY * (length - 3)))
+def _masked_counts(lengths: list[int]) -> np.ndarray:
+    """int64: the number of masked tokens of each segment; [CLS] and two [SEP] are not candidates."""
+    return num_to_mask(np.array(lengths) - 3, MLM_PROBABILITY)
 
 
 def random_batches(
@@ -67,7 +67,7 @@ def random_batches(
     rng = np.random.default_rng(seed)
     all_lengths = [draw_lengths(rng, tokens, seqlen, ragged=ragged) for _ in range(count)]
     slots = max(len(lengths) for lengths in all_lengths) + 1  # one for the slack
-    masked = max(sum(map(_masked_count, lengths)) for lengths in all_lengths)
+    masked = max(int(_masked_counts(lengths).sum()) for lengths in all_lengths)
     return [_batch(rng, vocab_size, tokens, seqlen, lengths, slots, masked) for lengths in all_lengths]
 
 
@@ -84,13 +84,13 @@ def _batch(
     types = np.zeros(tokens, dtype=np.int64)
     positions = np.zeros(tokens, dtype=np.int64)
     chosen = []
-    for start, length in zip(bounds, lengths, strict=False):
+    for start, length, count in zip(bounds, lengths, _masked_counts(lengths), strict=False):
         half = start + 1 + (length - 3) // 2  # [CLS] A [SEP] B [SEP]
         ids[[start, half, start + length - 1]] = CLS, SEP, SEP
         types[half + 1 : start + length] = 1
         positions[start : start + length] = np.arange(length)
         candidates = np.concatenate([np.arange(start + 1, half), np.arange(half + 1, start + length - 1)])
-        chosen.append(np.sort(rng.permutation(candidates)[: _masked_count(length)]))
+        chosen.append(np.sort(rng.permutation(candidates)[:count]))
     ids[num_tokens:] = PAD
     positions[num_tokens:] = np.arange(tokens - num_tokens)
 
@@ -98,10 +98,7 @@ def _batch(
     masked_positions = np.zeros(masked, dtype=np.int64)
     masked_labels = np.full(masked, IGNORE, dtype=np.int64)
     masked_positions[: len(rows)], masked_labels[: len(rows)] = rows, ids[rows]
-    fate = rng.random(len(rows))
-    ids[rows[fate < 0.8]] = MASK
-    random_rows = rows[(fate >= 0.8) & (fate < 0.9)]
-    ids[random_rows] = rng.integers(FIRST_ORDINARY, vocab_size, len(random_rows))
+    corrupt(ids, rows, MASK, np.arange(FIRST_ORDINARY, vocab_size), rng)
 
     nsp_labels = np.full(slots, IGNORE, dtype=np.int64)
     nsp_labels[: len(lengths)] = rng.integers(0, 2, len(lengths))

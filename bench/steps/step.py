@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from ...model import BertConfig, BertForPreTraining, PackedBatch, from_hf, pack_padded
 from ...model.fp8 import fp8_obstacle, use_fp8
 from ...model.hf import parameter_names
+from ...train.batches.batch_maker import BatchMaker, fit_shape
+from ...train.batches.dataset import PackedExamples
 from ...train.batches.loader import batches as corpus_batches
-from ...train.batches.pack import BatchShape, PackedExamples
 from ...train.corpus.reader import Corpus
 from ...train.step.flops import batch_flops
 from ...train.step.graphs import WARMUP_STEPS
@@ -367,8 +368,8 @@ def _draw(settings: Settings) -> tuple[Settings, list[PackedBatch]]:
         size, ragged = settings.vocab_size, settings.ragged
         return settings, random_batches(size, settings.tokens, settings.seqlen, BATCHES, ragged=ragged)
     corpus = Corpus.open(settings.data)
-    shape = BatchShape.fit(corpus.split("train"), settings.tokens, settings.seqlen)
-    examples = PackedExamples(corpus, "train", shape, seed=0)
+    shape = fit_shape(corpus.split("train"), settings.tokens, settings.seqlen)
+    examples = PackedExamples(BatchMaker(corpus, "train", shape), seed=0)
     drawn = list(itertools.islice(corpus_batches(examples, num_workers=0), BATCHES))
     return dataclasses.replace(settings, vocab_size=corpus.vocab_size, ragged=True), drawn
 

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from ...model import BertConfig, PackedBatch, from_hf
+from ...train.batches.batch_maker import BatchMaker, fit_shape
+from ...train.batches.dataset import PackedExamples, heldout_batches
 from ...train.batches.loader import batches as packed_batches
-from ...train.batches.loader import heldout_batches
-from ...train.batches.pack import BatchShape, PackedExamples
 from ...train.corpus.reader import Corpus
 from ...train.errors import UserError
 from ...train.run.evaluate import evaluate
@@ -263,9 +263,10 @@ def run(
         max_position_embeddings=max(512, settings.seqlen),
     )
     split = corpus.split("train")
-    examples = PackedExamples(corpus, "train", BatchShape.fit(split, settings.tokens, settings.seqlen), seed=0)
-    few = BatchShape.fit(split, max(settings.seqlen, HELDOUT_BATCH) // 8 * 8, settings.seqlen)
-    heldout = heldout_batches(corpus, few, tokens=HELDOUT_TOKENS)
+    shape = fit_shape(split, settings.tokens, settings.seqlen)
+    examples = PackedExamples(BatchMaker(corpus, "train", shape), seed=0)
+    few = fit_shape(split, max(settings.seqlen, HELDOUT_BATCH) // 8 * 8, settings.seqlen)
+    heldout = heldout_batches(BatchMaker(corpus, "heldout", few), tokens=HELDOUT_TOKENS)
     heldout = [batch for batch in heldout if batch.num_masked and batch.num_pairs]
     if not heldout:
         raise UserError(

@@ -17,8 +17,9 @@ from fusebert.bench.operators import run as kernels
 from fusebert.bench.report.terminal import show
 from fusebert.bench.steps import parity as train_parity
 from fusebert.bench.steps import step
+from fusebert.train.batches.batch_maker import BatchMaker, fit_shape
+from fusebert.train.batches.dataset import PackedExamples
 from fusebert.train.batches.loader import batches
-from fusebert.train.batches.pack import BatchShape, PackedExamples
 from fusebert.train.corpus.reader import Corpus
 from fusebert.train.errors import UserError
 
@@ -195,8 +196,10 @@ def test_step_on_a_prepared_corpus(tmp_path):
     opened = Corpus.open(corpus)
     assert result["settings"]["vocab_size"] == opened.vocab_size
     assert result["settings"]["data"] == str(corpus)
-    shape = BatchShape.fit(opened.split("train"), 256, 32)
-    drawn = itertools.islice(batches(PackedExamples(opened, "train", shape, seed=0), num_workers=0), step.BATCHES)
+    shape = fit_shape(opened.split("train"), 256, 32)
+    drawn = itertools.islice(
+        batches(PackedExamples(BatchMaker(opened, "train", shape), seed=0), num_workers=0), step.BATCHES
+    )
     assert result["batch"]["tokens"] == sum(batch.num_tokens for batch in drawn) / step.BATCHES
     assert result["batch"]["padding_for_transformers"] > 0
 

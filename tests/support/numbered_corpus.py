@@ -1,6 +1,6 @@
-"""Corpora in which every token of a split has an id of its own, so that it can be followed into the batches.
+"""Corpora in which every token of a split has its own id, so that a test can find it in the batches.
 
-Token number t of a split (in corpus order) has the id FIRST + t. Every third one continues a word.
+Token number t of a split (in corpus order) has the id FIRST + t. Every third id continues a word.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from fusebert.model import IGNORE, PackedBatch
+from fusebert.train.batches.shape import BatchShape
 from fusebert.train.corpus.reader import Corpus
 from fusebert.train.corpus.writer import CorpusWriter
 from fusebert.train.text.special_tokens import SPECIAL_TOKENS, SpecialTokens
@@ -39,7 +40,7 @@ class MemoryShard:
 
 @dataclasses.dataclass
 class MemorySplit:
-    """The documents of a split in memory, in shards of ``per_shard`` documents; what a `Split` offers."""
+    """A `Split` in memory, in shards of ``per_shard`` documents."""
 
     documents: Documents
     per_shard: int = 1 << 30
@@ -59,7 +60,7 @@ class MemorySplit:
 
 
 class MemoryCorpus:
-    """What the examples need of a `Corpus`, in memory; both splits are the same text."""
+    """A `Corpus` in memory, as far as batches need it; both splits are the same text."""
 
     def __init__(self, documents: Documents, per_shard: int = 1 << 30) -> None:
         self.text = MemorySplit(documents, per_shard)
@@ -109,12 +110,19 @@ class Segment:
     num_masked: int
 
 
-def segments_of(batch: PackedBatch, shape: tuple[int, int, int, int]) -> list[Segment]:
-    """The examples in a batch, unmasked; asserts everything that every batch must be.
+def same_batches(one: Sequence[PackedBatch], two: Sequence[PackedBatch]) -> bool:
+    """Whether two lists of batches are equal, types included."""
 
-    ``shape`` is (T, S, M, seqlen).
-    """
-    T, S, M, seqlen = shape
+    def fields(batch: PackedBatch) -> list[object]:
+        values = vars(batch).values()
+        return [(v.dtype, v.numpy().tobytes()) if isinstance(v, torch.Tensor) else v for v in values]
+
+    return [fields(batch) for batch in one] == [fields(batch) for batch in two]
+
+
+def segments_of(batch: PackedBatch, shape: BatchShape) -> list[Segment]:
+    """The examples in a batch, unmasked; asserts what must hold for every batch."""
+    T, S, M, seqlen = dataclasses.astuple(shape)
     assert batch.max_seqlen == seqlen
     for name, size, dtype in (
         *((name, T, torch.int64) for name in ("input_ids", "token_type_ids", "position_ids")),

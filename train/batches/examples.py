@@ -1,25 +1,25 @@
-"""Text to examples: sentence pairs for next-sentence prediction, or full sentences. All of it works on a whole chunk.
+"""Text to examples: sentence pairs for next-sentence prediction, or full sentences.
 
-Pairs (Devlin et al. 2018), [CLS] A [SEP] B [SEP]. A passage is cut into spans of whole sentences, as many as fit (a
-tenth of the spans aim at a random shorter length, `short_seq_prob`), and each span is split in two at a random
-sentence border. Then examples are matched in twos with B of the same length and another document, and a fair coin
-exchanges the two B, or does not:
+Sentence pairs (Devlin et al. 2018): [CLS] A [SEP] B [SEP]. A passage is cut into spans of as many whole sentences as
+fit (a tenth of the spans have a random shorter target, `short_seq_prob`), and each span is split into A and B at a
+random sentence border. Then examples are matched in twos with B of equal length from different documents, and a fair
+coin decides whether the two B are exchanged:
 
     (A₁, B₁), (A₂, B₂)    IsNext, label 0        (A₁, B₂), (A₂, B₁)    NotNext, label 1
 
-So A alone, B alone, and the lengths of both say nothing about the label, each text is used once, and the labels are
-half and half however short the documents are. BERT's recipe has none of these: there a chunk of one sentence is always
-NotNext, and a random B begins anywhere and brings text of its own.
+So the label cannot be inferred from A alone, B alone or their lengths, each text is used once, and half of the labels
+are IsNext however short the documents are. BERT's own recipe has none of these properties: there a chunk of one
+sentence is always NotNext, and a random B starts anywhere and adds text of its own.
 
-  - A span of one sentence is split inside it, before a random word; such examples are matched with each other only.
-  - A sentence that doesn't fit is cut before the last word that would not; its rest begins the next span.
-  - Where B lengths differ (by an eighth at most), the longer B loses its end, *before* the coin is tossed: the only
-    text an epoch leaves out here, counted in `Examples.trimmed` (about 0.1 %).
-  - Examples without a match stay true pairs with label −100: they teach the masked language model alone. So do spans
-    of one token, which have no B.
+  - A span of one sentence is split inside it, before a random word; such examples are only matched with each other.
+  - A sentence that does not fit is cut before the first word that exceeds the limit; its rest begins the next span.
+  - Where the lengths of two matched B differ (by an eighth at most), the end of the longer B is cut off *before* the
+    coin is tossed. This is the only text that an epoch omits here, counted in `Examples.trimmed` (about 0.1 %).
+  - Examples without a match stay true pairs with label −100: only the masked language model learns from them. So do
+    spans of one token, which have no B.
 
-Full sentences (Liu et al. 2019, FULL-SENTENCES), [CLS] A [SEP]: sentences in order until the next doesn't fit, across
-the borders of documents, each marked by one more [SEP]. Nothing is left out.
+Full sentences (Liu et al. 2019, FULL-SENTENCES): [CLS] A [SEP]. Sentences are added in order until the next does not
+fit, across document borders, each marked by one more [SEP]. No text is omitted.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ...model.batch import IGNORE
 from .passages import Text
 
 IS_NEXT, NOT_NEXT = 0, 1
-SHORT_SPAN_PROBABILITY = 0.1  # BERT's short_seq_prob: against seeing long inputs only. Packing makes short ones free.
+SHORT_SPAN_PROBABILITY = 0.1  # BERT's short_seq_prob: the model also sees short inputs, which packing makes free
 MIN_SEQLEN = 5  # [CLS] a [SEP] b [SEP]
 
 
@@ -44,9 +44,9 @@ class Examples:
     Attributes:
         tokens: uint16 or uint32 [n].
         a_start, a_length: int64 [E], A is tokens[a_start : a_start + a_length].
-        b_start, b_length: int64 [E], the same for B; length 0 where there is none.
+        b_start, b_length: int64 [E], the same for B; length 0: no B.
         labels: int64 [E], 0 IsNext, 1 NotNext, −100 no label.
-        trimmed: tokens cut from the ends of B, in no example.
+        trimmed: tokens cut from the ends of B, which are in no example.
     """
 
     tokens: np.ndarray
@@ -62,24 +62,24 @@ class Examples:
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64 [E]: tokens of each with its [CLS] and [SEP]s."""
+        """int64 [E]: tokens of each example, [CLS] and [SEP]s included."""
         return self.a_length + self.b_length + 2 + (self.b_length > 0)
 
     def count(self, counted: np.ndarray) -> np.ndarray:
-        """int64 [E]: how many tokens of A and B ``counted``, bool [vocab_size], is True for."""
+        """int64 [E]: tokens of A and B for which ``counted``, bool [vocab_size], is True."""
         running = np.concatenate(([0], np.cumsum(counted[self.tokens])))
         a = running[self.a_start + self.a_length] - running[self.a_start]
         return a + running[self.b_start + self.b_length] - running[self.b_start]
 
 
 def sentence_pairs(text: Text, seqlen: int, rng: np.random.Generator, continues_word: np.ndarray) -> Examples:
-    """Pairs of at most ``seqlen`` tokens from every passage of ``text``, in the passages' order.
+    """Pairs of at most ``seqlen`` tokens from every passage of ``text``, in the order of the passages.
 
     Args:
         text: read without separators.
         seqlen: at least MIN_SEQLEN.
         rng: decides the cuts, the matches and the labels.
-        continues_word: bool [vocab_size], True for "##" pieces: no cut is made before one if it can be helped.
+        continues_word: bool [vocab_size], True for "##" pieces: no cut before them unless the word exceeds the limit.
     """
     budget = seqlen - 3
     heads = _last_head(text.tokens, continues_word)
@@ -88,7 +88,7 @@ def sentence_pairs(text: Text, seqlen: int, rng: np.random.Generator, continues_
     targets[short] = rng.integers(min(2, budget), budget + 1, size=int(short.sum()))
     start, end, passage = _cut(text.borders, text.starts, text.ends, budget, targets, heads, int(rng.integers(1024)))
 
-    # Split at one of the sentence borders inside; where there is none, before a word.
+    # Split at a sentence border inside the span; if there is none, before a word.
     first = np.searchsorted(text.borders, start, side="right")
     inner = np.searchsorted(text.borders, end, side="left") - first
     chance = rng.random(len(start))
@@ -112,11 +112,17 @@ def sentence_pairs(text: Text, seqlen: int, rng: np.random.Generator, continues_
 
 
 def full_sentences(text: Text, seqlen: int, continues_word: np.ndarray) -> Examples:
-    """Single segments of at most ``seqlen`` tokens from ``text``, which was read with separators; no labels."""
+    """Single segments of at most ``seqlen`` tokens, without labels.
+
+    Args:
+        text: read with separators.
+        seqlen: at least MIN_SEQLEN.
+        continues_word: as in `sentence_pairs`.
+    """
     heads = _last_head(text.tokens, continues_word)
     budget = seqlen - 2
     start, end, _ = _cut(text.borders, [0], [int(text.ends[-1])], budget, np.array([budget]), heads, 0)
-    # A separator where an example begins separates nothing; where one ends, it was left for the next.
+    # Drop a separator at the start of an example. (One that follows an example's end starts the next.)
     at_separator = np.isin(start, text.ends)
     start = start + at_separator
     kept = start < end
@@ -126,7 +132,7 @@ def full_sentences(text: Text, seqlen: int, continues_word: np.ndarray) -> Examp
 
 
 def _last_head(tokens: np.ndarray, continues_word: np.ndarray) -> np.ndarray:
-    """int64 [n]: the offset at which the word of each token begins."""
+    """int64 [n]: the offset of the first piece of each token's word."""
     return np.maximum.accumulate(np.where(continues_word[tokens], 0, np.arange(len(tokens))))
 
 
@@ -139,10 +145,13 @@ def _cut(
     heads: np.ndarray,
     turn: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cuts each [start, end) into spans of whole sentences of at most ``budget`` tokens: start, end and range of each.
+    """Cuts each range [start, end) into spans of whole sentences of at most ``budget`` tokens.
 
-    A span aims at the next of ``targets`` (from number ``turn`` on, round and round). Greedy cutting is sequential, so
-    this is a loop; it costs about a microsecond a span.
+    Span number i has the target length targets[(turn + i) mod len(targets)]. Greedy cutting is sequential, so this is a
+    loop, which takes about a microsecond per span.
+
+    Returns:
+        The start, the end and the number of the range of each span, int64.
     """
     sentence_ends, wanted = borders.tolist(), targets.tolist()
     span_start: list[int] = []
@@ -157,7 +166,7 @@ def _cut(
             if stop - start > target:
                 k = bisect_right(sentence_ends, start + target)
                 end = sentence_ends[k - 1]
-                if end <= start:  # not even one sentence fits the target, but perhaps the budget
+                if end <= start:  # no sentence fits the target; the first may fit the budget
                     end = sentence_ends[k]
                     if end - start > budget:
                         end = int(heads[start + budget])
@@ -172,17 +181,17 @@ def _cut(
 
 
 def _draw_labels(examples: Examples, at_border: np.ndarray, documents: np.ndarray, rng: np.random.Generator) -> None:
-    """Matches examples in twos and tosses each two's coin; changes ``examples``."""
-    # Ties in length are ordered by document, in an order drawn anew, so that nobody is always the odd one out.
+    """Matches examples in twos and draws their labels; changes ``examples`` in place."""
+    # Order examples of equal length by document in a random order, so that the unmatched ones vary.
     _, documents = np.unique(documents, return_inverse=True)
     documents = rng.permutation(documents.max(initial=0) + 1)[documents]
     waiting = np.flatnonzero(examples.b_length > 0)
     ones, others = [], []
-    for shift in range(5):  # B of equal length first, then of lengths in the same two, four, eight, sixteen
+    for shift in range(5):  # B of equal length first, then with lengths in the same bin of 2, 4, 8, 16
         key = (examples.b_length[waiting] >> shift) * 2 + at_border[waiting]
         order = np.lexsort((documents[waiting], key))
         waiting, key = waiting[order], key[order]
-        # Number i of a group of g goes with number i + g/2: of another document, unless one has half of the group.
+        # Match number i of a group of g with number i + g/2: another document, unless one has half of the group.
         size = np.bincount(key)[key] if len(key) else key
         number = np.arange(len(key)) - np.searchsorted(key, key)
         one = np.flatnonzero(number < size // 2)
@@ -206,6 +215,3 @@ def _draw_labels(examples: Examples, at_border: np.ndarray, documents: np.ndarra
     i, j = i[swap], j[swap]
     examples.b_start[i], examples.b_start[j] = examples.b_start[j], examples.b_start[i]
     examples.labels[i] = examples.labels[j] = NOT_NEXT
-
-
-__all__ = ["IS_NEXT", "MIN_SEQLEN", "NOT_NEXT", "Examples", "full_sentences", "sentence_pairs"]

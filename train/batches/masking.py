@@ -1,8 +1,8 @@
-"""Dynamic masking (Devlin et al. 2018; drawn anew each epoch as in Liu et al. 2019), a whole chunk at a time.
+"""Dynamic masking (Devlin et al. 2018; masks drawn anew in each epoch, as in Liu et al. 2019) of many examples at once.
 
-Of the n tokens of an example that are not special, max(1, round(0.15 n)) are chosen; of those 80 % become [MASK],
-10 % a random token, 10 % stay, independently. With whole words, words are tried in random order and taken whole while
-they fit into that number: it is then a bound, which may not be reached, and is 0 when every word is longer.
+Of the n ordinary (not special) tokens of an example, max(1, round(0.15 n)) are chosen. Each is replaced, independently:
+80 % become [MASK], 10 % a random token, 10 % stay. With whole words, words are tried in random order and taken whole
+while they fit into that number, which is then an upper bound, and 0 when every word is longer.
 """
 
 from __future__ import annotations
@@ -11,24 +11,44 @@ import numpy as np
 
 from .passages import ranges
 
+MLM_PROBABILITY = 0.15
+
 
 def num_to_mask(tokens: np.ndarray, probability: float) -> np.ndarray:
-    """int64 [E]: how many of an example's ``tokens`` (int64 [E], without special tokens) are predicted."""
+    """int64 [E]: the number of masked tokens of examples with ``tokens`` (int64 [E]) ordinary tokens."""
     return np.where(tokens > 0, np.maximum(1, np.rint(tokens * probability)), 0).astype(np.int64)
+
+
+def corrupt(
+    input_ids: np.ndarray, positions: np.ndarray, mask: int, replacements: np.ndarray, rng: np.random.Generator
+) -> None:
+    """Replaces the chosen tokens in place: 80 % by [MASK], 10 % by a random token; 10 % stay.
+
+    Args:
+        input_ids: int64 [n].
+        positions: int64 [m], the tokens to predict.
+        mask: the id of [MASK].
+        replacements: int64 [V'], the ids of random tokens, all equally likely.
+        rng: decides.
+    """
+    action = rng.random(len(positions))
+    input_ids[positions[action < 0.8]] = mask
+    replaced = positions[(action >= 0.8) & (action < 0.9)]
+    input_ids[replaced] = replacements[rng.integers(len(replacements), size=len(replaced))]
 
 
 class Masker:
     """Chooses and replaces the tokens to predict.
 
     Args:
-        special: the ids that are never chosen and never put in.
-        mask: the id of [MASK], one of them.
-        vocab_size: V; random replacements are uniform over its other ids.
-        probability: share of the tokens to predict.
-        continues_word: bool [V], True for "##" pieces, to mask whole words; None: single tokens.
+        special: ids that are never chosen and never used as random tokens.
+        mask: the id of [MASK].
+        vocab_size: V.
+        probability: share of the ordinary tokens to predict.
+        continues_word: bool [V], True for "##" pieces: mask whole words; None: mask single tokens.
 
     Attributes:
-        maskable: bool [V], the ids that may be chosen and put in.
+        maskable: bool [V], the ids of ordinary tokens.
     """
 
     def __init__(
@@ -53,11 +73,11 @@ class Masker:
 
         Args:
             input_ids: int64 [n], segments end to end.
-            segment: int64 [n], the segment of each token, increasing.
+            segment: int64 [n], the segment of each token, not decreasing.
             rng: decides.
 
         Returns:
-            The positions chosen, increasing, and the original ids there: int64 [m] both.
+            The chosen positions, increasing, and the original ids there: int64 [m] both.
         """
         candidates = np.flatnonzero(self.maskable[input_ids])
         segment = segment[candidates]
@@ -68,17 +88,14 @@ class Masker:
             chosen = _whole_words(candidates, segment, self._continues_word[input_ids[candidates]], wanted, rng)
         positions = candidates[chosen]
         labels = input_ids[positions]
-        action = rng.random(len(positions))
-        input_ids[positions[action < 0.8]] = self._mask
-        replaced = positions[(action >= 0.8) & (action < 0.9)]
-        input_ids[replaced] = self._replacements[rng.integers(len(self._replacements), size=len(replaced))]
+        corrupt(input_ids, positions, self._mask, self._replacements, rng)
         return positions, labels
 
 
 def _shuffled(segment: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The indices of ``segment`` (int64 [n], increasing) in random order within each segment.
+    """The indices of ``segment`` (int64 [n], not decreasing) in random order within each segment.
 
-    One sort of integers that hold segment, random bits and index: vectorised, several times as fast as an argsort.
+    Sorts integers that hold segment, random bits and index, which is several times as fast as an argsort.
     """
     if not len(segment):
         return segment
@@ -91,7 +108,7 @@ def _shuffled(segment: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _smallest(segment: np.ndarray, wanted: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """``wanted[s]`` random indices of each segment s, increasing."""
+    """``wanted[s]`` random indices of each segment s, all in increasing order."""
     count = np.bincount(segment, minlength=len(wanted))
     chosen = _shuffled(segment, rng)[ranges(np.cumsum(count) - count, wanted)]
     chosen.sort()
@@ -101,8 +118,8 @@ def _smallest(segment: np.ndarray, wanted: np.ndarray, rng: np.random.Generator)
 def _whole_words(
     candidates: np.ndarray, segment: np.ndarray, continues: np.ndarray, wanted: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """Indices, increasing, of words taken whole: at most ``wanted[s]`` tokens of each segment s."""
-    # A piece after a gap (a special token) heads a word of its own.
+    """Indices, increasing, of whole words with at most ``wanted[s]`` tokens of each segment s together."""
+    # A piece after a gap (a special token) begins a word.
     heads = ~continues
     heads[1:] |= (np.diff(candidates) > 1) | (np.diff(segment) > 0)
     heads[:1] = True
@@ -112,7 +129,7 @@ def _whole_words(
     count = np.bincount(segment[first], minlength=len(wanted))
     end = np.cumsum(count)
 
-    # One word a round for all segments at once; a word that doesn't fit is passed over.
+    # Each round tries the next word of every segment; a word that does not fit is skipped.
     taken = np.zeros(len(first), dtype=bool)
     room = wanted.copy()
     turn = end - count
@@ -125,6 +142,3 @@ def _whole_words(
         turn[active] += 1
         active = active[(room[active] > 0) & (turn[active] < end[active])]
     return ranges(first[taken], size[taken])
-
-
-__all__ = ["Masker", "num_to_mask"]

@@ -1,13 +1,14 @@
-"""The corpus in passages: pieces of documents, small enough to be shuffled and read at random.
+"""Passages: pieces of documents, small enough to be shuffled and read in random order.
 
-A document of up to `max_tokens` tokens is one passage; a longer one is cut into equal pieces at the nearest sentence
-borders, so that a book is shuffled as finely as a web page and no chunk of work is the size of one. `Passages` lists
-them (8 bytes each); `Passages.read` copies any of them from the memory maps into one `Text`.
+A document of up to `max_tokens` tokens is one passage. A longer one is cut into equal pieces at the nearest sentence
+borders, so that a book is shuffled as finely as a web page and no chunk is as large as a book. `Passages` lists them
+(8 bytes each); `Passages.read` copies any of them from the memory maps into one `Text`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -27,9 +28,9 @@ class Text:
 
     Attributes:
         tokens: uint16 or uint32 [n].
-        starts, ends: int64 [P], passage p is tokens[starts[p] : ends[p]]; after it comes the next one, or a separator.
-        borders: int64, increasing: 0 and every offset where a sentence ends, or a passage.
-        documents: int64 [P], the document each passage comes from, counted over the split.
+        starts, ends: int64 [P], passage p is tokens[starts[p] : ends[p]]; the next passage or a separator follows.
+        borders: int64, increasing: 0 and every offset where a sentence or a passage ends.
+        documents: int64 [P], the number of each passage's document in the split.
     """
 
     tokens: np.ndarray
@@ -44,12 +45,13 @@ class Passages:
 
     Args:
         split: of a `Corpus`.
-        max_tokens: a passage is cut where it would be longer, at the first sentence border after (a sentence that
-            is as long as that itself is cut inside).
+        max_tokens: a longer document is cut into equal pieces of at most this, each cut moved to the next sentence
+            border (a sentence as long as a piece is cut inside).
 
     Attributes:
-        tokens: int32 [P], the length of each, exact but for the distance of a cut to its sentence border.
-        num_tokens: tokens in all of them together, which is in the whole split.
+        tokens: int32 [P], the length of each passage before the cuts are moved.
+        num_tokens: tokens in the split.
+        num_documents: documents in the split.
 
     Raises:
         ValueError: the split has no text.
@@ -63,7 +65,7 @@ class Passages:
             counts.append(len(lengths[-1]))
         length = np.concatenate([np.zeros(0, dtype=np.int64), *lengths])
         pieces = -(-length // max_tokens)
-        self._first_document = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))  # of each shard, and the end
+        self._first_document = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))  # of each shard, then the end
         self._document = np.repeat(np.arange(len(length), dtype=np.int32), pieces)
         self.tokens = np.repeat((length // np.maximum(pieces, 1)).astype(np.int32), pieces)
         self.num_tokens = int(length.sum())
@@ -74,8 +76,18 @@ class Passages:
     def __len__(self) -> int:
         return len(self._document)
 
+    def sample(self, tokens: int, rng: np.random.Generator) -> np.ndarray:
+        """Numbers of passages drawn at random without repetition, of about ``tokens`` tokens, or all passages."""
+        share = min(1.0, tokens / self.num_tokens)
+        return rng.choice(len(self), size=math.ceil(share * len(self)), replace=False)
+
     def read(self, passages: np.ndarray, separator: int | None = None) -> Text:
-        """The given passages, in the given order; ``separator``, a token id, is put after each when it is not None."""
+        """Copies the given passages.
+
+        Args:
+            passages: int64 [P], numbers of passages, in the order to copy them in.
+            separator: a token id to put after each passage; None: nothing.
+        """
         documents = self._document[passages].astype(np.int64)
         first = np.searchsorted(self._document, documents, side="left")
         pieces = np.searchsorted(self._document, documents, side="right") - first
@@ -89,7 +101,7 @@ class Passages:
             piece = passages[rows] - first[rows]
             start[rows] = _cuts(shard.sentences, *bounds, piece, pieces[rows])
             end[rows] = _cuts(shard.sentences, *bounds, piece + 1, pieces[rows])
-            # The sentence ends strictly inside; the passage's own end is added below.
+            # Sentence ends strictly inside the passage; its own end is added below.
             first_border[rows] = np.searchsorted(shard.sentences, start[rows], side="right")
             num_borders[rows] = np.searchsorted(shard.sentences, end[rows], side="left") - first_border[rows]
 
@@ -112,11 +124,8 @@ class Passages:
 
 
 def _cuts(sentences: np.ndarray, start: np.ndarray, end: np.ndarray, k: np.ndarray, pieces: np.ndarray) -> np.ndarray:
-    """Where piece k of documents [start, end) begins: at the first sentence border from k/pieces of the way on, or
-    there itself when that border is in the next piece. So no piece is empty, and neighbours meet."""
+    """The start of piece k of each document [start, end): the first sentence border at or after k / pieces of its
+    length, or that point itself when the border lies in the next piece. So no piece is empty."""
     even = start + (end - start) * k // pieces
     border = sentences[np.searchsorted(sentences, even, side="left")]
     return np.where(border < start + (end - start) * (k + 1) // pieces, border, even)
-
-
-__all__ = ["Passages", "Text", "ranges"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...model.config import BertConfig
-from ..batches.pack import BatchShape
+from ..batches.shape import BatchShape
 from ..corpus.reader import Corpus
 from ..errors import UserError
 from ..step.distributed import Ranks

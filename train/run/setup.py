@@ -14,8 +14,9 @@ from ...model.config import BertConfig
 from ...model.fp8 import use_fp8
 from ...model.hf.load import from_hf
 from ...model.pretraining import BertForPreTraining
-from ..batches.loader import heldout_batches
-from ..batches.pack import BatchShape, PackedExamples
+from ..batches.batch_maker import BatchMaker, fit_shape
+from ..batches.dataset import PackedExamples, heldout_batches
+from ..batches.shape import BatchShape
 from ..corpus.reader import Corpus
 from ..errors import UserError
 from ..step.distributed import Ranks
@@ -121,10 +122,10 @@ def set_up(settings: PretrainSettings, resume_command: str, ranks: Ranks) -> Run
     if plan.precision == "fp8":
         use_fp8(model)
     kind: dict[str, Any] = {"nsp": settings.nsp, "mlm_probability": settings.mlm_probability}
-    shape = BatchShape.fit(corpus.split("train"), plan.tokens_per_batch, settings.seqlen, **kind)
+    shape = fit_shape(corpus.split("train"), plan.tokens_per_batch, settings.seqlen, **kind)
     kind["whole_word"] = settings.whole_word
-    examples = PackedExamples(corpus, "train", shape, seed=settings.seed, **kind)
-    heldout = heldout_batches(corpus, shape, tokens=HELDOUT_TOKENS[plan.device.type], **kind)
+    examples = PackedExamples(BatchMaker(corpus, "train", shape, **kind), seed=settings.seed)
+    heldout = heldout_batches(BatchMaker(corpus, "heldout", shape, **kind), tokens=HELDOUT_TOKENS[plan.device.type])
     called = distribute(model, plan.device, ranks, settings.parallel)
     optimizer = make_optimizer(model, plan.lr, settings.weight_decay, settings.optimizer)
     step = TrainingStep(

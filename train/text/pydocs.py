@@ -1,10 +1,9 @@
-"""A corpus that every machine has: the documentation strings of the Python packages installed on it.
+"""A text that every machine has: the docstrings of the Python packages installed on it.
 
 The files of the standard library and of site-packages are parsed with ``ast``; nothing is imported, run or downloaded.
-A document is a module: its docstrings (its own, its classes', its functions'), each a paragraph, in source order. Most
-docstrings are too short to give two neighbouring sentences; a module's follow one another as prose about one subject,
-which is what next-sentence prediction is to tell from another subject. A docstring that occurs in several places
-counts once.
+A document holds the docstrings of a module, its classes and its functions, in source order, each as a paragraph. (Most
+docstrings are too short for two neighbouring sentences, and those of a module have one subject, as next-sentence
+prediction needs.) A docstring that occurs in several places is used once.
 """
 
 from __future__ import annotations
@@ -24,16 +23,22 @@ from typing import NamedTuple
 
 from .workers import ordered_map
 
-MIN_CHARS = 80  # a docstring must be longer: shorter ones are labels
-_LARGEST_SOURCE = 2 << 20  # larger files are generated tables, and their syntax tree takes gigabytes
+MIN_CHARS = 80  # shorter docstrings are labels, not prose
+_LARGEST_SOURCE = 2 << 20  # bytes; larger files are generated tables, and their syntax trees take gigabytes
 _SOURCES_A_TASK = 32
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _STATEMENT_LISTS = ("body", "handlers", "orelse", "finalbody", "cases")
 
 
 class Collected(NamedTuple):
-    """What `collect` found: modules that gave text (a document each), distinct docstrings, UTF-8 bytes of text, and
-    source files that could not be parsed (another Python's syntax, templates)."""
+    """The result of `collect`.
+
+    Attributes:
+        modules: modules with text; each is a document.
+        docstrings: distinct docstrings.
+        text_bytes: size of the text in UTF-8.
+        unparsable: source files that could not be parsed (another version's syntax, templates).
+    """
 
     modules: int
     docstrings: int
@@ -42,13 +47,15 @@ class Collected(NamedTuple):
 
 
 def python_files() -> list[Path]:
-    """Every .py file in the standard library and site-packages of the running interpreter, in an order that is stable
-    and mixes the packages, so that a corpus cut at a size has some of each."""
+    """Every .py file in the standard library and site-packages of the running interpreter.
+
+    The order is stable and mixes the packages, so that a corpus with a size limit has text of many packages.
+    """
     roots = dict.fromkeys(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
     found: dict[str, bytes] = {}
     for root in roots:
         for folder, _, names in os.walk(root):
-            # The place within its root decides, not where this machine has the root.
+            # The order depends on the path within the root, not on where this machine has the root.
             within = os.path.relpath(folder, root).encode("utf-8", "surrogateescape")
             for name in names:
                 if name.endswith(".py"):
@@ -58,7 +65,7 @@ def python_files() -> list[Path]:
 
 
 def docstrings(source: bytes) -> list[str]:
-    """The docstrings in a Python source file that are longer than `MIN_CHARS`, cleaned of indentation, in source order.
+    """The docstrings longer than `MIN_CHARS` of a Python source file, without indentation, in source order.
 
     Raises:
         SyntaxError, ValueError, RecursionError, MemoryError: as ``ast.parse``.
@@ -73,7 +80,7 @@ def docstrings(source: bytes) -> list[str]:
             text = ast.get_docstring(node, clean=False)
             if text is not None and len(text := inspect.cleandoc(text)) > MIN_CHARS:
                 found.append(text)
-        # Definitions stand only in statement lists; not looking into expressions is four times as fast as ast.walk.
+        # Only statement lists contain definitions. Skipping expressions is four times as fast as ast.walk.
         children: list[ast.AST] = []
         for name in _STATEMENT_LISTS:
             listed = getattr(node, name, None)
@@ -96,9 +103,9 @@ def collect(
     Args:
         destination: the file to write.
         workers: processes that parse.
-        files: sources to read; `python_files` unless given. They must be few enough to list.
+        files: sources to read; None: `python_files`.
         max_bytes: stop before the text (UTF-8) exceeds this.
-        progress: called with the number of bytes of source read since last time.
+        progress: called with the number of bytes of source read since the last call.
     """
     files = python_files() if files is None else files
     tasks = (files[i : i + _SOURCES_A_TASK] for i in range(0, len(files), _SOURCES_A_TASK))
@@ -134,7 +141,7 @@ def _unseen(texts: list[str], seen: set[bytes]) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Syntax trees hold no cycles, and looking for some costs a quarter of the parser's time."""
+    """Turns off garbage collection: syntax trees have no cycles, and the search takes a quarter of the parsing time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -146,13 +153,13 @@ def _no_garbage_collection() -> Iterator[None]:
 
 @_no_garbage_collection()
 def _read_sources(paths: list[Path]) -> tuple[list[list[str]], int, int]:
-    """(the docstrings of each file that has any, files that could not be parsed, bytes read)."""
+    """(docstrings of each file that has some, number of files that could not be parsed, bytes read)."""
     modules, unparsable, size = [], 0, 0
     for path in paths:
         try:
             source = path.read_bytes()
         except OSError:
-            continue  # gone, or not ours to read: it is no part of what is asked for
+            continue  # removed meanwhile, or not readable
         size += len(source)
         try:
             if len(source) > _LARGEST_SOURCE:
@@ -167,12 +174,9 @@ def _read_sources(paths: list[Path]) -> tuple[list[list[str]], int, int]:
 
 
 def _is_text(text: str) -> bool:
-    """False for a string with half a surrogate pair ("\\ud800"), which UTF-8 can't hold."""
+    """False for a string with half a surrogate pair ("\\ud800"), which UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError:
         return False
     return True
-
-
-__all__ = ["MIN_CHARS", "Collected", "collect", "docstrings", "python_files"]

@@ -1,9 +1,8 @@
-"""Documents from text files, one at a time: .txt and .jsonl, each also .gz or .zst.
+"""Documents from text files, one at a time: .txt and .jsonl, each also compressed as .gz or .zst.
 
-In .txt a blank line ends a document. In .jsonl each line is an object whose ``text`` field (or another) is one. A
-document longer than `DOCUMENT_CHARS` is handed on in pieces of at most that, cut at a line end where there is one,
-else at a space: whatever the file, memory stays bounded, and a book is not one unit of shuffling and of the held-out
-split.
+In .txt a blank line ends a document. In .jsonl each line is an object with a document in its ``text`` field (or another
+field). A document longer than `DOCUMENT_CHARS` is returned in pieces of at most that length, cut at a line end if there
+is one, else at a space. So memory stays bounded, and a book is not one unit of shuffling and of the held-out split.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ from ..errors import UserError
 
 SUFFIXES = tuple(kind + compression for kind in (".txt", ".jsonl") for compression in ("", ".gz", ".zst"))
 DOCUMENT_CHARS = 1 << 16
-_BLOCK = 1 << 20
-_LONGEST_LINE = 64 << 20  # of JSON; a line of plain text is cut at a space
+BLOCK_BYTES = 1 << 20  # read and decoded at once
+LONGEST_LINE = 64 << 20  # bytes of a JSON line; a long line of plain text is cut at a space
 
 Progress = Callable[[int], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class TextFile:
-    """A file of documents; ``name`` is what messages call it."""
+    """A file of documents, and the name that messages use for it."""
 
     path: Path
     name: str
@@ -42,11 +41,13 @@ class TextFile:
 
 
 def find_files(inputs: Sequence[str]) -> list[TextFile]:
-    """The files that ``inputs`` (files, folders and globs) name, each once: as given, and sorted within a folder or
-    glob. A folder gives every file in it and below it with a suffix of `SUFFIXES`.
+    """The files that ``inputs`` name, each once, in the order given and sorted within a folder or glob.
+
+    Args:
+        inputs: files, folders and globs. A folder stands for every file in it and below it with a suffix of `SUFFIXES`.
 
     Raises:
-        UserError: an input names nothing, or a file of another kind.
+        UserError: an input matches no file, or a file of another kind.
     """
     found: dict[Path, TextFile] = {}
     for given in inputs:
@@ -62,7 +63,7 @@ def find_files(inputs: Sequence[str]) -> list[TextFile]:
                     raise UserError(f"the folder {path} holds no file named {', '.join('*' + s for s in SUFFIXES)}")
             for file in files:
                 if not file.name.endswith(SUFFIXES):
-                    raise UserError(f"{file} is of no known kind: its name must end in {', '.join(SUFFIXES)}")
+                    raise UserError(f"{file} is of an unknown kind: its name must end in {', '.join(SUFFIXES)}")
                 found.setdefault(file.resolve(), TextFile(file, str(file)))
     if inputs and not found:
         raise UserError(f"{' '.join(inputs)}: no file named {', '.join('*' + s for s in SUFFIXES)} in these folders")
@@ -70,16 +71,16 @@ def find_files(inputs: Sequence[str]) -> list[TextFile]:
 
 
 def read_documents(file: TextFile, text_field: str = "text", progress: Progress | None = None) -> Iterator[str]:
-    """The documents of ``file`` in order, streamed. Lines within a document end in "\\n"; no document is blank.
+    """Streams the documents of ``file`` in order. Lines within a document end in "\\n"; no document is blank.
 
     Args:
-        file: what to read.
+        file: the file to read.
         text_field: in .jsonl, the field that holds the text.
-        progress: called with the number of bytes read from disk (compressed ones, if it is compressed) since last time.
+        progress: called with the number of bytes read from disk (before decompression) since the last call.
 
     Raises:
         UserError: the file is not UTF-8 text, is cut short or damaged, or a line is not an object with that field.
-        OSError: the file can't be read.
+        OSError: the file cannot be read.
     """
     with open(file.path, "rb") as raw:
         chunks = _decoded(file, _blocks(file, raw, progress))
@@ -87,7 +88,7 @@ def read_documents(file: TextFile, text_field: str = "text", progress: Progress 
 
 
 def _blocks(file: TextFile, raw: BinaryIO, progress: Progress | None) -> Iterator[bytes]:
-    """The file's contents, decompressed, in blocks of about `_BLOCK`."""
+    """The decompressed content of the file in blocks of about `BLOCK_BYTES`."""
     before = 0
     suffix = file.path.suffix
     blocks = _gzip_blocks if suffix == ".gz" else _zstd_blocks if suffix == ".zst" else _plain_blocks
@@ -109,13 +110,13 @@ class _DamagedError(Exception):
 
 
 def _plain_blocks(raw: BinaryIO) -> Iterator[bytes]:
-    while block := raw.read(_BLOCK):
+    while block := raw.read(BLOCK_BYTES):
         yield block
 
 
 def _gzip_blocks(raw: BinaryIO) -> Iterator[bytes]:
     with gzip.GzipFile(fileobj=raw, mode="rb") as unpacked:
-        while block := unpacked.read(_BLOCK):
+        while block := unpacked.read(BLOCK_BYTES):
             yield block
 
 
@@ -124,12 +125,12 @@ def _zstd_blocks(raw: BinaryIO) -> Iterator[bytes]:
         import zstandard
     except ImportError as error:
         raise UserError("reading .zst files needs a package: pip install zstandard") from error
-    # A file may be several frames end to end (that is how pzstd writes). The streaming reader would take a frame
-    # that is cut short for a complete one, so frames are followed by hand.
+    # A file may consist of several frames (pzstd writes such files). The library's streaming reader accepts a truncated
+    # last frame, so read frame by frame.
     unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 31)
     frame, started = unpacker.decompressobj(), False
     try:
-        while data := raw.read(_BLOCK >> 4):
+        while data := raw.read(BLOCK_BYTES >> 4):
             while data:
                 started = True
                 yield frame.decompress(data)
@@ -144,7 +145,7 @@ def _zstd_blocks(raw: BinaryIO) -> Iterator[bytes]:
 
 
 def _decoded(file: TextFile, blocks: Iterator[bytes]) -> Iterator[tuple[int, str]]:
-    """(line number, text of whole lines) for each block: text is checked and decoded here."""
+    """Checks and decodes the text: (number of the first line, whole lines) for each block."""
     offset, line, carry = 0, 1, b""
 
     def decode(data: bytes) -> str:
@@ -164,10 +165,12 @@ def _decoded(file: TextFile, blocks: Iterator[bytes]) -> Iterator[tuple[int, str
     for block in blocks:
         data = carry + block
         end = data.rfind(b"\n") + 1
-        if end == 0 and not file.is_jsonl and len(data) >= _BLOCK:
-            end = data.rfind(b" ") + 1  # a file that is one endless line
-        if end == 0 and len(data) > _LONGEST_LINE:
-            raise UserError(f"{file.name}: line {line} is over {_LONGEST_LINE >> 20} MiB long, which is no text")
+        if end == 0 and not file.is_jsonl and len(data) >= BLOCK_BYTES:
+            end = data.rfind(b" ") + 1  # a very long line
+        if end == 0 and len(data) > LONGEST_LINE:
+            raise UserError(
+                f"{file.name}: line {line} is over {LONGEST_LINE >> 20} MiB long: write one document per line"
+            )
         if end:
             yield line, decode(data[:end])
             offset += end
@@ -202,7 +205,7 @@ def _jsonl_documents(file: TextFile, chunks: Iterator[tuple[int, str]], text_fie
             try:
                 record = json.loads(line)
             except (json.JSONDecodeError, RecursionError) as error:
-                raise UserError(f"{where}: not JSON ({error}); a .jsonl file has one JSON object a line") from error
+                raise UserError(f"{where}: not JSON ({error}): write one JSON object per line") from error
             if not isinstance(record, dict):
                 raise UserError(f"{where}: a JSON {type(record).__name__}, not an object with a field {text_field!r}")
             if text_field not in record:
@@ -211,7 +214,7 @@ def _jsonl_documents(file: TextFile, chunks: Iterator[tuple[int, str]], text_fie
             value = record[text_field]
             if not isinstance(value, str):
                 raise UserError(f"{where}: the field {text_field!r} is a {type(value).__name__}, not a string")
-            # JSON can spell what text can't hold: half a surrogate pair, and NUL.
+            # JSON can contain characters that text cannot: half of a surrogate pair, and NUL.
             value = _SURROGATE.sub("\ufffd", value).replace("\0", " ")
             if value and not value.isspace():
                 yield from _pieces(value)
@@ -228,6 +231,3 @@ def _pieces(document: str) -> Iterator[str]:
             yield piece
     if document and not document.isspace():
         yield document
-
-
-__all__ = ["DOCUMENT_CHARS", "SUFFIXES", "TextFile", "find_files", "read_documents"]

@@ -1,8 +1,8 @@
-"""Sentences of a document.
+"""Splits documents into sentences.
 
-`blingfire` finds the boundaries (it knows abbreviations and initials; 20 MB/s a core). It takes a line end for a space,
-so paragraphs, which blank lines separate, are split one by one, and a hard-wrapped paragraph is one text. `lines`
-takes each line for a sentence, for text that was split before. No sentence is cut here, however long it is.
+`blingfire` finds the boundaries (it handles abbreviations and initials, at 20 MB/s per core). It reads a line end as a
+space, so a hard-wrapped paragraph is one text; paragraphs, which blank lines separate, are split one by one. `lines`
+reads each line as a sentence, for text that is already split. Long sentences are not cut here.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ Splitter = Callable[[str], list[str]]
 
 
 def sentence_splitter(name: str) -> Splitter:
-    """The function from a document to its sentences, without empty ones, spaces normalised.
+    """A function from a document to its sentences, with normalised spaces and without empty sentences.
 
     Args:
-        name: "blingfire"; "lines"; or "auto", which is blingfire.
+        name: "blingfire", "lines", or "auto", which is blingfire.
 
     Raises:
-        UserError: blingfire is not installed, or there is no such splitter.
+        UserError: ``name`` is another, or blingfire is not installed.
     """
     if name not in SPLITTERS:
         raise UserError(f"there is no sentence splitter {name!r}: choose one of {', '.join(SPLITTERS)}")
@@ -33,10 +33,10 @@ def sentence_splitter(name: str) -> Splitter:
         return lambda document: [s for line in document.split("\n") if (s := " ".join(line.split()))]
     try:
         from blingfire import text_to_sentences
-    except (ImportError, OSError) as error:  # OSError: a wheel whose library is another platform's
+    except (ImportError, OSError) as error:  # OSError: the wheel's library is for another platform
         raise UserError(
             "splitting sentences needs a package: pip install blingfire (x86-64 only), or give text with one sentence "
-            "a line and --sentences lines"
+            "per line and --sentences lines"
         ) from error
 
     def split(document: str) -> list[str]:
@@ -44,12 +44,9 @@ def sentence_splitter(name: str) -> Splitter:
         for paragraph in _BLANK_LINES.split(document):
             paragraph = " ".join(paragraph.split())
             if paragraph:
-                # It answers "" for what it can't handle.
+                # blingfire returns "" for text that it cannot handle.
                 found = text_to_sentences(paragraph) or paragraph
                 sentences += [s for line in found.split("\n") if (s := line.strip())]
         return sentences
 
     return split
-
-
-__all__ = ["SPLITTERS", "Splitter", "sentence_splitter"]

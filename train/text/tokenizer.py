@@ -1,8 +1,8 @@
-"""BERT's WordPiece tokenizer (Devlin et al. 2018): trained on the corpus, or read from a file.
+"""BERT's WordPiece tokenizer (Devlin et al. 2018): trained on text, or read from a file.
 
-Text is cleaned, lower-cased and stripped of accents (unless cased), split at spaces, punctuation and ideographs; a word
-is then the longest pieces of the vocabulary from left to right, "##" before those that continue it. The vocabulary is
-learned by merging the most frequent pair of pieces again and again.
+Text is cleaned, lower-cased and stripped of accents (unless cased), and split at spaces, punctuation and ideographs.
+Each word becomes, from left to right, the longest pieces in the vocabulary; pieces that continue a word start with
+"##". Training merges the most frequent pair of pieces repeatedly.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from ..errors import UserError
 from ..text.special_tokens import SPECIAL_TOKENS
 
 VOCAB_SIZE = 30522
-_MIN_FREQUENCY = 2  # a pair seen once is no regularity
-_ALPHABET = 1000  # BERT's limit; a character beyond it is [UNK]
+_MIN_FREQUENCY = 2  # of a pair of pieces that is merged
+_ALPHABET = 1000  # BERT's limit on single characters; others are [UNK]
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int, lowercase: bool) -> Tokenizer:
-    """A WordPiece tokenizer learned from ``texts``; the same texts, in whatever order, give the same vocabulary.
+    """Trains a WordPiece tokenizer on ``texts``. The vocabulary does not depend on their order.
 
     Args:
         texts: read twice.
-        vocab_size: tokens in all, the special ones among them as ids 0 … 4. Fewer come of a text without enough
-            repeated pieces.
+        vocab_size: size of the vocabulary, with the special tokens as ids 0 … 4. A text with too few repeated pieces
+            gives a smaller one.
         lowercase: fold case and strip accents.
 
     Raises:
@@ -46,12 +46,12 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, lowercase: bool) -> T
     for letter, count in letters.items():
         for character in normalizer.normalize_str(letter).split():
             folded.update(dict.fromkeys(character, count))
-    # With the "##" letters, at most two thirds of a small vocabulary are single characters.
+    # Letters and "##" letters together are at most two thirds of a small vocabulary.
     alphabet = sorted(folded, key=lambda c: (-folded[c], c))[: min(_ALPHABET, vocab_size // 3)]
 
-    # The trainer numbers "##a", "##b", … as it comes upon them in a hash table, and breaks ties between pairs by those
-    # numbers: two runs differ. Given first, as special tokens, they are numbered by us. They are found by training
-    # for a vocabulary of single characters.
+    # The trainer numbers "##a", "##b", … in the order of a hash table and breaks ties between pairs by them, so two
+    # runs differ. Passing the "##" letters as special tokens fixes the numbers. A first training, for a vocabulary of
+    # single characters, finds these letters.
     def train(texts: Iterable[str], size: int, first: list[str]) -> dict[str, int]:
         trainer = trainers.WordPieceTrainer(
             vocab_size=size,
@@ -74,7 +74,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, lowercase: bool) -> T
 
 
 def bert_tokenizer(vocab: dict[str, int], lowercase: bool) -> Tokenizer:
-    """BERT's tokenizer over ``vocab`` (token → id, with the special tokens), as Transformers' BertTokenizerFast is."""
+    """BERT's tokenizer with ``vocab`` (token → id, special tokens too), equal to Transformers' BertTokenizerFast."""
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -89,33 +89,35 @@ def bert_tokenizer(vocab: dict[str, int], lowercase: bool) -> Tokenizer:
 
 
 def load_tokenizer(path: Path, lowercase: bool | None = None) -> Tokenizer:
-    """The WordPiece tokenizer in ``path``.
+    """Reads a WordPiece tokenizer.
 
     Args:
-        path: a tokenizer.json, or a vocab.txt with one token a line.
-        lowercase: for a vocab.txt, whether text is lower-cased; None: unless the vocabulary has capitals. A
-            tokenizer.json says so itself.
+        path: a tokenizer.json, or a vocab.txt with one token per line.
+        lowercase: for a vocab.txt, whether to lower-case text; None: unless the vocabulary has capitals. Must be None
+            for a tokenizer.json, which states it.
 
     Raises:
-        UserError: there is no such file, it is of another kind, is no WordPiece, or lacks special tokens.
+        UserError: the file is missing, of another kind, not a WordPiece tokenizer, or lacks special tokens.
     """
     if not path.is_file():
         what = "is a folder: name the tokenizer.json or vocab.txt in it" if path.is_dir() else "does not exist"
         raise UserError(f"--tokenizer {path} {what}")
     if path.suffix == ".json":
         if lowercase is not None:
-            raise UserError(f"{path} says itself how text is normalised: leave out --lowercase/--cased")
+            raise UserError(f"{path} states how text is normalised: leave out --lowercase/--cased")
         tokenizer = _load_json(path)
     elif path.suffix == ".txt":
         tokenizer = _load_vocab(path, lowercase)
     else:
-        raise UserError(f"--tokenizer {path}: its name must end in .json (tokenizer.json) or .txt (vocab.txt)")
+        raise UserError(f"--tokenizer {path}: the name must end in .json (tokenizer.json) or .txt (vocab.txt)")
     return tokenizer
 
 
 def encoder(tokenizer_file: Path) -> Tokenizer:
-    """The tokenizer of ``tokenizer_file`` set to encode a corpus: nothing cut off, nothing padded, and "[MASK]" in a
-    text is five characters, not the token."""
+    """The tokenizer in ``tokenizer_file``, set to encode a corpus.
+
+    It does not truncate or pad, and encodes "[MASK]" in a text as characters, not as the special token.
+    """
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -132,7 +134,7 @@ def _load_json(path: Path) -> Tokenizer:
     except Exception as error:  # tokenizers raises bare Exception
         raise UserError(f"{path} is not a tokenizer.json ({error})") from error
     if kind != "WordPiece":
-        raise UserError(f"{path} is a {kind} tokenizer: give a WordPiece one, as BERT's")
+        raise UserError(f"{path} is a {kind} tokenizer: give a WordPiece tokenizer, as BERT has")
     _check_special(path, tokenizer.get_vocab())
     return tokenizer
 
@@ -146,7 +148,7 @@ def _load_vocab(path: Path, lowercase: bool | None) -> Tokenizer:
     for index, token in enumerate(tokens):
         if not token or vocab.setdefault(token, index) != index:
             what = f"{token!r} a second time" if token else "an empty line"
-            raise UserError(f"{path}:{index + 1}: {what}; a vocab.txt has one token a line, each once")
+            raise UserError(f"{path}:{index + 1}: {what}; a vocab.txt has one token per line, each once")
     _check_special(path, vocab)
     if lowercase is None:
         lowercase = not any(token != token.lower() for token in tokens if not token.startswith("["))
@@ -157,6 +159,3 @@ def _check_special(path: Path, vocab: dict[str, int]) -> None:
     missing = [token for token in SPECIAL_TOKENS if token not in vocab]
     if missing:
         raise UserError(f"the tokenizer {path} lacks the special tokens {', '.join(missing)}")
-
-
-__all__ = ["VOCAB_SIZE", "bert_tokenizer", "encoder", "load_tokenizer", "train_tokenizer"]

@@ -22,8 +22,8 @@ from small_corpus import make_corpus
 from fusebert.model.config import BertConfig
 from fusebert.model.hf import from_hf, save_hf
 from fusebert.model.pretraining import BertForPreTraining
-from fusebert.train.batches.loader import heldout_batches
-from fusebert.train.batches.pack import BatchShape
+from fusebert.train.batches.batch_maker import BatchMaker, fit_shape
+from fusebert.train.batches.dataset import heldout_batches
 from fusebert.train.corpus.reader import Corpus
 from fusebert.train.errors import UserError
 from fusebert.train.run import checkpoint, clock, setup
@@ -91,8 +91,8 @@ def test_a_run_learns_and_leaves_everything(corpus: Path, tmp_path: Path, capsys
 
     # The exported model is the evaluated one, with its tokenizer.
     opened = Corpus.open(corpus)
-    shape = BatchShape.fit(opened.split("train"), 512, 32)
-    heldout = heldout_batches(opened, shape, tokens=setup.HELDOUT_TOKENS["cpu"])
+    shape = fit_shape(opened.split("train"), 512, 32)
+    heldout = heldout_batches(BatchMaker(opened, "heldout", shape), tokens=setup.HELDOUT_TOKENS["cpu"])
     again = evaluate(from_hf(out / "hf"), heldout, torch.float32)
     assert again.mlm_loss == pytest.approx(report.after.mlm_loss, rel=1e-5)
     assert (out / "hf" / "tokenizer.json").is_file()

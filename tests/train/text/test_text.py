@@ -8,7 +8,7 @@ import pytest
 import zstandard
 
 from fusebert.train.errors import UserError
-from fusebert.train.text import readers as text_module
+from fusebert.train.text import readers as readers
 from fusebert.train.text.readers import DOCUMENT_CHARS, TextFile, find_files, read_documents
 from fusebert.train.text.sentences import sentence_splitter
 
@@ -51,7 +51,7 @@ def test_a_json_object_a_line(tmp_path, compression, ascii_only):
 def test_blocks_do_not_show(tmp_path, monkeypatch):
     text = "".join(f"Line {i} é.\n" + "\n" * (i % 3 == 0) for i in range(200))
     whole = read(pack(tmp_path / "a.txt", text.encode()))
-    monkeypatch.setattr(text_module, "_BLOCK", 64)
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 64)
     for suffix in ("", ".gz", ".zst"):
         assert read(pack(tmp_path / f"b.txt{suffix}", text.encode())) == whole
     assert len(whole) == 68
@@ -135,7 +135,7 @@ def test_bad_files_are_told_where(tmp_path, name, data, message):
 
 
 def test_endless_json_lines(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_module, "_LONGEST_LINE", 1 << 21)
+    monkeypatch.setattr(readers, "LONGEST_LINE", 1 << 21)
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "' + b"a" * (4 << 20))
     with pytest.raises(UserError, match="line 1 is over 2 MiB"):
         read(tmp_path / "a.jsonl")
@@ -162,8 +162,8 @@ def test_finding_files(tmp_path):
     [
         ("missing.txt", "does not exist"),
         ("*.jsonl", "matches no file"),
-        ("notes.md", "of no known kind"),
-        ("*.md", "of no known kind"),
+        ("notes.md", "of an unknown kind"),
+        ("*.md", "of an unknown kind"),
         ("empty", "holds no file named"),
         ("em*", "no file named"),
     ],
