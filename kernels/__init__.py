@@ -1,7 +1,6 @@
 """Fused operators for bidirectional encoders. Each name below stands alone: no model is needed to use it."""
 
-from .attn.api import attention, attention_varlen, attention_varlen_separate
-from .attn.dropout_tile import attention_dropout_mask
+from .attn import attention, attention_dropout_mask, attention_varlen, attention_varlen_separate
 from .backend import use_backend
 from .dropout import dropout_mask
 from .embedding.api import embed_layernorm

@@ -108,3 +108,66 @@ def check_cu_seqlens(
             f"{name} must start at 0, never fall and end at most at {num_rows}, the number of rows; got "
             f"{cu_seqlens.tolist() if cu_seqlens.numel() <= 16 else cu_seqlens}"
         )
+
+
+MAX_HEAD_DIM = 256  # of attention's kernels
+
+
+def check_axes(name: str, x: Tensor, axes: str) -> None:
+    """axes: what the message shows, "[B, H, N, D]" for four."""
+    if x.dim() != axes.count(",") + 1:
+        raise ValueError(f"{name} must have shape {axes}; got {tuple(x.shape)}")
+
+
+def check_head_dim(name: str, x: Tensor) -> None:
+    if not 1 <= x.shape[-1] <= MAX_HEAD_DIM:
+        raise ValueError(f"the head size (last axis of {name}) must be 1 … {MAX_HEAD_DIM}; got {x.shape[-1]}")
+
+
+def check_packed_qkv(qkv: Tensor) -> None:
+    if qkv.dim() != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"qkv must have shape [T, 3, H, D]; got {tuple(qkv.shape)}")
+    check_dtype("qkv", qkv)
+    check_head_dim("qkv", qkv)
+
+
+def check_separate_qkv(q: Tensor, k: Tensor, v: Tensor, axes: str) -> None:
+    """q, k and v have the axes, one dtype and device, one head size, and k's heads divide q's. Axis 1 is the heads."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_axes(name, x, axes)
+    check_dtype("q", q)
+    for name, x in (("k", k), ("v", v)):
+        check_same_dtype(name, x, "q", q)
+        check_same_device(name, x, "q", q)
+    check_head_dim("q", q)
+    check_same_shape("v", v, "k", k)
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"k must have q's head size, {q.shape[-1]}; got {k.shape[-1]}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"q's heads must be a multiple of k's; got {q.shape[1]} and {k.shape[1]}")
+
+
+def check_attention_options(scale: float | None, dropout_p: float, window: int | None) -> None:
+    check_probability("dropout_p", dropout_p)
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 0):
+        raise ValueError(f"window must be None or an int of at least 0; got {window!r}")
+    if scale is not None and not scale > 0.0:
+        raise ValueError(f"scale must be positive, or None for 1/√D; got {scale!r}")
+
+
+def check_key_padding_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> None:
+    """A mask is None or bool [B, N_k] on q's device; k is [B, H, N_k, D]."""
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise TypeError(f"key_padding_mask must be bool, True where a key is real; got {mask.dtype}")
+    if mask.shape != (k.shape[0], k.shape[2]):
+        raise ValueError(f"key_padding_mask must have shape {(k.shape[0], k.shape[2])}; got {tuple(mask.shape)}")
+    check_same_device("key_padding_mask", mask, "q", q)
+
+
+def check_max_seqlen(name: str, max_seqlen: int, cu_seqlens: Tensor) -> None:
+    if not isinstance(max_seqlen, int | torch.SymInt) or isinstance(max_seqlen, bool) or max_seqlen < 1:
+        raise ValueError(f"{name} must be an int of at least 1; got {max_seqlen!r}")
+    if values_are_readable(cu_seqlens) and (longest := int(cu_seqlens.diff().max())) > max_seqlen:
+        raise ValueError(f"{name} is {max_seqlen}, but the longest segment has {longest} rows: pass at least that")

@@ -24,7 +24,7 @@ import torch
 from ...kernels import backend
 from ...kernels.attn import config as attention_config
 from ...kernels.attn.config import Table
-from ...kernels.attn.launch import NO_WINDOW, Problem, backward, forward, like_query, new_stats
+from ...kernels.attn.launch import NO_WINDOW, Problem, launch_backward, launch_forward, new_output, new_stats
 from .aot import LIMITS, MATRIX, Resources
 
 LONG = 512  # tokens of a segment: more than a tile of any table holds
@@ -84,7 +84,7 @@ def call(dtype: torch.dtype, head_dim: int, n_q: int, n_k: int, variant: Variant
     heads, key_heads = HEADS, HEADS // variant.groups
     cu_q = cu_k = mask = None
     longest_q, longest_k = n_q, n_k
-    if variant.form == "scheduled":  # `attention_schedule.grid`: a segment may be far longer than these are
+    if variant.form == "scheduled":  # `schedule.choose_grid`: max_seqlen is far more than these lengths
         longest_q, longest_k = 64 * n_q, 64 * n_k
     if variant.form != "masked":
         q = torch.empty(2 * n_q, heads, head_dim, dtype=dtype)
@@ -97,12 +97,12 @@ def call(dtype: torch.dtype, head_dim: int, n_q: int, n_k: int, variant: Variant
     seed = torch.zeros(1, dtype=torch.int64) if variant.dropout else None
     window, p = 5 if variant.window else NO_WINDOW, 0.1 if variant.dropout else 0.0
     problem = Problem(q, k, v, cu_q, cu_k, mask, seed, longest_q, longest_k, head_dim**-0.5, p, window)
-    out, stats = like_query(q), new_stats(q)
+    out, stats = new_output(q), new_stats(q)
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32" if variant.tf32 else "ieee"
     try:
-        forward(problem, out, stats)
-        backward(problem, out, stats, out, like_query(q), like_query(k), like_query(v))
+        launch_forward(problem, out, stats)
+        launch_backward(problem, out, stats, out, new_output(q), new_output(k), new_output(v))
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 
@@ -176,7 +176,7 @@ def cases(arch: int, *, heaviest: bool = False) -> dict[str, Callable[[], None]]
 def problems(r: Resources) -> list[str]:
     """What is wrong with a compiled kernel of attention, in words; nothing for the kernel that schedules tiles."""
     constants = r.constants
-    if "EXACT" not in constants:
+    if not r.name.startswith(("attn_short", "attn_long")):
         return []
     found = []
     if r.spill_bytes:
@@ -185,9 +185,9 @@ def problems(r: Resources) -> list[str]:
     if r.shared_bytes > limit:
         found.append(f"takes {r.shared_bytes} bytes of shared memory; there are {limit}")
     # The rows of a product's left factor: queries for S and dQ, keys for dK and dV, both in the short backward.
-    rows = {"short_backward": max(constants["BLOCK_M"], constants["BLOCK_N"])}
-    rows |= {"long_backward_dk_dv": constants["BLOCK_N"]}
-    if constants["EXACT"] and constants["PRECISION"] == "ieee":
+    rows = {"attn_short_backward": max(constants["BLOCK_M"], constants["BLOCK_N"])}
+    rows |= {"attn_long_backward_dk_dv": constants["BLOCK_N"]}
+    if constants["FP32"] and constants["PRECISION"] == "ieee":
         meant = None
     else:
         meant = MATRIX[r.arch] if rows.get(r.name, constants["BLOCK_M"]) >= MATRIX_ROWS else "HMMA"

@@ -18,7 +18,7 @@ import torch
 from ...kernels import backend
 from ...kernels.attn import config as attention_config
 from ...kernels.attn.config import Config, Table
-from ...kernels.attn.launch import Problem, backward, forward, new_stats
+from ...kernels.attn.launch import NO_WINDOW, Problem, launch_backward, launch_forward, new_stats
 from ...kernels.backend import triton
 from . import attention_cases
 from .aot import LIMITS, compiled_kernels
@@ -157,16 +157,16 @@ def _problem(head_dim: int, seqlen: int, tokens: int, heads: int, p: float, dtyp
     cu_seqlens = torch.arange(0, tokens + 1, seqlen, dtype=torch.int32, device=device)
     seed = torch.zeros(1, dtype=torch.int64, device=device) if p else None
     scale = head_dim**-0.5
-    return Problem(q, k, v, cu_seqlens, cu_seqlens, None, seed, seqlen, seqlen, scale, p, -1)
+    return Problem(q, k, v, cu_seqlens, cu_seqlens, None, seed, seqlen, seqlen, scale, p, NO_WINDOW)
 
 
 def _calls(kernel: str, problem: Problem) -> Callable[[], None]:
     """What runs ``kernel`` (and, for the long backward, the other half of it) on ``problem``."""
     out, stats = torch.zeros_like(problem.q), new_stats(problem.q).zero_()
     if kernel.endswith("forward"):
-        return lambda: forward(problem, out, stats)
+        return lambda: launch_forward(problem, out, stats)
     dq, dk, dv = (torch.empty_like(out) for _ in range(3))
-    return lambda: backward(problem, out, stats, out, dq, dk, dv)
+    return lambda: launch_backward(problem, out, stats, out, dq, dk, dv)
 
 
 def _variants(kernel: str, masked: bool) -> tuple[attention_cases.Variant, ...]:
@@ -187,7 +187,7 @@ def _spills(
             mock.patch.object(attention_config, "table", return_value=_only(kernel, config, head_dim)),
         ):
             attention_cases.call(dtype, head_dim, seqlen, seqlen, variant)
-        r = next(r for r in found if r.name == kernel)
+        r = next(r for r in found if r.name == f"attn_{kernel}")
         worst = max(worst, r.spill_bytes if r.shared_bytes <= LIMITS[arch][2] else math.inf)
         if worst:
             break

@@ -1,14 +1,13 @@
 """Tile sizes, warps and pipeline stages of attention's kernels, by shape and architecture.
 
-The tables hold, for each kernel, the largest tiles that compile without spilling a register and fit the shared memory,
-with dropout and without: what a compiler can say (`bench.tune` derives them, tests/bench/compiled/test_aot_attention.py
-holds every entry to it). They are not yet tuned by the clock. Their keys are BLOCK_D, the head
-size rounded up to a power of two.
+An entry is the largest tile that compiles without register spills and fits the shared memory, with and without dropout.
+`fusebert bench tune` derives the tables; tests/bench/compiled/test_aot_attention.py compiles every entry. No entry has
+been chosen by timing yet. Keys are BLOCK_D, the head size rounded up to a power of two.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -17,9 +16,10 @@ from ..backend import triton
 
 
 class Config(NamedTuple):
-    """How one kernel is launched: BLOCK_M rows of queries against BLOCK_N keys, of ``heads`` heads (short route).
+    """How one kernel is launched.
 
-    maxnreg: registers a thread may have. Left alone (None) the assembler may spill some to make room for a block more.
+    block_m, block_n: queries and keys of a tile. heads: heads that share the tile (short route).
+    maxnreg: limit of registers a thread. With None the assembler may spill to fit one more block on a multiprocessor.
     """
 
     block_m: int
@@ -31,9 +31,9 @@ class Config(NamedTuple):
 
 
 class Table(NamedTuple):
-    """The configurations of one architecture and element size, by BLOCK_D.
+    """The configurations of one architecture and element size: BLOCK_D -> configuration.
 
-    short_forward, short_backward: the longest segment that fits one tile, 0 for none.
+    short_forward, short_backward: BLOCK_D -> rows of the longest segment that fits one tile, 0 for none.
     """
 
     short_forward: dict[int, int]
@@ -43,9 +43,12 @@ class Table(NamedTuple):
     long_backward_dk_dv: dict[int, Config]
 
 
-FULL_TILE = 64  # rows: what Hopper's matrix instruction wants, and four warps' worth of Ampere's
+ShortKernel = Literal["short_forward", "short_backward"]
+LongKernel = Literal["long_forward", "long_backward_dq", "long_backward_dk_dv"]
 
-# (architecture, bytes of an element); an architecture not listed takes the newest one listed below it.
+FULL_TILE = 64  # rows of Hopper's matrix instruction, and of four warps of Ampere's
+
+# (architecture, bytes of an element) -> table. Other architectures take the newest listed one below them.
 TABLES = {
     (80, 2): Table(
         short_forward={16: 128, 32: 128, 64: 128, 128: 64, 256: 0},
@@ -97,7 +100,7 @@ TABLES = {
             256: Config(16, 64, 8, 2),
         },
     ),
-    # float32 products run on the plain cores, unrolled: small tiles.
+    # float32 products are unrolled scalar multiply-adds: small tiles.
     (80, 4): Table(
         short_forward={16: 64, 32: 32, 64: 32, 128: 16, 256: 16},
         short_backward={16: 64, 32: 32, 64: 32, 128: 16, 256: 16},
@@ -125,30 +128,30 @@ TABLES = {
     ),
 }
 
-# Blackwell: Hopper's, but for fewer stages in two places.
+# Blackwell: Hopper's entries with fewer stages in two places.
 _hopper = TABLES[90, 2]
 TABLES[100, 2] = _hopper._replace(
     long_backward_dq=_hopper.long_backward_dq | {256: Config(64, 32, 8, 1)},
     long_backward_dk_dv=_hopper.long_backward_dk_dv | {128: Config(32, 128, 8, 1)},
 )
 
-# From 64 rows on Triton (3.7.1) multiplies float32 in TF32 on sm_100, whatever precision is asked for: smaller tiles.
+# With 64 rows or more, Triton 3.7.1 multiplies float32 in TF32 on sm_100 at any input precision: smaller tiles.
 TABLES[100, 4] = TABLES[80, 4]._replace(
     short_forward={16: 32, 32: 32, 64: 32, 128: 16, 256: 16},
     short_backward={16: 32, 32: 32, 64: 32, 128: 16, 256: 16},
 )
 
-NOTHING = Table({}, {}, {}, {}, {})
+NO_ENTRIES = Table({}, {}, {}, {}, {})
 
-# What differs under a padding mask, a window or grouped heads, which take more registers: entries that then spill.
+# Replacements under a padding mask, a window or grouped heads: these take more registers, and some entries would spill.
 MASKED: dict[tuple[int, int], Table] = {
-    (80, 2): NOTHING._replace(
+    (80, 2): NO_ENTRIES._replace(
         short_forward={128: 32},
         long_forward={32: Config(128, 64, 8, 3), 128: Config(32, 32, 4, 2, maxnreg=168)},
         long_backward_dq={128: Config(32, 16, 4, 2)},
     ),
-    (90, 2): NOTHING._replace(long_backward_dk_dv={256: Config(16, 32, 8, 2)}),
-    (100, 2): NOTHING._replace(
+    (90, 2): NO_ENTRIES._replace(long_backward_dk_dv={256: Config(16, 32, 8, 2)}),
+    (100, 2): NO_ENTRIES._replace(
         long_forward={16: Config(128, 64, 8, 3), 32: Config(128, 64, 8, 3), 64: Config(128, 64, 8, 3)},
         long_backward_dk_dv={128: Config(32, 128, 8, 1, maxnreg=255)},
     ),
@@ -160,56 +163,52 @@ def block(n: int) -> int:
     return max(16, triton.next_power_of_2(n))
 
 
-def _known(dtype: torch.dtype) -> tuple[int, int]:
+def table_key(dtype: torch.dtype) -> tuple[int, int]:
+    """The key in TABLES for this machine's GPU."""
     listed = sorted(arch for arch, size in TABLES if size == dtype.itemsize)
     return max((arch for arch in listed if arch <= backend.architecture()), default=listed[0]), dtype.itemsize
 
 
 def table(dtype: torch.dtype, masked: bool = False) -> Table:
     """The table for ``dtype`` on this machine's GPU. masked: under a padding mask, a window or grouped heads."""
-    known = _known(dtype)
-    plain, own = TABLES[known], MASKED.get(known, NOTHING)
+    key = table_key(dtype)
+    plain, replaced = TABLES[key], MASKED.get(key, NO_ENTRIES)
     if not masked:
         return plain
-    return Table(*({**getattr(plain, name), **getattr(own, name)} for name in Table._fields))
+    return Table(*({**getattr(plain, name), **getattr(replaced, name)} for name in Table._fields))
 
 
-def _short(longest: int, num_heads: int, max_q: int, max_k: int, dtype: torch.dtype) -> Config | None:
-    rows = max(max_q, max_k)
-    if rows > longest:
+def short_config(
+    kernel: ShortKernel,
+    head_dim: int,
+    num_heads: int,
+    max_q: int,
+    max_k: int,
+    groups: int,
+    dtype: torch.dtype,
+    masked: bool,
+) -> Config | None:
+    """The short route's configuration. None: take the long route.
+
+    Args:
+        max_q, max_k: rows of the longest segment.
+        groups: query heads a key head. The short backward supports only 1.
+        masked: under a padding mask, a window or grouped heads.
+    """
+    if kernel == "short_backward" and groups > 1:
+        return None
+    longest = getattr(table(dtype, masked), kernel)[block(head_dim)]
+    if max(max_q, max_k) > longest:
         return None
     block_m, block_n, heads = block(max_q), block(max_k), 1
-    # float32 has no matrix instruction to fill. num_heads: what a tile may gather.
-    full = min(FULL_TILE, longest) if dtype.itemsize == 2 else 0
+    # Gather heads until the matrix instructions' rows are full. float32 has no matrix instruction to fill.
+    full = min(FULL_TILE, longest) if dtype.itemsize == 2 and groups == 1 else 0
     while 2 * max(block_m, block_n) <= full and num_heads % (2 * heads) == 0:
         block_m, block_n, heads = 2 * block_m, 2 * block_n, 2 * heads
     return Config(block_m, block_n, 8 if max(block_m, block_n) > 64 else 4, 1, heads)
 
 
-def short_forward(
-    head_dim: int, num_heads: int, max_q: int, max_k: int, groups: int, dtype: torch.dtype, masked: bool
-) -> Config | None:
-    """None where the longest segment does not fit one tile."""
-    longest = table(dtype, masked).short_forward[block(head_dim)]
-    return _short(longest, num_heads if groups == 1 else 1, max_q, max_k, dtype)
-
-
-def short_backward(
-    head_dim: int, num_heads: int, max_q: int, max_k: int, groups: int, dtype: torch.dtype, masked: bool
-) -> Config | None:
-    """None where the longest segment does not fit one tile, or heads share their keys."""
-    if groups > 1:
-        return None
-    return _short(table(dtype, masked).short_backward[block(head_dim)], num_heads, max_q, max_k, dtype)
-
-
-def long_forward(head_dim: int, dtype: torch.dtype, masked: bool) -> Config:
-    return table(dtype, masked).long_forward[block(head_dim)]
-
-
-def long_backward_dq(head_dim: int, dtype: torch.dtype, masked: bool) -> Config:
-    return table(dtype, masked).long_backward_dq[block(head_dim)]
-
-
-def long_backward_dk_dv(head_dim: int, dtype: torch.dtype, masked: bool) -> Config:
-    return table(dtype, masked).long_backward_dk_dv[block(head_dim)]
+def long_config(kernel: LongKernel, head_dim: int, dtype: torch.dtype, masked: bool) -> Config:
+    """The long route's configuration. masked: under a padding mask, a window or grouped heads."""
+    config: Config = getattr(table(dtype, masked), kernel)[block(head_dim)]
+    return config

@@ -1,15 +1,7 @@
-"""Which tile a program of the long route works on: a padded grid, or a schedule where that would be mostly empty.
+"""Which tile a program of the long route computes: a padded grid, or a schedule of the tiles that exist.
 
-The padded grid gives every segment as many tiles as the longest could have, and a program whose tile does not exist
-ends at once. A schedule lists the tiles that exist, longest segments first so that none is left alone at the end:
-
-    padded grid    (S + 1) · ⌈max_seqlen / BLOCK⌉ · H programs
-    schedule       (S + 1 + ⌊T / BLOCK⌋) · H          at least Σ ⌈n_s / BLOCK⌉ · H, whatever the n_s: no host reads them
-
-64 segments of 100 … 8192 rows, most of them short, 100,000 rows in all, BLOCK = 128: 4160 tiles a head or 846, of which
-at most 64 are empty. Equal lengths gain nothing; nor do the 512 tokens of BERT, four tiles. So a call is scheduled
-where that at least halves its grid, which pays for the launch it takes: 8 bytes a tile, read from cu_seqlens alone.
-It is made in each call rather than once a batch: it depends on BLOCK, which differs between kernels and head sizes.
+The padded grid gives every segment as many tiles as the longest could have; programs without a tile end at once. A
+schedule lists the tiles that exist, longest segments first. It is used where it at least halves the grid.
 """
 
 from __future__ import annotations
@@ -20,50 +12,51 @@ from torch import Tensor
 from ..backend import tl, triton
 from .tile import segment_bounds
 
-BLOCK_S = 64
+BLOCK_S = 64  # segments a program of attn_schedule_tiles places
 
 
 @triton.jit
-def _tiles(cu_seqlens_ptr, segments, num_segments, num_rows, BLOCK: tl.constexpr):
-    """(rows, tiles) of segments; the rows behind the last are segment S, of no length, in one tile."""
-    real = segments < num_segments
-    origin = tl.load(cu_seqlens_ptr + segments, mask=real, other=0)
-    end = tl.load(cu_seqlens_ptr + segments + 1, mask=real, other=0)
-    rows = tl.minimum(end, num_rows) - tl.minimum(tl.maximum(origin, 0), num_rows)
-    rows = tl.maximum(rows, 0)
+def count_tiles(cu_seqlens_ptr, segments, num_segments, num_rows, BLOCK: tl.constexpr):
+    """(rows, tiles) of segments, [BLOCK_S] each. Segment num_segments, the rows after the last: 0 rows, 1 tile."""
+    real = segments < num_segments  # [BLOCK_S]
+    origin = tl.load(cu_seqlens_ptr + segments, mask=real, other=0)  # [BLOCK_S]
+    end = tl.load(cu_seqlens_ptr + segments + 1, mask=real, other=0)  # [BLOCK_S]
+    rows = tl.minimum(end, num_rows) - tl.minimum(tl.maximum(origin, 0), num_rows)  # [BLOCK_S]
+    rows = tl.maximum(rows, 0)  # [BLOCK_S]
     return rows, tl.where(segments == num_segments, 1, tl.cdiv(rows, BLOCK))
 
 
 @triton.jit
-def schedule_tiles(
+def attn_schedule_tiles(
     cu_seqlens_ptr,  # [S + 1] int32
-    slots_ptr,  # [2, num_slots] int32: a tile's segment, and its segment's first slot; segment −1: no tile
+    slots_ptr,  # [2, num_slots] int32: a tile's segment (−1: no tile), and the first slot of that segment
     num_segments,
     num_rows,
     num_slots,
     BLOCK: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """A program places BLOCK_S segments: each counts the tiles that come before its own, so nobody waits or sorts."""
-    mine = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    rows, tiles = _tiles(cu_seqlens_ptr, mine, num_segments, num_rows, BLOCK)
-    first = tl.zeros((BLOCK_S,), dtype=tl.int32)
+    """Each program places BLOCK_S segments. It counts the tiles before each of them, so programs need no order."""
+    mine = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)  # [BLOCK_S]
+    rows, tiles = count_tiles(cu_seqlens_ptr, mine, num_segments, num_rows, BLOCK)  # [BLOCK_S], [BLOCK_S]
+    first = tl.zeros((BLOCK_S,), dtype=tl.int32)  # [BLOCK_S]
     total = 0
     for start in range(0, num_segments + 1, BLOCK_S):
-        others = start + tl.arange(0, BLOCK_S)
-        other_rows, other_tiles = _tiles(cu_seqlens_ptr, others, num_segments, num_rows, BLOCK)
-        longer = other_rows[None, :] > rows[:, None]
+        others = start + tl.arange(0, BLOCK_S)  # [BLOCK_S]
+        other_rows, other_tiles = count_tiles(cu_seqlens_ptr, others, num_segments, num_rows, BLOCK)  # [BLOCK_S] each
+        longer = other_rows[None, :] > rows[:, None]  # [BLOCK_S, BLOCK_S]
+        # [BLOCK_S, BLOCK_S]
         before = longer | ((other_rows[None, :] == rows[:, None]) & (others[None, :] < mine[:, None]))
-        first += tl.sum(tl.where(before, other_tiles[None, :], 0), axis=1)
+        first += tl.sum(tl.where(before, other_tiles[None, :], 0), axis=1)  # [BLOCK_S]
         total += tl.sum(other_tiles, axis=0)
     for tile in range(0, tl.max(tiles, axis=0)):
-        # cu_seqlens that overlap, an error, may ask for more tiles than there are slots.
-        inside = (tile < tiles) & (first + tile < num_slots)
+        # Invalid cu_seqlens that overlap may need more tiles than there are slots.
+        inside = (tile < tiles) & (first + tile < num_slots)  # [BLOCK_S]
         tl.store(slots_ptr + first + tile, mine, mask=inside)
         tl.store(slots_ptr + num_slots + first + tile, first, mask=inside)
     if tl.program_id(0) == 0:
         for start in range(total, num_slots, BLOCK_S):
-            slot = start + tl.arange(0, BLOCK_S)
+            slot = start + tl.arange(0, BLOCK_S)  # [BLOCK_S]
             tl.store(slots_ptr + slot, -1, mask=slot < num_slots)
 
 
@@ -79,10 +72,10 @@ def locate(
     VARLEN: tl.constexpr,
     SCHEDULED: tl.constexpr,
 ):
-    """(segment, head, first row of the tile) of this program; a start beyond the segment: nothing to do.
+    """(segment, head, first row of the tile) of this program. There is no tile if the row is beyond the segment.
 
-    num_tiles: slots of the schedule, or tiles the padded grid gives each segment. Either way the tiles of one head run
-    side by side, so that what they share is read from L2.
+    num_tiles: slots of the schedule, or tiles that the padded grid gives each segment. Either way the tiles of one head
+    are adjacent programs, which share the head's other side in L2.
     """
     if SCHEDULED:
         slot = tl.program_id(0) // num_heads
@@ -98,22 +91,28 @@ def locate(
         return plane // num_heads, plane % num_heads, tl.program_id(0) % num_tiles * BLOCK
 
 
-def grid(
+def choose_grid(
     cu_seqlens: Tensor | None, num_segments: int, longest: int, num_rows: int, block: int
 ) -> tuple[int, Tensor | None]:
-    """(num_tiles, slots) for `locate`, and so the programs a head: len of slots, or num_tiles a segment.
+    """The padded grid, or a schedule where that at least halves the number of programs.
 
-    slots is None where the padded grid will do. num_segments: packed, one more than there are.
+    Args:
+        cu_seqlens: int32 [S + 1]; None for padded tensors, which always take the padded grid.
+        num_segments: segments with programs: S + 1 where packed, the last for the rows after the last segment.
+        longest: rows of the longest segment, an upper bound.
+        num_rows: rows of the packed axis.
+        block: rows of a tile.
+
+    Returns:
+        (num_tiles, slots) for `locate`. slots None: the padded grid, num_tiles programs a segment and head. Otherwise
+        slots is int32 [2, num_tiles], and there are num_tiles programs a head.
     """
     num_tiles = triton.cdiv(max(longest, 1), block)
     num_slots = num_segments + num_rows // block
     if cu_seqlens is None or 2 * num_slots > num_tiles * num_segments:
         return num_tiles, None
     slots = torch.empty((2, num_slots), dtype=torch.int32, device=cu_seqlens.device)
-    schedule_tiles[(triton.cdiv(num_segments, BLOCK_S),)](
+    attn_schedule_tiles[(triton.cdiv(num_segments, BLOCK_S),)](
         cu_seqlens, slots, num_segments - 1, num_rows, num_slots, BLOCK=block, BLOCK_S=BLOCK_S
     )
     return num_slots, slots
-
-
-__all__ = ["grid", "locate", "schedule_tiles"]

@@ -1,10 +1,9 @@
-"""What attention's kernels share: where a segment lies, how a tile of it is read and written, who may see whom.
+"""Tile helpers of attention's kernels: segment bounds, loads and stores, score masks, softmax with saved statistics.
 
-A tensor is addressed by its strides (origin, row, head), in elements: from one segment's origin to the next, from row
-to row, from head to head. The origin of a segment is a token of the packed axis, whose stride is then the row's, or a
-batch index. Row and head offsets are 64-bit products: a stride may be anything.
+Kernels address a tensor by its strides (origin, row, head), in elements. The origin of a segment is its first row on
+the packed axis (stride: a row) or its batch index (stride: a sequence). Offsets are 64-bit products: any stride works.
 
-A tile's BLOCK rows are one head's, or BLOCK / HEADS rows of each of HEADS consecutive heads, one head after the other.
+A tile of BLOCK rows holds one head, or BLOCK / HEADS rows of each of HEADS consecutive heads, one head after the other.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ LOG2E = tl.constexpr(math.log2(math.e))
 def segment_bounds(cu_seqlens_ptr, segment, num_rows, VARLEN: tl.constexpr):
     """(origin, rows) of a segment. num_rows: of each padded sequence, or of the whole packed axis."""
     if VARLEN:
-        # Clamped, so that no content of cu_seqlens can send a load outside its tensor.
+        # Clamp, so that no content of cu_seqlens makes a load leave its tensor.
         origin = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + segment), 0), num_rows)
         rows = tl.minimum(tl.load(cu_seqlens_ptr + segment + 1), num_rows) - origin
     else:
@@ -31,8 +30,8 @@ def segment_bounds(cu_seqlens_ptr, segment, num_rows, VARLEN: tl.constexpr):
 
 @triton.jit
 def tile_rows(BLOCK: tl.constexpr, HEADS: tl.constexpr):
-    """(row within its segment, head counted from the tile's first): [BLOCK] each, the head 0 where there is one."""
-    r = tl.arange(0, BLOCK)
+    """(row within its head, head counted from the tile's first): [BLOCK] each; the head is 0 where HEADS is 1."""
+    r = tl.arange(0, BLOCK)  # [BLOCK]
     if HEADS == 1:
         return r, 0
     else:
@@ -40,14 +39,14 @@ def tile_rows(BLOCK: tl.constexpr, HEADS: tl.constexpr):
 
 
 @triton.jit
-def _pointers(ptr, strides, origin, head, start, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, HEADS: tl.constexpr):
-    """([BLOCK, BLOCK_D] pointers, [BLOCK] rows from ``start``)."""
+def tile_pointers(ptr, strides, origin, head, start, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, HEADS: tl.constexpr):
+    """([BLOCK, BLOCK_D] pointers, [BLOCK] rows counted from ``start``)."""
     ptr += origin * strides[0] + tl.cast(start, tl.int64) * strides[1] + tl.cast(head, tl.int64) * strides[2]
-    r, h = tile_rows(BLOCK, HEADS)
-    of_row = tl.cast(r, tl.int64) * strides[1]
+    r, h = tile_rows(BLOCK, HEADS)  # [BLOCK], [BLOCK]
+    row_offsets = tl.cast(r, tl.int64) * strides[1]  # [BLOCK]
     if HEADS > 1:
-        of_row += tl.cast(h, tl.int64) * strides[2]
-    return ptr + (of_row[:, None] + tl.arange(0, BLOCK_D)[None, :]), r
+        row_offsets += tl.cast(h, tl.int64) * strides[2]  # [BLOCK]
+    return ptr + (row_offsets[:, None] + tl.arange(0, BLOCK_D)[None, :]), r
 
 
 @triton.jit
@@ -64,12 +63,12 @@ def load_tile(
     CHECK: tl.constexpr,
     HEADS: tl.constexpr = 1,
 ):
-    """Rows start … of a segment of ``rows`` rows, heads head …: [BLOCK, BLOCK_D], zeros beyond rows and D.
+    """Rows start, start + 1, … of a segment of ``rows`` rows: [BLOCK, BLOCK_D], zeros beyond ``rows`` and D.
 
-    CHECK False promises that all BLOCK rows exist.
+    CHECK False: the caller guarantees that all BLOCK rows exist.
     """
-    pointers, r = _pointers(ptr, strides, origin, head, start, BLOCK, BLOCK_D, HEADS)
-    d = tl.arange(0, BLOCK_D)
+    pointers, r = tile_pointers(ptr, strides, origin, head, start, BLOCK, BLOCK_D, HEADS)  # [BLOCK, BLOCK_D], [BLOCK]
+    d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     if CHECK and D < BLOCK_D:
         return tl.load(pointers, mask=(r[:, None] < rows - start) & (d[None, :] < D), other=0.0)
     elif CHECK:
@@ -83,7 +82,7 @@ def load_tile(
 @triton.jit
 def store_tile(
     ptr,
-    x,
+    x,  # [BLOCK, BLOCK_D]
     strides,
     origin,
     head,
@@ -94,16 +93,16 @@ def store_tile(
     BLOCK_D: tl.constexpr,
     HEADS: tl.constexpr = 1,
 ):
-    """Write [BLOCK, BLOCK_D] where `load_tile` reads, in the tensor's dtype, leaving what lies beyond rows and D."""
-    pointers, r = _pointers(ptr, strides, origin, head, start, BLOCK, BLOCK_D, HEADS)
-    inside = r[:, None] < rows - start
+    """Writes x where `load_tile` reads, in the tensor's dtype. Does not write beyond ``rows`` and D."""
+    pointers, r = tile_pointers(ptr, strides, origin, head, start, BLOCK, BLOCK_D, HEADS)  # [BLOCK, BLOCK_D], [BLOCK]
+    inside = r[:, None] < rows - start  # [BLOCK, 1]
     if D < BLOCK_D:
-        inside = inside & (tl.arange(0, BLOCK_D)[None, :] < D)
+        inside = inside & (tl.arange(0, BLOCK_D)[None, :] < D)  # [BLOCK, BLOCK_D]
     tl.store(pointers, x.to(ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def zero_rest(
+def zero_tail_rows(
     ptr,
     strides,
     head,
@@ -115,9 +114,9 @@ def zero_rest(
     BLOCK_D: tl.constexpr,
     HEADS: tl.constexpr = 1,
 ):
-    """Zeros in the packed axis' rows behind the last segment: nobody's, and defined all the same."""
+    """Writes zeros to the rows of the packed axis after the last segment."""
     origin = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + num_segments), 0), num_rows)
-    zeros = tl.zeros((BLOCK, BLOCK_D), dtype=tl.float32)
+    zeros = tl.zeros((BLOCK, BLOCK_D), dtype=tl.float32)  # [BLOCK, BLOCK_D]
     for start in range(origin, num_rows, BLOCK // HEADS):
         store_tile(ptr, zeros, strides, tl.cast(0, tl.int64), head, start, num_rows, BLOCK, D, BLOCK_D, HEADS)
 
@@ -126,52 +125,55 @@ def zero_rest(
 def real_keys(
     key_mask_ptr, segment, start_n, n_k, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, HEADS: tl.constexpr = 1
 ):
-    """[BLOCK_N] booleans: the tile's keys, from start_n of the segment, that exist and are not padding."""
-    keys = start_n + tile_rows(BLOCK_N, HEADS)[0]
-    real = keys < n_k
+    """[BLOCK_N] booleans: which of the tile's keys, from start_n of the segment, exist and are not padding."""
+    keys = start_n + tile_rows(BLOCK_N, HEADS)[0]  # [BLOCK_N]
+    real = keys < n_k  # [BLOCK_N]
     if MASKED:
         real = real & (tl.load(key_mask_ptr + tl.cast(segment, tl.int64) * n_k + keys, mask=real, other=0) != 0)
     return real
 
 
 @triton.jit
-def last_real_key(key_mask_ptr, segment, n_k):
-    """One past the last real key: tiles of padding at the end, which is where padding is, cost nothing."""
-    last = 0
+def end_of_real_keys(key_mask_ptr, segment, n_k):
+    """One past the last real key. Padding is mostly at the end, so the loops over keys can stop there."""
+    end = 0
     for start_n in range(0, n_k, 1024):
-        keys = start_n + tl.arange(0, 1024)
-        real = real_keys(key_mask_ptr, segment, start_n, n_k, 1024, True)
-        last = tl.maximum(last, tl.max(tl.where(real, keys + 1, 0), axis=0))
-    return last
+        keys = start_n + tl.arange(0, 1024)  # [1024]
+        real = real_keys(key_mask_ptr, segment, start_n, n_k, 1024, True)  # [1024]
+        end = tl.maximum(end, tl.max(tl.where(real, keys + 1, 0), axis=0))
+    return end
 
 
 @triton.jit
-def visible(real, rows, start_n, window, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
-    """[rows, BLOCK_N] (or [1, BLOCK_N]) booleans: who may attend to whom."""
+def score_mask(real, rows, start_n, window, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
+    """[BLOCK_M, BLOCK_N] booleans ([1, BLOCK_N] without a window): where the query of a row may attend to a key.
+
+    real: [BLOCK_N], `real_keys`; rows: [BLOCK_M], the queries' rows within the segment.
+    """
     if WINDOW:
-        keys = start_n + tl.arange(0, BLOCK_N)
+        keys = start_n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         return real[None, :] & (tl.abs(rows[:, None] - keys[None, :]) <= window)
     else:
         return real[None, :]
 
 
 @triton.jit
-def softmax_numerator(scores, m, qk_scale, EXACT: tl.constexpr):
-    """exp2(qk_scale (scores − m)), m broadcast over the keys.
+def softmax_numerator(scores, m, qk_scale, FP32: tl.constexpr):
+    """exp2(qk_scale (scores − m)); m broadcasts over the keys.
 
-    One fused multiply-add rounds at the size of qk_scale · m, which 16-bit inputs cannot tell; for float32 (EXACT)
-    the difference is taken first: near the maximum, where it counts, it has no rounding at all.
+    One fused multiply-add rounds at the magnitude of qk_scale · m, which 16-bit inputs hide. In float32 subtract first:
+    near the maximum, where the weight is, the difference is exact.
     """
-    if EXACT:
+    if FP32:
         return tl.exp2((scores - m) * qk_scale)
     else:
         return tl.exp2(scores * qk_scale - m * qk_scale)
 
 
 @triton.jit
-def probabilities(scores, m, log2_l, qk_scale, EXACT: tl.constexpr):
-    """P again from the forward's row statistics: exp2(qk_scale (scores − m) − log2_l)."""
-    if EXACT:
+def probabilities(scores, m, log2_l, qk_scale, FP32: tl.constexpr):
+    """P recomputed from the forward's row statistics: exp2(qk_scale (scores − m) − log2_l)."""
+    if FP32:
         return tl.exp2((scores - m) * qk_scale - log2_l)
     else:
         return tl.exp2(scores * qk_scale - (m * qk_scale + log2_l))
@@ -179,31 +181,15 @@ def probabilities(scores, m, log2_l, qk_scale, EXACT: tl.constexpr):
 
 @triton.jit
 def load_statistics(stats_ptr, stats_strides, origin, head, rows, n_q):
-    """(m, log₂ l) of rows; one that does not exist has l = ∞, so its P is 0."""
-    pointers = stats_ptr + origin * stats_strides[1] + tl.cast(head, tl.int64) * stats_strides[2] + rows
-    m = tl.load(pointers, mask=rows < n_q, other=0.0)
+    """(m, log₂ l) of rows, each [BLOCK_M]. Rows that do not exist get l = ∞, so that their P is 0."""
+    pointers = stats_ptr + origin * stats_strides[1] + tl.cast(head, tl.int64) * stats_strides[2] + rows  # [BLOCK_M]
+    m = tl.load(pointers, mask=rows < n_q, other=0.0)  # [BLOCK_M]
     return m, tl.load(pointers + stats_strides[0], mask=rows < n_q, other=float("inf"))
 
 
 @triton.jit
 def store_statistics(stats_ptr, m, log2_l, stats_strides, origin, head, rows, n_q):
-    pointers = stats_ptr + origin * stats_strides[1] + tl.cast(head, tl.int64) * stats_strides[2] + rows
+    """Writes (m, log₂ l), each [BLOCK_M], of the rows that exist."""
+    pointers = stats_ptr + origin * stats_strides[1] + tl.cast(head, tl.int64) * stats_strides[2] + rows  # [BLOCK_M]
     tl.store(pointers, m, mask=rows < n_q)
     tl.store(pointers + stats_strides[0], log2_l, mask=rows < n_q)
-
-
-__all__ = [
-    "LOG2E",
-    "last_real_key",
-    "load_statistics",
-    "load_tile",
-    "probabilities",
-    "real_keys",
-    "segment_bounds",
-    "softmax_numerator",
-    "store_statistics",
-    "store_tile",
-    "tile_rows",
-    "visible",
-    "zero_rest",
-]

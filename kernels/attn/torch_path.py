@@ -1,7 +1,7 @@
-"""Attention from PyTorch's own operators, for tensors the kernels do not take (on a CPU, or float64).
+"""Attention by PyTorch's own operators, for tensors that the kernels do not take: on a CPU, or float64.
 
-Differentiable as it stands. What PyTorch fuses goes to ``scaled_dot_product_attention``; the rest (a window, a seeded
-mask, the log-sum-exp) to the definition in `reference`. A seed names the same dropout mask here as on a GPU.
+``scaled_dot_product_attention`` computes what it can; `reference` the rest: a window, a seeded mask, the log-sum-exp. A
+seed gives the same dropout mask as the kernels. Autograd differentiates all of it.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def packed(
     """(out, lse or None) for q [T_q, H, D] and k, v [T_k, H_k, D]."""
     if window is None and not return_lse and (seed is None or dropout_p == 0.0):
         if torch.compiler.is_compiling():
-            return _gathered(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, dropout_p), None
+            return _padded_segments(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, dropout_p), None
         return _segment_by_segment(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, dropout_p), None
     kept = None
     if dropout_p > 0.0 and seed is not None:
@@ -73,21 +73,37 @@ def packed(
     )
 
 
+def packed_qkv(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    dropout_p: float,
+    seed: int | Tensor | None,
+    window: int | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """(out, lse or None) for qkv [T, 3, H, D]."""
+    q, k, v = qkv.unbind(1)
+    segments = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    return packed(q, k, v, *segments, scale, dropout_p, seed, window, return_lse)
+
+
 def _segment_by_segment(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float, dropout_p: float
 ) -> Tensor:
-    """A call for each segment, on a CPU faster than padding them to one length; one call where they have one length."""
+    """One call a segment, which on a CPU is faster than padding; a single call where all lengths are equal."""
     lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
-    rest_q, rest_k = q.shape[0] - sum(lengths_q), k.shape[0] - sum(lengths_k)  # rows behind the last segment
+    rest_q, rest_k = q.shape[0] - sum(lengths_q), k.shape[0] - sum(lengths_k)  # rows after the last segment
     sdpa = functools.partial(
         F.scaled_dot_product_attention, dropout_p=dropout_p, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
     if rest_q == rest_k == 0 and len(set(lengths_q)) == len(set(lengths_k)) == 1 and lengths_q[0] and lengths_k[0]:
-        batch = [x.unflatten(0, (len(lengths_q), -1)).transpose(1, 2) for x in (q, k, v)]  # each (S, h, n, D)
+        batch = [x.unflatten(0, (len(lengths_q), -1)).transpose(1, 2) for x in (q, k, v)]  # each [S, h, n, D]
         return sdpa(*batch).transpose(1, 2).flatten(0, 1)
 
     def split(x: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
-        return x.transpose(0, 1).unsqueeze(0).split(lengths, dim=2)  # each (1, h, n, D)
+        return x.transpose(0, 1).unsqueeze(0).split(lengths, dim=2)  # each [1, h, n, D]
 
     *queries, rest = split(q, [*lengths_q, rest_q])
     keys, values = split(k, [*lengths_k, rest_k])[:-1], split(v, [*lengths_k, rest_k])[:-1]
@@ -97,7 +113,7 @@ def _segment_by_segment(
     return torch.cat([*outs, rest * 0.0], dim=2)[0].transpose(0, 1)
 
 
-def _gathered(
+def _padded_segments(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -108,13 +124,13 @@ def _gathered(
     scale: float,
     dropout_p: float,
 ) -> Tensor:
-    """All segments padded to max_q and max_k: no shape depends on a length, so it compiles without a graph break."""
+    """Pads all segments to max_q and max_k: no shape depends on a value, so it compiles without a graph break."""
 
     def pad(x: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
         rows = cu_seqlens[:-1, None] + torch.arange(longest, device=x.device)
-        return x[rows.clamp(max=x.shape[0] - 1)].transpose(1, 2)  # (S, h, longest, D)
+        return x[rows.clamp(max=x.shape[0] - 1)].transpose(1, 2)  # [S, h, longest, D]
 
-    real = torch.arange(max_k, device=q.device) < cu_seqlens_k.diff()[:, None]  # (S, max_k)
+    real = torch.arange(max_k, device=q.device) < cu_seqlens_k.diff()[:, None]  # [S, max_k]
     out = F.scaled_dot_product_attention(
         pad(q, cu_seqlens_q, max_q),
         pad(k, cu_seqlens_k, max_k),
@@ -123,12 +139,9 @@ def _gathered(
         dropout_p=dropout_p,
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
-    ).transpose(1, 2)  # (S, max_q, h, D)
+    ).transpose(1, 2)  # [S, max_q, h, D]
     rows = torch.arange(q.shape[0], device=q.device, dtype=cu_seqlens_q.dtype)
-    segment = torch.bucketize(rows, cu_seqlens_q[1:], right=True)  # S: in no segment
-    of = segment.clamp(max=cu_seqlens_q.numel() - 2)
-    out = out[of, (rows - cu_seqlens_q[of]).clamp(max=max_q - 1)]
-    return torch.where((segment == of)[:, None, None], out, 0.0)
-
-
-__all__ = ["packed", "padded"]
+    segment = torch.bucketize(rows, cu_seqlens_q[1:], right=True)  # [T_q]; S after the last segment
+    in_range = segment.clamp(max=cu_seqlens_q.numel() - 2)
+    out = out[in_range, (rows - cu_seqlens_q[in_range]).clamp(max=max_q - 1)]  # [T_q, h, D]
+    return torch.where((segment == in_range)[:, None, None], out, 0.0)

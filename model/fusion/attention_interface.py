@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels.attn.api import MAX_HEAD_DIM, attention, attention_varlen_separate
+from ...kernels.attn import attention, attention_varlen_separate
+from ...kernels.checks import MAX_HEAD_DIM
 from .masks import additive_mask, build_mask, check_mask, expanded_mask
 
 NAME = "fusebert"

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import attention
-from ...kernels.attn.api import MAX_HEAD_DIM
+from ...kernels.checks import MAX_HEAD_DIM
 from .norms import FusedNorm, add_norm
 from .swap import Fused, has_hooks
 

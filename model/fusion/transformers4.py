@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import attention
-from ...kernels.attn.api import MAX_HEAD_DIM
+from ...kernels.checks import MAX_HEAD_DIM
 from .attention_interface import NAME
 from .masks import additive_mask
 from .swap import Fused, original_class_name

@@ -1,4 +1,4 @@
-"""What attention's tests share: inputs, the comparison with float64, a long route in small tiles."""
+"""Shared by attention's tests: inputs, the comparison with float64, the long route with small tiles."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from oracle import DEVICE, assert_as_good_as_torch
 
 from fusebert.kernels.attn import config as attention_config
 
-SMALL_LONG = attention_config.Config(block_m=16, block_n=32, num_warps=4, num_stages=1)
+SEED = 20231
 
 
-def use_long_route(monkeypatch, config=SMALL_LONG):
-    monkeypatch.setattr(attention_config, "short_forward", lambda *_: None)
-    monkeypatch.setattr(attention_config, "short_backward", lambda *_: None)
-    for name in ("long_forward", "long_backward_dq", "long_backward_dk_dv"):
-        monkeypatch.setattr(attention_config, name, lambda *_: config)
+def use_long_route(monkeypatch):
+    """Every call takes the long route, in small tiles."""
+    small = attention_config.Config(block_m=16, block_n=32, num_warps=4, num_stages=1)
+    monkeypatch.setattr(attention_config, "short_config", lambda *_: None)
+    monkeypatch.setattr(attention_config, "long_config", lambda *_: small)
 
 
 def lengths_to_cu(lengths):
@@ -26,9 +26,9 @@ def randn(*shape, dtype=torch.float32, scale=1.0):
 
 
 def compare(function, definition, inputs, pytorch=None, roundings=1):
-    """function(*inputs) against definition in float64, out and all gradients.
+    """Compares function(*inputs) and its gradients with the definition in float64.
 
-    pytorch makes the error that ours is measured by; definition itself where PyTorch has no operator for the case.
+    The allowed error is that of ``pytorch`` at the inputs' dtype; of the definition, where PyTorch has no operator.
     """
 
     def run(f, leaves):
@@ -44,7 +44,7 @@ def compare(function, definition, inputs, pytorch=None, roundings=1):
     ours = run(function, inputs)
     oracle = run(definition, [x.double() for x in inputs])
     torchs = run(pytorch or definition, inputs)
-    # A row with one key has dS = 0, where PyTorch's P∘dP − Pδ cancels to the last bit: the terms are as large as dO.
+    # A row with one key has dS = 0. There P∘dP − Pδ cancels to the last bit in PyTorch, with terms as large as dO.
     names = ["out", *(f"grad of input {i}" for i in range(len(inputs)))]
     for name, a, o, t in zip(names, ours, oracle, torchs, strict=True):
         assert_as_good_as_torch(a, o, t, name, cancelled=grad_out.double().norm().item(), roundings=roundings)

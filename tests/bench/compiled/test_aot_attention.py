@@ -45,7 +45,7 @@ def entries(arch: int) -> set[tuple[str, tuple[int, int], int]]:
         for table in attention_cases.tables(arch, dtype):
             for kernel in ("long_forward", "long_backward_dq", "long_backward_dk_dv"):
                 for head_dim, config in getattr(table, kernel).items():
-                    found.add((kernel, (config.block_m, config.block_n), head_dim))
+                    found.add((f"attn_{kernel}", (config.block_m, config.block_n), head_dim))
     return found
 
 
@@ -57,13 +57,13 @@ def test_every_entry_compiles_as_meant(arch, compiled):
         f"{row['case']}: {row['kernel']} {row['tile']}: {row['problems']}" for row in tables[arch] if row["problems"]
     ]
     assert not wrong, "\n".join(wrong)
-    rows = [row for row in tables[arch] if row["kernel"] != "schedule_tiles"]  # which stores a few integers
+    rows = [row for row in tables[arch] if row["kernel"] != "attn_schedule_tiles"]  # which stores a few integers
     for row in rows:
         assert row["blocks_per_multiprocessor"] >= 1, row
         assert row["stores_128"] > 0, row
     seen = {(row["kernel"], tuple(row["tile"]), int(row["case"].split("D=")[1].split()[0])) for row in rows}
     assert entries(arch) <= seen
-    assert {"short_forward", "short_backward"} <= {row["kernel"] for row in tables[arch]}
+    assert {"attn_short_forward", "attn_short_backward"} <= {row["kernel"] for row in tables[arch]}
 
 
 def test_the_status_says_whether_all_is_well(compiled):
@@ -99,9 +99,10 @@ def test_another_source_is_noticed(monkeypatch, tmp_path):
 
 
 def resources(**changes):
-    constants = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_D": 64, "EXACT": False, "PRECISION": "ieee"}
+    constants = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_D": 64, "FP32": False, "PRECISION": "ieee"}
     constants |= changes.pop("constants", {})
-    fields = {"name": "long_forward", "arch": 90, "num_warps": 8, "num_stages": 2, "registers": 200, "spill_bytes": 0}
+    fields = {"name": "attn_long_forward", "arch": 90, "num_warps": 8, "num_stages": 2, "registers": 200}
+    fields |= {"spill_bytes": 0}
     fields |= {"shared_bytes": 65536, "tensor_memory_columns": 0, "instructions": {"HGMMA.64x64x16.F32": 8}}
     return aot.Resources(**(fields | changes), constants=constants)
 
@@ -114,10 +115,10 @@ def resources(**changes):
         ({"shared_bytes": 232449}, "232449 bytes of shared memory; there are 232448"),
         ({"instructions": {"HMMA.16816.F32": 8}}, "multiplies with HMMA, not HGMMA"),
         ({"constants": {"BLOCK_M": 32}}, "multiplies with HGMMA, not HMMA"),
-        ({"name": "long_backward_dk_dv", "constants": {"BLOCK_M": 32}}, None),
-        ({"constants": {"EXACT": True}}, "multiplies with HGMMA, not None"),
-        ({"constants": {"EXACT": True}, "instructions": {"FFMA": 99}}, None),
-        ({"constants": {"EXACT": True, "PRECISION": "tf32"}, "instructions": {"FFMA": 9}}, "multiplies with None"),
+        ({"name": "attn_long_backward_dk_dv", "constants": {"BLOCK_M": 32}}, None),
+        ({"constants": {"FP32": True}}, "multiplies with HGMMA, not None"),
+        ({"constants": {"FP32": True}, "instructions": {"FFMA": 99}}, None),
+        ({"constants": {"FP32": True, "PRECISION": "tf32"}, "instructions": {"FFMA": 9}}, "multiplies with None"),
     ],
 )
 def test_what_counts_as_wrong(changes, words):
@@ -145,6 +146,6 @@ def test_a_new_entry_is_compiled(monkeypatch):
     table = attention_config.TABLES[90, 2]
     more = table._replace(**{name: {**getattr(table, name), 512: getattr(table, name)[256]} for name in table._fields})
     monkeypatch.setitem(attention_config.TABLES, (90, 2), more)
-    monkeypatch.setitem(attention_config.MASKED, (90, 2), attention_config.NOTHING)
+    monkeypatch.setitem(attention_config.MASKED, (90, 2), attention_config.NO_ENTRIES)
     added = attention_cases.cases(90, heaviest=True).keys() - before.keys()
     assert any("D=512 N=512 masked window dropout groups=2" in name for name in added)

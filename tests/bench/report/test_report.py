@@ -196,7 +196,7 @@ def test_figures_are_those_of_the_files(everything):
     assert cells[3:] == ["2.25 [2.14, 2.36]", "2", "2,000", "6.5000", "6.2500", ""]
     assert reader.row("masked-LM accuracy")[1][1:] == ["0.1 %", "27.3 %"]
     assert reader.row("kernels", "OUT OF TIME")[0] == "bad"
-    assert reader.row("attention N=64", "short_backward")[0] == "bad"  # it spills
+    assert reader.row("attention N=64", "attn_short_backward")[0] == "bad"  # it spills
 
 
 def test_what_is_wrong_is_shown_as_wrong_and_without_a_time(everything):

@@ -1,0 +1,59 @@
+"""Attention without kernels, by PyTorch's operators."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import SEED, compare, lengths_to_cu, randn
+from oracle import DEVICE
+
+from fusebert.kernels import attention, attention_varlen, attention_varlen_separate, reference, use_backend
+
+
+@pytest.fixture
+def reference_backend():
+    with use_backend("reference"):
+        yield
+
+
+@pytest.mark.parametrize(("lengths_q", "lengths_k"), [([7, 0, 20, 5], [9, 3, 20, 0]), ([16, 16], [20, 20])])
+@pytest.mark.parametrize("spare", [0, 2])
+def test_packed(lengths_q, lengths_k, spare, reference_backend):
+    cu_q, cu_k = lengths_to_cu(lengths_q), lengths_to_cu(lengths_k)
+    q = randn(32 + spare, 4, 16)
+    k, v = (randn(sum(lengths_k), 2, 16) for _ in range(2))
+
+    def definition(*x):
+        return reference.attention_varlen(*x, cu_q, cu_k)[0]
+
+    def ours(*x):
+        return attention_varlen_separate(*x, cu_q, 20, cu_k, 20)
+
+    compare(ours, definition, [q, k, v])
+    compare(torch.compile(ours, fullgraph=True, backend="aot_eager"), definition, [q, k, v])
+
+
+def test_a_seed_gives_the_mask_of_the_kernels(reference_backend):
+    cu = lengths_to_cu([9, 0, 14])
+    qkv = randn(23, 3, 2, 16)
+    options = {"dropout_p": 0.4, "seed": SEED, "window": 6}
+    out = attention_varlen(qkv, cu, 14, **options)
+    with use_backend("triton"):
+        torch.testing.assert_close(out, attention_varlen(qkv, cu, 14, **options))
+
+
+def test_a_sequence_of_padding(reference_backend):
+    q, k, v = (randn(2, 2, 9, 16).requires_grad_() for _ in range(3))
+    mask = torch.ones(2, 9, dtype=torch.bool, device=DEVICE)
+    mask[1] = False
+    out = attention(q, k, v, key_padding_mask=mask)
+    assert out[1].abs().max() == 0
+    for gradient in torch.autograd.grad(out.sum(), (q, k, v)):
+        assert gradient[1].abs().max() == 0
+        assert gradient.isfinite().all()
+
+
+def test_float64_is_computed_by_pytorch():
+    with use_backend("auto"):
+        q, k, v = (randn(1, 1, 8, 16).double() for _ in range(3))
+        assert attention(q, k, v).dtype == torch.float64
