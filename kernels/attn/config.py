@@ -19,7 +19,7 @@ class Config(NamedTuple):
     """How one kernel is launched.
 
     block_m, block_n: queries and keys of a tile. heads: heads that share the tile (short route).
-    maxnreg: limit of registers a thread. With None the assembler may spill to fit one more block on a multiprocessor.
+    maxnreg: limit of registers per thread. With None the assembler may spill to fit one more block per multiprocessor.
     """
 
     block_m: int
@@ -192,7 +192,7 @@ def short_config(
 
     Args:
         max_q, max_k: rows of the longest segment.
-        groups: query heads a key head. The short backward supports only 1.
+        groups: query heads per key head. The short backward supports only 1.
         masked: under a padding mask, a window or grouped heads.
     """
     if kernel == "short_backward" and groups > 1:

@@ -56,7 +56,7 @@ def attention_dropout_mask(
 ) -> torch.Tensor:
     """The attention weights that (p, seed) keeps: bool [planes, n_q, n_k], True where a weight is kept.
 
-    For inspection and tests: it uses some hundreds of bytes a weight while it computes.
+    For inspection and tests: it uses some hundreds of bytes per weight while it computes.
 
     Args:
         p: probability of dropping a weight, in [0, 1). The operators scale kept weights by 1 / (1 − p).

@@ -139,7 +139,7 @@ def attn_long_forward(
     scale,
     p_threshold,
     keep_scale,
-    GROUPS: tl.constexpr,  # query heads a key head
+    GROUPS: tl.constexpr,  # query heads per key head
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -152,6 +152,7 @@ def attn_long_forward(
     FP32: tl.constexpr,  # the tensors are float32
     PRECISION: tl.constexpr,
 ):
+    """O = c (P∘Z) V with P = softmax(scale · QKᵀ), online over key tiles; the statistics (m, log₂ l) of P's rows."""
     segment, head, start_m = locate(
         slots_ptr, num_tiles, cu_seqlens_q_ptr, num_segments, num_heads, num_q, BLOCK_M, VARLEN, SCHEDULED
     )
@@ -287,7 +288,7 @@ def attn_long_backward_dq(
     scale,
     p_threshold,
     keep_scale,
-    GROUPS: tl.constexpr,  # query heads a key head
+    GROUPS: tl.constexpr,  # query heads per key head
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -300,6 +301,10 @@ def attn_long_backward_dq(
     FP32: tl.constexpr,  # the tensors are float32
     PRECISION: tl.constexpr,
 ):
+    """dQ = scale · dS K with dS = P ∘ (dP − δ), dP = c Z ∘ (dO Vᵀ) and δ_i = Σ_d O_id dO_id. Writes dQ and δ' = δ / c.
+
+    c multiplies the finished sum: the variables dp, delta and ds are dP, δ and dS divided by c.
+    """
     segment, head, start_m = locate(
         slots_ptr, num_tiles, cu_seqlens_q_ptr, num_segments, num_heads, num_q, BLOCK_M, VARLEN, SCHEDULED
     )
@@ -450,7 +455,7 @@ def attn_long_backward_dk_dv(
     scale,
     p_threshold,
     keep_scale,
-    GROUPS: tl.constexpr,  # query heads a key head
+    GROUPS: tl.constexpr,  # query heads per key head
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -463,6 +468,7 @@ def attn_long_backward_dk_dv(
     FP32: tl.constexpr,  # the tensors are float32
     PRECISION: tl.constexpr,
 ):
+    """dV = c (P∘Z)ᵀ dO; dK = scale · dSᵀ Q with dS = P ∘ (dP − δ) and dP = c Z ∘ (dO Vᵀ). Reads δ' = δ / c."""
     segment, key_head, start_n = locate(
         slots_ptr, num_tiles, cu_seqlens_k_ptr, num_segments, num_heads // GROUPS, num_k, BLOCK_N, VARLEN, SCHEDULED
     )

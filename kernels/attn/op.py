@@ -77,7 +77,7 @@ _attention_qkv_backward_op = register(
 
 
 # Both functions save out, which the short backward does not read: the projection that consumes it keeps it anyway. They
-# do not materialize gradients: autograd would fill zeros for that of stats, one launch a layer.
+# do not materialize gradients: autograd would fill zeros for that of stats, one launch per layer.
 
 
 class _Attention(torch.autograd.Function):

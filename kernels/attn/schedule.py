@@ -12,7 +12,7 @@ from torch import Tensor
 from ..backend import tl, triton
 from .tile import segment_bounds
 
-BLOCK_S = 64  # segments a program of attn_schedule_tiles places
+BLOCK_S = 64  # segments that a program of attn_schedule_tiles places
 
 
 @triton.jit
@@ -104,8 +104,8 @@ def choose_grid(
         block: rows of a tile.
 
     Returns:
-        (num_tiles, slots) for `locate`. slots None: the padded grid, num_tiles programs a segment and head. Otherwise
-        slots is int32 [2, num_tiles], and there are num_tiles programs a head.
+        (num_tiles, slots) for `locate`. slots None: the padded grid, num_tiles programs per segment and head. Otherwise
+        slots is int32 [2, num_tiles], and there are num_tiles programs per head.
     """
     num_tiles = triton.cdiv(max(longest, 1), block)
     num_slots = num_segments + num_rows // block

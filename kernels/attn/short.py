@@ -52,7 +52,8 @@ def short_score_mask(
 @triton.jit
 def short_keep_tile(seed_ptr, p_threshold, plane, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEADS: tl.constexpr):
     """`keep_tile` for a tile of HEADS heads: draws only a head's own keys and repeats them across the tile."""
-    keep = keep_tile(tl.load(seed_ptr), p_threshold, 0, 0, plane, BLOCK_M, BLOCK_N // HEADS, HEADS)
+    seed = tl.load(seed_ptr)
+    keep = keep_tile(seed, p_threshold, 0, 0, plane, BLOCK_M, BLOCK_N // HEADS, HEADS)  # [BLOCK_M, keys of a head]
     if HEADS > 1:
         keep = tl.broadcast_to(keep[:, None, :], (BLOCK_M, HEADS, BLOCK_N // HEADS))  # [BLOCK_M, HEADS, keys of a head]
         keep = tl.reshape(keep, (BLOCK_M, BLOCK_N))  # [BLOCK_M, BLOCK_N]
@@ -85,7 +86,7 @@ def attn_short_forward(
     scale,
     p_threshold,
     keep_scale,
-    GROUPS: tl.constexpr,  # query heads a key head
+    GROUPS: tl.constexpr,  # query heads per key head
     HEADS: tl.constexpr,  # heads in a tile; 1 where GROUPS > 1
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -98,6 +99,7 @@ def attn_short_forward(
     FP32: tl.constexpr,  # the tensors are float32
     PRECISION: tl.constexpr,
 ):
+    """O = c (P∘Z) V with P = softmax(scale · QKᵀ); the statistics (m, log₂ l) of P's rows."""
     segment, head, rows, plane = locate_short_tile(num_heads, BLOCK_M, HEADS)
     if VARLEN and segment == num_segments:
         zero_tail_rows(out_ptr, out_strides, head, cu_seqlens_q_ptr, num_segments, num_q, BLOCK_M, D, BLOCK_D, HEADS)
@@ -178,6 +180,11 @@ def attn_short_backward(
     FP32: tl.constexpr,  # the tensors are float32
     PRECISION: tl.constexpr,
 ):
+    """dV = c (P∘Z)ᵀ dO; dQ = scale · dS K; dK = scale · dSᵀ Q.
+
+    dS = P ∘ (dP − δ) with dP = c Z ∘ (dO Vᵀ) and δ_i = Σ_j P_ij dP_ij. c multiplies the finished sums:
+    the variables dp, delta and ds are dP, δ and dS divided by c.
+    """
     segment, head, rows, plane = locate_short_tile(num_heads, BLOCK_M, HEADS)
     if VARLEN and segment == num_segments:
         zero_tail_rows(dq_ptr, dq_strides, head, cu_seqlens_q_ptr, num_segments, num_q, BLOCK_M, D, BLOCK_D, HEADS)

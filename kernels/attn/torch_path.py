@@ -92,7 +92,7 @@ def packed_qkv(
 def _segment_by_segment(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float, dropout_p: float
 ) -> Tensor:
-    """One call a segment, which on a CPU is faster than padding; a single call where all lengths are equal."""
+    """One call per segment, which on a CPU is faster than padding; a single call where all lengths are equal."""
     lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
     rest_q, rest_k = q.shape[0] - sum(lengths_q), k.shape[0] - sum(lengths_k)  # rows after the last segment
     sdpa = functools.partial(
