@@ -105,6 +105,11 @@ class TrainTime:
     losses: tuple[float, ...]
     curve: tuple[CurvePoint, ...]
 
+    @property
+    def timing(self) -> Timing:
+        """Milliseconds for 1,000 tokens; a turn is a round."""
+        return Timing.of(self.us_per_token, self.us_per_token, 1)
+
 
 @dataclasses.dataclass(frozen=True)
 class ContestantResult:

@@ -27,77 +27,70 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...train.errors import UserError
-from ..measure.case import OURS
-from ..measure.correctness import COARSE, RIGHT, UNCHECKED
-from ..measure.result import KernelsResult, Result, StepResult, TrainResult, read_result, result_json
+from ..measure.correctness import COARSE
+from ..measure.machine import Environment
+from ..measure.result import KernelsResult, StepResult, TrainResult, read_result
 from ..measure.statistics import Ratio, ratio_of_runs
-from ..measure.units import interval, milliseconds
-from .tables import columns
+from .columns import AnyContestant, Column, interval, milliseconds, table
+from .render import terminal
 
+FAILURES = ("slower", "WRONG")
 CONFIDENCE = 0.95  # in all rows of a table together
-KINDS: tuple[type[Result], ...] = (KernelsResult, StepResult, TrainResult)
 TRAIN_SETTINGS = ("data", "model", "tokens", "seqlen", "dropout", "workers", "vocab_size", "compute_dtype")
 STEP_SETTINGS = ("model", "tokens", "seqlen", "ragged", "dropout", "vocab_size", "compute_dtype")
+Comparable = KernelsResult | StepResult | TrainResult
 
 
 class _Pass(NamedTuple):
-    """What is compared: its name, what must be equal for that, and who ran."""
+    """What is compared: its name, what must be equal for that, and the contestants."""
 
     name: str
     shape: Mapping[str, Any]
-    contestants: Sequence[Mapping[str, Any]]
+    contestants: Sequence[AnyContestant]
 
 
-def _passes(result: Mapping[str, Any]) -> dict[str, _Pass]:
-    if result["kind"] == "step":
-        settings = {name: result["settings"][name] for name in STEP_SETTINGS}
-        lengths = "ragged" if settings["ragged"] else "equal"
+def _passes(result: Comparable) -> dict[str, _Pass]:
+    if isinstance(result, StepResult):
+        settings = {name: getattr(result.settings, name) for name in STEP_SETTINGS}
+        lengths = "ragged" if result.settings.ragged else "equal"
         name = f"step {settings['model']} {settings['compute_dtype']} {lengths} {settings['seqlen']}"
-        return {name: _Pass(name, {**settings, **result["batch"]}, result["contestants"])}
-    if result["kind"] == "train":
-        settings = {name: result["settings"][name] for name in TRAIN_SETTINGS}
+        return {name: _Pass(name, {**settings, **dataclasses.asdict(result.batch)}, result.contestants)}
+    if isinstance(result, TrainResult):
+        settings = {name: getattr(result.settings, name) for name in TRAIN_SETTINGS}
         name = f"train {settings['model']} {settings['compute_dtype']}, 1,000 tokens"
-        return {name: _Pass(name, settings, [_by_turns(each) for each in result["contestants"]])}
+        return {name: _Pass(name, settings, result.contestants)}
     found = {}
-    for each in result["results"]:
-        name = f"{each['op']} {each['case']} {each['dtype']} {each['pass']}"
-        shape = {**each["shape"], "flops": each["flops"], "bytes": each["bytes"], "dropout": each["dropout"]}
-        found[name] = _Pass(name, shape, each["contestants"])
+    for each in result.results:
+        name = f"{each.op} {each.case} {each.dtype} {each.pass_name}"
+        shape = {**each.shape, "flops": each.floor.flops, "bytes": each.floor.bytes, "dropout": each.dropout}
+        found[name] = _Pass(name, shape, each.contestants)
     return found
 
 
-def _by_turns(contestant: Mapping[str, Any]) -> dict[str, Any]:
-    """A contestant of a training run, its turns as rounds: µs a token are ms for a thousand."""
-    turns = contestant.get("us_per_token")
-    if not turns:
-        return dict(contestant)
-    return {**contestant, "timing": {"samples_ms": turns, "median_ms": float(np.median(turns))}}
-
-
-def _machine(result: Mapping[str, Any]) -> dict[str, Any]:
+def _machine(where: Environment) -> dict[str, Any]:
     """What must be the same for times to be comparable."""
-    where = result["environment"]
-    if where["device"] == "cuda":
-        return {"device": "cuda", "GPU": where["gpu"]["name"]}
+    if where.gpu:
+        return {"device": "cuda", "GPU": where.gpu.name}
     return {
-        "device": where["device"],
-        "processor": where["processor"],
-        "cores": where["cores"],
-        "PyTorch threads": where["torch_threads"],
+        "device": where.device,
+        "processor": where.processor,
+        "cores": where.cores,
+        "PyTorch threads": where.torch_threads,
     }
 
 
-def _samples(contestant: Mapping[str, Any]) -> np.ndarray:
-    return np.asarray(contestant["timing"]["samples_ms"], dtype=np.float64)
+def _samples(contestant: AnyContestant) -> np.ndarray | None:
+    return np.asarray(contestant.time.timing.samples_ms, dtype=np.float64) if contestant.time else None
 
 
 def _others(old: _Pass, new: _Pass) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Samples, old and new, of everybody but us who was timed in both."""
+    """Samples, old and new, of the peers and bounds that were timed in both."""
     found = []
-    for before in old.contestants:
-        after = next((x for x in new.contestants if x["name"] == before["name"]), {})
-        if before["role"] != OURS and "timing" in before and "timing" in after:
-            found.append((_samples(before), _samples(after)))
+    after = {x.name: _samples(x) for x in new.contestants}
+    for contestant in old.contestants:
+        pair = _samples(contestant), after.get(contestant.name)
+        if not contestant.is_ours and pair[0] is not None and pair[1] is not None:
+            found.append((pair[0], pair[1]))
     return found
 
 
@@ -145,9 +138,9 @@ def judge(found: Ratio, threshold: float) -> str:
     return "same" if found.high <= 1 + threshold else "unclear"
 
 
-def _wrongness(contestant: Mapping[str, Any]) -> int:
-    status = contestant["verdict"]["status"]
-    return 0 if status in (RIGHT, UNCHECKED) else 1 if status == COARSE else 2
+def _wrongness(contestant: AnyContestant) -> int:
+    verdict = contestant.verdict
+    return 0 if not verdict.is_bad else 1 if verdict.status == COARSE else 2
 
 
 def _compare_pass(old: _Pass, new: _Pass, normalise: bool, threshold: float, confidence: float) -> Iterator[Finding]:
@@ -155,50 +148,47 @@ def _compare_pass(old: _Pass, new: _Pass, normalise: bool, threshold: float, con
     machine = machine_factors(others) if others else None
     drift = None if machine is None else float(np.median(machine[1]) / np.median(machine[0]))
     for before in old.contestants:
-        if before["role"] != OURS:
+        if not before.is_ours:
             continue
-        name = f"{old.name}: {before['name']}"
-        after = next((x for x in new.contestants if x["name"] == before["name"]), None)
-        old_ms = before["timing"]["median_ms"] if "timing" in before else None
+        name = f"{old.name}: {before.name}"
+        after = next((x for x in new.contestants if x.name == before.name), None)
+        old_ms = before.time.timing.median_ms if before.time else None
         if after is None:
             yield Finding(name, old_ms, None, drift, None, "not compared", "the new file has no such contestant")
             continue
-        new_ms = after["timing"]["median_ms"] if "timing" in after else None
+        new_ms = after.time.timing.median_ms if after.time else None
+        samples = _samples(before), _samples(after)
         if _wrongness(after) > _wrongness(before):
-            was, now = (x["verdict"]["status"] for x in (before, after))
-            detail = f"was {was}, is {now}: {after['verdict']['detail']}"
+            detail = f"was {before.verdict.status}, is {after.verdict.status}: {after.verdict.detail}"
             yield Finding(name, old_ms, new_ms, drift, None, "WRONG", detail)
-        elif old_ms is None or new_ms is None:
+        elif samples[0] is None or samples[1] is None:
             which = "either" if old_ms is new_ms else "the old" if old_ms is None else "the new"
             yield Finding(name, old_ms, new_ms, drift, None, "not compared", f"not timed in {which} file")
         else:
-            samples = _samples(before), _samples(after)
-            if machine is not None:
-                samples = samples[0] / machine[0], samples[1] / machine[1]
-            found = ratio_of_runs(*samples, confidence)
+            factors = machine or (np.ones(1), np.ones(1))
+            found = ratio_of_runs(samples[0] / factors[0], samples[1] / factors[1], confidence)
             yield Finding(name, old_ms, new_ms, drift, found, judge(found, threshold))
 
 
-def _changed_versions(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    before, after = (result["environment"]["versions"] for result in (old, new))
-    names = dict.fromkeys([*before, *after])
-    return [f"{x} {before.get(x)} → {after.get(x)}" for x in names if before.get(x) != after.get(x)]
+def _refuse_if_incomparable(old: Comparable, new: Comparable) -> None:
+    if old.kind != new.kind:
+        raise UserError(f"not comparable: the old file holds {old.kind}, the new one {new.kind}")
+    before, after = _machine(old.environment), _machine(new.environment)
+    for name, was, is_now in _differences(before, after):
+        raise UserError(f"not comparable: {name} was {was} and is {is_now}; measure both on one machine")
 
 
-def _refuse_if_incomparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    if old["kind"] != new["kind"]:
-        raise UserError(f"not comparable: the old file holds {old['kind']}, the new one {new['kind']}")
-    before, after = _machine(old), _machine(new)
-    for name in dict.fromkeys([*before, *after]):
-        if before.get(name) != after.get(name):
-            raise UserError(
-                f"not comparable: {name} was {before.get(name)} and is {after.get(name)}; measure both on one machine"
-            )
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, old value, new value) where the two differ."""
+    keys = dict.fromkeys([*old, *new])
+    return [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
 
 
-def compare(
-    old: Mapping[str, Any], new: Mapping[str, Any], *, threshold: float = 0.03
-) -> tuple[list[Finding], list[str]]:
+def _arrows(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {was} → {is_now}" for key, was, is_now in _differences(old, new))
+
+
+def compare(old: Comparable, new: Comparable, *, threshold: float = 0.03) -> tuple[list[Finding], list[str]]:
     """Compare two results of kernels, of step, or of train.
 
     Returns:
@@ -209,9 +199,9 @@ def compare(
     """
     _refuse_if_incomparable(old, new)
     remarks = []
-    changed = _changed_versions(old, new)
+    changed = _arrows(old.environment.versions, new.environment.versions)
     if changed:
-        remarks.append(f"peers may have changed ({', '.join(changed)}): the machine's share can not be divided out")
+        remarks.append(f"peers may have changed ({changed}): the machine's share cannot be divided out")
     before, after = _passes(old), _passes(new)
     pairs: list[tuple[_Pass, _Pass]] = []
     for name, old_pass in before.items():
@@ -219,16 +209,11 @@ def compare(
         if new_pass is None:
             remarks.append(f"not compared: {name}: the new file lacks it")
         elif old_pass.shape != new_pass.shape:
-            different = [
-                f"{x} {old_pass.shape.get(x)} → {new_pass.shape.get(x)}"
-                for x in dict.fromkeys([*old_pass.shape, *new_pass.shape])
-                if old_pass.shape.get(x) != new_pass.shape.get(x)
-            ]
-            remarks.append(f"not compared: {name}: another shape ({', '.join(different)})")
+            remarks.append(f"not compared: {name}: another shape ({_arrows(old_pass.shape, new_pass.shape)})")
         else:
             pairs.append((old_pass, new_pass))
     remarks += [f"not compared: {name}: the old file lacks it" for name in after if name not in before]
-    rows = sum(each["role"] == OURS for old_pass, _ in pairs for each in old_pass.contestants)
+    rows = sum(each.is_ours for old_pass, _ in pairs for each in old_pass.contestants)
     confidence = 1 - (1 - CONFIDENCE) / max(1, rows)
     findings = [x for pair in pairs for x in _compare_pass(*pair, not changed, threshold, confidence)]
     if not findings:
@@ -239,19 +224,14 @@ def compare(
     return findings, remarks
 
 
-def _lines(findings: Sequence[Finding]) -> list[str]:
-    table = [["", "old", "new", "machine", "new / old [95 % in all]", "verdict"]]
-    for found in findings:
-        table.append(
-            [
-                found.name,
-                *("-" if ms is None else milliseconds(ms) for ms in (found.old_ms, found.new_ms)),
-                "-" if found.machine is None else f"{found.machine:.3f}",
-                "-" if found.ratio is None else interval(dataclasses.asdict(found.ratio)),
-                found.verdict,
-            ]
-        )
-    return columns(table)
+COLUMNS: tuple[Column[Finding], ...] = (
+    Column("", lambda x: x.name, words=True),
+    Column("old", lambda x: x.old_ms or "-", milliseconds),
+    Column("new", lambda x: x.new_ms or "-", milliseconds),
+    Column("machine", lambda x: x.machine or "-", "{:.3f}"),
+    Column("new / old [95 % in all]", lambda x: x.ratio or "-", interval),
+    Column("verdict", lambda x: x.verdict, words=True),
+)
 
 
 def run(old: Path, new: Path, *, threshold: float, say: Callable[[str], None] = print) -> bool:
@@ -263,13 +243,9 @@ def run(old: Path, new: Path, *, threshold: float, say: Callable[[str], None] = 
     Raises:
         UserError: a file is not a result of kernels, step or train, or the two can not be compared.
     """
-    results = [result_json(read_result(path, *KINDS)) for path in (old, new)]
-    try:
-        findings, remarks = compare(*results, threshold=threshold)
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise UserError(f"{old} and {new}: one of them is not a whole result ({what})") from error
-    say("\n".join(_lines(findings)))
+    before, after = (read_result(path, KernelsResult, StepResult, TrainResult) for path in (old, new))
+    findings, remarks = compare(before, after, threshold=threshold)  # type: ignore[arg-type]
+    terminal([table(COLUMNS, findings, bad=lambda found: found.verdict in FAILURES)])
     for found in findings:
         if found.detail:
             say(f"{found.name}: {found.detail}")
@@ -277,7 +253,7 @@ def run(old: Path, new: Path, *, threshold: float, say: Callable[[str], None] = 
         say(remark)
     verdicts = [found.verdict for found in findings]
     count = {name: verdicts.count(name) for name in ("slower", "WRONG", "faster", "unclear", "not compared")}
-    failed = count["slower"] + count["WRONG"]
+    failed = sum(count[verdict] for verdict in FAILURES)
     summary = ", ".join(f"{n} {name}" for name, n in count.items() if n)
     say(f"{'FAILED' if failed else 'passed'}: {len(findings)} compared" + (f": {summary}" if summary else ""))
     if count["unclear"]:

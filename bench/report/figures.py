@@ -15,24 +15,39 @@ nothing, and fails where a document differs from what its result files say.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
+from ...model.atomic import replace_file
 from ...train.errors import UserError
-from ..measure.case import OURS, PEER
-from ..measure.machine import Environment
-from ..measure.result import ALL_KINDS, read_result, result_json
-from ..measure.serialise import from_json
-from ..measure.units import interval
-from .blocks import Row, row, table
-from .cells import Source
-from .kernels import kernels_summary
-from .markdown import markdown_table
-from .runs import lengths_words, pretrain_table, pretrain_words
+from ..measure.case import PEER
+from ..measure.result import (
+    AotResult,
+    KernelsResult,
+    ParityResult,
+    PretrainResult,
+    Result,
+    StepContestant,
+    StepResult,
+    read_result,
+)
+from .blocks import Table
+from .columns import RATIO, TOKENS_PER_S, Column, status, table
+from .render import markdown_table
+from .sections import (
+    kernels_summary,
+    lengths_words,
+    parity_drift,
+    parity_words,
+    pretrain_table,
+    pretrain_words,
+)
 
 BEGIN = re.compile(r"<!-- figures (?P<view>\S+) (?P<files>.+?) -->")
 END = "<!-- end of figures -->"
@@ -45,115 +60,128 @@ def _paragraph(text: str) -> list[str]:
     return [*textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False), ""]
 
 
-def _linked(sources: Sequence[Source]) -> list[str]:
-    """Where the figures above it come from: a line a file, and once for all what they were measured on."""
+R = TypeVar("R")
+Files = Sequence[tuple[Path, R]]  # path relative to the document, result
+
+
+def _link(path: Path) -> str:
+    return f"[{path.name}]({path.as_posix()})"
+
+
+def _linked(files: Files[Any]) -> list[str]:
+    """The files of a table, once for each machine that they were measured on."""
     machines: dict[str, list[str]] = {}
-    for source in sources:
-        where, versions = from_json(Environment, source.result["environment"]).describe().splitlines()
+    for path, result in files:
+        where, versions = result.environment.describe().splitlines()
         versions, _, _ = versions.rpartition("; ")  # the date is in the file's name
-        machines.setdefault(f"{where}. {versions}", []).append(_link(source))
+        machines.setdefault(f"{where}. {versions}", []).append(_link(path))
     lines = []
     for machine, links in machines.items():
         lines += _paragraph(f"From {', '.join(links)}: {machine}.")
     return lines
 
 
-def _link(source: Source) -> str:
-    return f"[{source.path.name}]({source.path.as_posix()})"
-
-
-def _step(sources: Sequence[Source]) -> list[str]:
+def _step(files: Files[StepResult]) -> list[str]:
     """Time of each peer's step over ours, a row a file.
 
     Raises:
         UserError: the files' settings differ in what stands above the table.
     """
-    settings = sources[0].result["settings"]
-    for source in sources:
+    first, settings = files[0][0], files[0][1].settings
+    for path, result in files:
         for name in COMMON:
-            if source.result["settings"][name] != settings[name]:
+            given, expected = getattr(result.settings, name), getattr(settings, name)
+            if given != expected:
                 raise UserError(
-                    f"{source.path}: {name} is {source.result['settings'][name]}, in {sources[0].path} it is "
-                    f"{settings[name]}: they belong in tables of their own"
+                    f"{path}: {name} is {given}, in {first} it is {expected}: they belong in tables of their own"
                 )
-    peers = list(dict.fromkeys(x["name"] for s in sources for x in s.result["contestants"] if x["role"] == PEER))
-    rows: list[Row] = []
-    for source in sources:
-        its = source.result["settings"]
-        found = {x["name"]: x for x in source.result["contestants"]}
-        ours = next(x for x in source.result["contestants"] if x["role"] == OURS)
-        cells = [its["model"], lengths_words(its)]
-        for name in peers:
-            peer = found.get(name)
-            if peer is None:
-                cells.append("")
-            elif "timing" not in peer:
-                cells.append(peer["verdict"]["status"].upper())
-            else:
-                cells.append(interval(peer["ratio_to_ours"]))
-        cells.append(f"{ours['tokens_per_s']:,.0f}" if "timing" in ours else ours["verdict"]["status"].upper())
-        rows.append(row(cells))
-    header = ("preset", "lengths", *peers, "fusebert, real tokens/s")
+
+    def value(column: Column[Any], title: str, wanted: Callable[[StepContestant], bool]) -> Column[StepResult]:
+        """``column`` of the first wanted contestant; its verdict where it was not timed."""
+
+        def read(result: StepResult) -> Any:
+            row = next(filter(wanted, result.contestants), None)
+            return None if row is None else column.read(row) if row.time else status(row)
+
+        return dataclasses.replace(column, title=title, read=read)
+
+    peers = dict.fromkeys(row.name for _, result in files for row in result.contestants if row.role == PEER)
+    columns: list[Column[StepResult]] = [
+        Column("preset", lambda result: result.settings.model, words=True),
+        Column("lengths", lambda result: lengths_words(result.settings.ragged, result.settings.seqlen), words=True),
+        *(value(RATIO, name, lambda row, name=name: row.name == name) for name in peers),  # type: ignore[misc]
+        value(TOKENS_PER_S, "fusebert, real tokens/s", lambda row: row.is_ours),
+    ]
     common = (
-        f"Time of the step over ours, median [95 % interval]: above 1, ours is faster. {settings['compute_dtype']}, "
-        f"dropout {settings['dropout']}, {settings['tokens']:,} token slots, vocabulary {settings['vocab_size']:,}."
+        f"Time of the step over ours, median [95 % interval]: above 1, ours is faster. {settings.compute_dtype}, "
+        f"dropout {settings.dropout}, {settings.tokens:,} token slots, vocabulary {settings.vocab_size:,}."
     )
-    return [*_paragraph(common), *markdown_table(table(header, rows, left=2)), "", *_linked(sources)]
+    return [*_paragraph(common), *_table(table(columns, [result for _, result in files])), *_linked(files)]
 
 
-def _kernels(sources: Sequence[Source]) -> list[str]:
+def _table(found: Table) -> list[str]:
+    return [*markdown_table(found), ""]
+
+
+def _kernels(files: Files[KernelsResult]) -> list[str]:
     """A row a pass: ours and the fastest peer that is right."""
     lines: list[str] = []
-    for source in sources:
-        lines += [*markdown_table(kernels_summary(source.result)), "", *_linked([source])]
+    for path, result in files:
+        lines += [*_table(kernels_summary(result.results)), *_linked([(path, result)])]
     return lines
 
 
-def _pretrain(sources: Sequence[Source]) -> list[str]:
+def _pretrain(files: Files[PretrainResult]) -> list[str]:
     """Held-out figures before and after a run."""
     lines: list[str] = []
-    for source in sources:
-        words = pretrain_words(source.result)
-        verdict = f"The loss afterwards is {source.result['report']['verdict']}."
-        lines += [*markdown_table(pretrain_table(source.result["report"])), "", *_paragraph(f"{words} {verdict}")]
-        lines += _linked([source])
+    for path, result in files:
+        words = f"{pretrain_words(result)} The loss afterwards is {result.report.verdict}."
+        lines += [*_table(pretrain_table(result.report)), *_paragraph(words), *_linked([(path, result)])]
     return lines
 
 
-def _parity(sources: Sequence[Source]) -> list[str]:
+PARITY: tuple[Column[ParityResult], ...] = (
+    Column(
+        "run",
+        lambda x: f"{x.settings.steps} steps, {x.settings.layers} layers of {x.settings.hidden_size}",
+        words=True,
+    ),
+    Column("dtype", lambda x: x.settings.compute_dtype, words=True),
+    Column("distance from Transformers' float32 loss", parity_drift, words=True),
+    Column("verdict", parity_words, words=True),
+)
+
+
+def _parity(files: Files[ParityResult]) -> list[str]:
     """Whether training is the same run as Transformers'."""
-    rows = []
-    for source in sources:
-        settings, verdict = source.result["settings"], source.result["verdict"]
-        which = "mean" if "allowed_mean_drift" in verdict else "largest"
-        run = f"{settings['steps']} steps, {settings['layers']} layers of {settings['hidden_size']}"
-        drift = f"{which} {verdict[f'{which}_drift']:.2e}, allowed {verdict[f'allowed_{which}_drift']:.2e}"
-        same = "the same run" if verdict["right"] else "NOT THE SAME RUN"
-        rows.append(row((run, settings["compute_dtype"], drift, same)))
-    header = ("run", "dtype", "distance from Transformers' float32 loss", "verdict")
-    return [*markdown_table(table(header, rows, left=4)), "", *_linked(sources)]
+    return [*_table(table(PARITY, [result for _, result in files])), *_linked(files)]
 
 
-def _aot(sources: Sequence[Source]) -> list[str]:
+def _matrix_instructions(result: AotResult) -> str:
+    return ", ".join(sorted({kernel.matrix.split()[-1] for kernel in result.kernels if kernel.matrix}))
+
+
+AOT: tuple[Column[tuple[Path, AotResult]], ...] = (
+    Column("architecture", lambda x: x[1].about.arch, words=True),
+    Column("kernels compiled", lambda x: len(x[1].kernels)),
+    Column("that spill registers", lambda x: sum(kernel.spill_bytes > 0 for kernel in x[1].kernels)),
+    Column("matrix instructions", lambda x: _matrix_instructions(x[1]), words=True),
+    Column("Triton", lambda x: x[1].about.triton, words=True),
+    Column("file", lambda x: _link(x[0]), words=True),
+)
+
+
+def _aot(files: Files[AotResult]) -> list[str]:
     """What the compiler made of the kernels: how many, how many spill, which matrix instructions they use."""
-    rows = []
-    for source in sources:
-        kernels = source.result["kernels"]
-        spilling = sum(found["spill_bytes"] > 0 for found in kernels)
-        matrix = sorted({found["matrix"].split()[-1] for found in kernels if found["matrix"]})
-        about = source.result["about"]
-        cells = (about["arch"], f"{len(kernels)}", f"{spilling}", ", ".join(matrix), about["triton"], _link(source))
-        rows.append(row(cells))
-    header = ("architecture", "kernels compiled", "that spill registers", "matrix instructions", "Triton", "file")
-    return [*markdown_table(table(header, rows)), ""]
+    return _table(table(AOT, files))
 
 
-VIEWS: dict[str, tuple[str, Callable[[Sequence[Source]], list[str]]]] = {  # view → (kind of its files, what it writes)
-    "step": ("step", _step),
-    "kernels": ("kernels", _kernels),
-    "pretrain": ("pretrain", _pretrain),
-    "parity": ("train_parity", _parity),
-    "aot": ("aot", _aot),
+VIEWS: dict[str, tuple[type[Result], Callable[[Files[Any]], list[str]]]] = {  # view → (its files, what it writes)
+    "step": (StepResult, _step),
+    "kernels": (KernelsResult, _kernels),
+    "pretrain": (PretrainResult, _pretrain),
+    "parity": (ParityResult, _parity),
+    "aot": (AotResult, _aot),
 }
 
 
@@ -179,17 +207,7 @@ def _generate(view: str, patterns: str, document: Path, root: Path) -> list[str]
     paths = [path for pattern in patterns.split() for path in newest(root, pattern)]
     if not paths:
         return _paragraph(NONE.format(files=", ".join(f"`{pattern}`" for pattern in patterns.split())))
-    sources = []
-    for path in paths:
-        relative = Path(os.path.relpath(path, document.parent))
-        sources.append(
-            Source(path.stem, relative, result_json(read_result(path, *(x for x in ALL_KINDS if x.kind == kind))))
-        )
-    try:
-        return write(sources)
-    except (KeyError, TypeError, IndexError, AttributeError, StopIteration) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise UserError(f"{document}: the files of {patterns} are not whole {kind} results ({what})") from error
+    return write([(Path(os.path.relpath(path, document.parent)), read_result(path, kind)) for path in paths])
 
 
 def rewrite(text: str, document: Path, root: Path) -> str:
@@ -250,9 +268,8 @@ def update(paths: Sequence[Path], root: Path, *, check: bool, say: Callable[[str
         if check:
             say(f"{path}: differs from its result files; run python -m fusebert.bench.readme")
         else:
-            partial = path.with_suffix(".partial")
-            partial.write_text(new, encoding="utf-8")
-            os.replace(partial, path)
+            with replace_file(path) as partial:
+                partial.write_text(new, encoding="utf-8")
             say(f"{path}: written anew")
     return changed
 
@@ -269,6 +286,3 @@ def main() -> None:
         print(f"fusebert: error: {error}", file=sys.stderr)
         sys.exit(2)
     sys.exit(1 if args.check and changed else 0)
-
-
-__all__ = ["BEGIN", "END", "VIEWS", "documents", "newest", "rewrite", "update"]

@@ -1,26 +1,19 @@
-"""A report's plots: what a result has to draw, decided without matplotlib; drawing needs it."""
+"""The plots of a result. What there is to draw is decided without matplotlib; drawing needs it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
-
+from ..measure.result import KernelsResult, ParityResult, Result, StepResult, TrainResult
 from .operator_plots import kernel_plots
-from .paper import Plot
 from .run_plots import parity_plots, step_plots, train_plots
-
-PLOTS: dict[str, Callable[[dict[str, Any]], Iterator[Plot]]] = {
-    "kernels": kernel_plots,
-    "step": step_plots,
-    "train": train_plots,
-    "train_parity": parity_plots,
-}
+from .theme import Plot
 
 
-def plots(result: dict[str, Any]) -> list[Plot]:
-    """What a result file has to draw; nothing for kinds that are tables only."""
-    make = PLOTS.get(result["kind"])
-    return list(make(result)) if make else []
-
-
-__all__ = ["plots"]
+def plots(result: Result) -> list[Plot]:
+    """The plots of ``result``; none of a kind that has tables only."""
+    if isinstance(result, KernelsResult):
+        return list(kernel_plots(result))
+    if isinstance(result, StepResult):
+        return list(step_plots(result))
+    if isinstance(result, TrainResult):
+        return list(train_plots(result))
+    return list(parity_plots(result)) if isinstance(result, ParityResult) else []

@@ -8,19 +8,16 @@ from typing import Any
 from ..measure.case import Missing
 from ..measure.ceilings import Ceilings
 from ..measure.machine import Environment
-from ..measure.result import KernelsResult, ParityResult, PassResult, StepResult, TrainResult, result_json
-from ..measure.serialise import to_json
-from . import tables
+from ..measure.result import KernelsResult, ParityResult, PassResult, StepResult, TrainResult
+from .blocks import Text
+from .render import terminal
+from .sections import ceiling_texts, drift_text, kernels_gaps, kernels_summary, pass_section, section
 
 
 @functools.singledispatch
 def show(record: Any) -> None:
-    """Print a record of a benchmark; text as it is."""
+    """Print a record of a benchmark; a string as it is."""
     print(record, flush=True)
-
-
-def _print(lines: list[str]) -> None:
-    print("\n".join(lines), flush=True)
 
 
 @show.register
@@ -30,45 +27,29 @@ def _(record: Environment) -> None:
 
 @show.register
 def _(record: Ceilings) -> None:
-    _print(tables.ceiling_lines(to_json(record)))
+    terminal(ceiling_texts(record))
 
 
 @show.register
 def _(record: PassResult) -> None:
-    _print(tables.case_lines(to_json(record)))
+    terminal([pass_section(record, f"{record.op} {record.case} {record.dtype}, {record.pass_name}")])
 
 
 @show.register
 def _(record: Missing) -> None:
-    _print(tables.missing_lines([record]))
+    print(f"{record.name}: {record.reason}", flush=True)
 
 
 @show.register
 def _(record: KernelsResult) -> None:
-    _print(tables.summary_lines(to_json(record)["results"]))
-    if record.clocks:
-        print(record.clocks.describe())
-    if record.ceilings_drift:
-        print(tables.drift_line(to_json(record.ceilings_drift)))
-    if record.left_out:
-        minutes = record.settings.minutes
-        print(f"Left out for want of time ({minutes} minutes): {'; '.join(record.left_out)}", flush=True)
+    texts = [] if record.clocks is None else [Text(record.clocks.describe())]
+    texts += [] if record.ceilings_drift is None else [drift_text(record.ceilings_drift)]
+    terminal([Text(""), kernels_summary(record.results), *texts, *kernels_gaps(record)])
 
 
-@show.register
-def _(record: StepResult) -> None:
-    _print(tables.step_lines(result_json(record)))
-    if record.profile:
-        _print(tables.profile_lines(to_json(record.profile)))
-
-
-@show.register
-def _(record: TrainResult) -> None:
-    _print(tables.train_lines(result_json(record)))
-    if record.clocks:
-        print(record.clocks.describe())
-
-
-@show.register
-def _(record: ParityResult) -> None:
-    _print(tables.parity_lines(result_json(record)))
+@show.register(StepResult)
+@show.register(TrainResult)
+@show.register(ParityResult)
+def _(record: Any) -> None:
+    clocks = getattr(record, "clocks", None)
+    terminal([section(record), *([Text(clocks.describe())] if clocks else [])])

@@ -157,7 +157,7 @@ def test_step(tmp_path):
         assert row["tokens_per_s"] == pytest.approx(tokens / (1e-3 * row["timing"]["median_ms"]))
         share = result["batch"]["flops"] / tokens * row["tokens_per_s"] / result["ceilings"]["matmul_flops_per_s"]
         assert row["mfu"] == pytest.approx(share)
-    assert "our step by operator" in done.output
+    assert "Our step by operator" in done.output
     operators = result["profile"]["operators"]
     assert sum(row["share"] for row in operators) == pytest.approx(1.0)
     assert 0 < result["profile"]["operator_ms"] <= result["profile"]["ms"]

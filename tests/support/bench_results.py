@@ -1,4 +1,4 @@
-"""Result files as fusebert bench writes them, with made-up figures: for what reads them."""
+"""The content of result files with made-up figures, for tests of what reads them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from typing import Any
 
 import numpy as np
 
+from fusebert.bench.measure.result import ALL_KINDS, Result
+from fusebert.bench.measure.serialise import from_json
+
 COPY, MATMUL = 1e12, 1e14  # bytes/s, FLOP/s
+
+
+def typed(content: dict[str, Any]) -> Result:
+    """The dataclass of a file's content."""
+    kind = "aot" if "about" in content else content["kind"]
+    return from_json(next(each for each in ALL_KINDS if each.kind == kind), content)
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
@@ -290,3 +299,47 @@ def campaign() -> dict[str, Any]:
         {"stage": "kernels", "exit_status": 124, "seconds": 60},
     ]
     return {"commit": "abcdef123456", "seconds": 70, "stages": stages}
+
+
+def every_operator(
+    device: str = "cuda", *, lengths: tuple[int, ...] = (64, 128), vocabularies: tuple[int, ...] = (1000, 2000)
+) -> dict[str, Any]:
+    """A result of kernels with attention, mlm_loss and layernorm; one peer is wrong, one is missing."""
+    peak = 10**9 if device == "cuda" else None
+    results = []
+    for n in lengths:
+        contestants = [
+            contestant("fusebert attention_varlen", "ours", [1.0] * 7, peak_bytes=peak),
+            contestant("sdpa flash", "peer", [2.0] * 7, peak_bytes=peak),
+            contestant("sdpa cudnn", "peer", None),
+        ]
+        results.append(attention(n, contestants))
+    for vocabulary in vocabularies:
+        contestants = [
+            contestant("fusebert", "ours", [1.0] * 7, peak_bytes=peak),
+            contestant("its matrix products", "bound", [0.5] * 7, peak_bytes=peak),
+            contestant("torch eager", "peer", [0.75] * 7, peak_bytes=peak and 3 * peak),
+        ]
+        shape = {"masked": 100, "hidden_size": 64, "vocab_size": vocabulary}
+        results.append(measured("mlm_loss", f"V={vocabulary}", shape, contestants))
+    contestants = [contestant("fusebert", "ours", [1.0] * 7), contestant("torch eager", "peer", [3.0] * 7)]
+    results.append(measured("layernorm", "H=64", {"tokens": 10, "hidden_size": 64}, contestants, flops=0))
+    result = kernels(results, device)
+    result["ceilings_drift"] = {"copy": 0.99, "matmul": 0.97}
+    if device == "cuda":
+        clock = {"min": 900.0, "median": 1400.0, "max": 1500.0}
+        result["clocks"] = {"samples": 9, "throttled": 0.25} | dict.fromkeys(
+            ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw"), clock
+        )
+    return result
+
+
+def some_step() -> dict[str, Any]:
+    """A result of step with a peer that is wrong."""
+    return step(
+        [
+            contestant("fusebert", "ours", [1.0] * 5),
+            contestant("transformers", "peer", [2.5] * 5),
+            contestant("transformers, bf16 weights", "peer", None),
+        ]
+    )

@@ -1,6 +1,5 @@
 """The regression gate: what is slower fails, what is only noise or the machine does not."""
 
-import copy
 import json
 
 import bench_results as made
@@ -38,9 +37,12 @@ def run_of(seed, *, ours=1.0, noise=0.02, machine=1.0, peer=1.0, rounds=30, stat
     return made.kernels(results)
 
 
-def verdicts(old, new, **options):
-    findings, _ = compare(old, new, **options)
-    return {finding.verdict for finding in findings}
+def compared(old, new):
+    return compare(made.typed(old), made.typed(new))
+
+
+def verdicts(old, new):
+    return {finding.verdict for finding in compared(old, new)[0]}
 
 
 def gate(tmp_path, old, new, *options):
@@ -96,7 +98,7 @@ def test_faster_passes():
 
 
 def test_a_slower_machine_is_divided_out():
-    findings, _ = compare(run_of(0), run_of(1, machine=1.5))
+    findings, _ = compared(run_of(0), run_of(1, machine=1.5))
     for finding in findings:
         assert finding.verdict in ("same", "unclear")
         assert finding.ratio.median == pytest.approx(1, rel=0.02)
@@ -110,7 +112,7 @@ def test_a_slowdown_hidden_by_a_faster_machine_is_found():
 
 @pytest.mark.parametrize("peer", [0.5, 2.0])
 def test_one_peer_that_changed_does_not_matter(peer):
-    findings, _ = compare(run_of(0), run_of(1, peer=peer))
+    findings, _ = compared(run_of(0), run_of(1, peer=peer))
     for finding in findings:
         assert finding.verdict in ("same", "unclear")
         # Of three with one that is always the largest, the median is the larger of two: half a noise too much.
@@ -120,7 +122,7 @@ def test_one_peer_that_changed_does_not_matter(peer):
 def test_other_versions_are_not_divided_out():
     new = run_of(1, machine=1.5)
     new["environment"]["versions"]["torch"] = "10.0"
-    findings, remarks = compare(run_of(0), new)
+    findings, remarks = compared(run_of(0), new)
     assert {finding.verdict for finding in findings} == {"slower"}
     assert all(finding.machine is None for finding in findings)
     assert any("torch 9.9.9 → 10.0" in remark for remark in remarks)
@@ -131,7 +133,7 @@ def test_without_peers_times_are_compared_as_they_are():
     for result in (old, new):
         for each in result["results"]:
             each["contestants"] = each["contestants"][:1]
-    findings, remarks = compare(old, new)
+    findings, remarks = compared(old, new)
     assert all(finding.machine is None and finding.ratio is not None for finding in findings)
     assert any("no peer was timed" in remark for remark in remarks)
 
@@ -167,7 +169,7 @@ def test_missing_cases_and_other_shapes_are_named():
     old, new = run_of(0), run_of(0)
     del new["results"][0], old["results"][5]
     new["results"][0]["shape"]["heads"] = 16
-    findings, remarks = compare(old, new)
+    findings, remarks = compared(old, new)
     assert len(findings) == CASES - 3
     assert any("N=32 " in line and "the new file lacks it" in line for line in remarks)
     assert any("N=1024 " in line and "the old file lacks it" in line for line in remarks)
@@ -219,7 +221,7 @@ def test_other_kinds_are_an_error(tmp_path):
     assert "holds a result of kind 'train_parity'; this command takes kernels, step, train" in str(done.exception)
     step = made.step([made.contestant("fusebert", "ours", [1.0, 1.0])])
     with pytest.raises(UserError, match="the old file holds kernels, the new one step"):
-        compare(run_of(0), step)
+        compared(run_of(0), step)
 
 
 def steps(ours, **settings):
@@ -235,9 +237,9 @@ def test_steps_are_compared_too(tmp_path):
     assert gate(tmp_path, steps(1.0), steps(1.001)).exit_code == 0
     assert gate(tmp_path, steps(1.0), steps(1.1)).exit_code == 1
     with pytest.raises(UserError, match="no pass in common"):
-        compare(steps(1.0), steps(1.0, model="base"))
+        compared(steps(1.0), steps(1.0, model="base"))
     with pytest.raises(UserError, match="vocab_size 30522 → 100"):
-        compare(steps(1.0), steps(1.0, vocab_size=100))
+        compared(steps(1.0), steps(1.0, vocab_size=100))
 
 
 def trainings(ours):
@@ -274,10 +276,3 @@ def test_machine_factors():
     before, after = machine_factors([(x, 2 * x) for x in old])
     assert before.tolist() == [1, 1, 1]
     assert after.tolist() == [2, 2, 2]
-
-
-def test_inputs_are_left_as_they_are():
-    old, new = run_of(0), run_of(1)
-    kept = copy.deepcopy((old, new))
-    compare(old, new)
-    assert (old, new) == kept
