@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-# Never put the working directory on sys.path: our folder kernels/ would shadow Hugging Face's package of that name.
+# Keep the working directory off sys.path: kernels/ would shadow the Hugging Face package of that name.
 export PYTHONSAFEPATH := 1
 
 .PHONY: help pretrain test bench figures readme lint format clean
@@ -13,7 +13,7 @@ help:  ## this list
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# What training needs, and what developing needs on top. The stamps make each install happen once.
+# The stamps record which extras are installed.
 $(VENV)/.train: setup.py constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,plot]'
 	@touch $@
@@ -34,7 +34,7 @@ bench: $(VENV)/.dev  ## every operator and the training step against reference a
 	$(BIN)/fusebert bench kernels --minutes 5
 	$(BIN)/fusebert bench step --minutes 5
 
-# On a quiet machine, with everything committed: each file keeps the commit that it measured.
+# Run it on a quiet machine with everything committed: each file names the commit that it measured.
 RESULT := bench/results/$(shell date +%F)-cpu
 figures: $(VENV)/.dev data/pydocs/manifest.json  ## take the CPU figures anew (15 minutes) and write them into README.md
 	for size in mini-1024 small-1024 base-512; do for lengths in equal ragged; do \
