@@ -48,7 +48,7 @@ figures: $(VENV)/.dev data/pydocs/manifest.json  ## take the CPU figures anew (1
 readme: $(VENV)/.dev  ## write the figures in README.md and docs/ from bench/results/
 	$(BIN)/python -m fusebert.bench.readme
 
-# mypy must see the folders under their import name.
+# mypy needs the folders under their import name.
 lint: $(VENV)/.dev  ## style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
