@@ -5,8 +5,7 @@ from .backend import use_backend
 from .dropout import dropout_mask
 from .embedding.api import embed_layernorm
 from .gelu import FusedLinearGELU, bias_gelu
-from .mlm.api import masked_lm_loss
-from .mlm.softmax_rows import cross_entropy
+from .mlm import cross_entropy, masked_lm_loss
 from .norm.api import FusedDropoutAddLayerNorm, FusedLayerNorm, FusedRMSNorm, dropout_add_layernorm, layernorm, rmsnorm
 
 __all__ = [

@@ -1,52 +1,4 @@
-"""Masked-LM loss: the decoder's matrix product and its cross entropy in one operator, in bounded memory.
-
-Only the M rows with a label count. With x = hWᵀ + b the logits of a row (V of them), y its label, ε the label
-smoothing and ζ the weight of the z-loss (Chowdhery et al. 2022, PaLM, §5):
-
-    forward     m = max_w x_w      l = Σ_w exp(x_w − m)      lse = m + log l      p_w = exp(x_w − m) / l
-                loss = lse − (1 − ε) x_y − (ε / V) Σ_w x_w + ζ lse²
-    backward    G_w = (1 + 2ζ lse) p_w − (1 − ε)[w = y] − ε / V            dloss / dx_w, at most 1 + 2ζ lse in size
-                dH = G W      dW = Gᵀ H      db = Σ_rows G
-
-Four designs, and beside the products' FLOPs the bytes they move that the products do not, at 2 bytes an element:
-
-    (a) logits kept for the backward; made again there where they exceed the budget     6 (8) MHV FLOPs, 6 MV bytes
-    (b) fused tiles, no logits: dH and dW each make their own                          10 MHV FLOPs, 20 bytes a row
-        (one tile for both, as in cut cross-entropy: 8 MHV, by locks or atomics)            and share of the words
-    (c) the forward makes the gradients, the backward scales them                       6 MHV FLOPs,
-        by the loss's own gradient                                                          6 MV + 4 VH + 4 MH bytes
-    where logits come in chunks, dW is summed over them in fp32, (a) and (c):           12 VH bytes a chunk, 6 VH once
-
-    M = 9830 (15 % of 65k tokens), H = 768, in TFLOP and GB; times and effective rates, 8 MHV FLOPs over the time, are
-    derived from one H200's measured ceilings (790 TFLOP/s, 4.3 TB/s), nothing else lost; none is measured:
-
-                                 V = 30528                  V = 131072                 V = 262144
-    the three products alone     1.38, 0:     1.75 ms       5.94, 0:     7.5 ms        11.9, 0:     15.0 ms
-    (a)                          1.38, 1.8:   2.17 ms       7.92, 10.8: 12.5 ms        15.8, 23.9:  25.6 ms
-    (b)                          2.30, 0:     2.92 ms       9.90, 0:    12.5 ms        19.8, 0:     25.1 ms
-    (c)                          1.38, 1.9:   2.20 ms       5.94, 11.2: 10.1 ms        11.9, 24.8:  20.8 ms
-    F.linear + F.cross_entropy   1.38, 4.2:   2.73 ms       5.94, 18.0: 11.7 ms        11.9, 36.1:  23.4 ms
-    memory beside the gradients  (c) 0.6 GiB, (b) 3 MB      (c) 1.8 GiB, (b) 3 MB      (c) 2.8 GiB, (b) 3 MB
-    effective, (c) and (b)       840 and 630 TFLOP/s        780 and 630                760 and 630
-
-Chosen: (c) for time (``mlm_loss_chunked.py``) and (b) for memory (``mlm_loss_lean.py``, ``lean=True``). Per logit the
-products cost 6H FLOPs, 5.8 ps at H = 768; the six bytes of (a) and (c) 1.4 ps; the 4H FLOPs that (b) does again 3.9 ps.
-At BERT's width a logit is cheaper to move than to make; below H = 275 that turns round. (a) and (c) tie where one chunk
-suffices; where it does not, only (c) stays at 6 MHV, and it gives the logits' memory back before the backward begins.
-Its price: a forward whose gradient nobody wants belongs under ``torch.no_grad``. reduction="none" has one upstream
-gradient a row, so there the chunked backward computes everything again (8 MHV).
-
-How far that can go: six bytes a logit bound (c) to 1.24 × the products at H = 768 and 1.05 × at H = 4096: 840 and 990
-effective TFLOP/s of the 1053 that 8 for 6 MHV at 790 makes. Liger publishes 666–698 for its CuTe kernels on an H100 at
-H = 4096, V = 131072 (8 MHV, M = 8k–32k): the width costs a sixth of what is possible, the bytes, not the products. Two
-of the six bytes would go if the first product's epilogue took the row statistics (1.16 × at H = 768), as the lean
-forward does. That saves 0.47 ps a logit, and has to be paid from the first product's 1.95 ps: a Triton product and its
-epilogue must together reach 76 % of cuBLAS's rate to come out even, and at 90 %, good for K = 768, the gain is 3 % of
-the whole. Not built.
-
-Any vocabulary size: in tiles of hidden · weightᵀ the contiguous axis is H, so the lean kernels load 16 bytes at a time
-whatever V is; the chunked mode pads logits to whole 128 bytes (see there).
-"""
+"""Public calls: `masked_lm_loss`, the decoder's matrix product and its cross entropy, and `cross_entropy` of logits."""
 
 from __future__ import annotations
 
@@ -54,10 +6,46 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backend import choose_backend
-from .chunked import CHUNK_TILE, linear_cross_entropy, most_rows
-from .lean import lean_linear_cross_entropy
-from .softmax_rows import check_labels, check_options, check_rows
+from ..backend import KERNEL_DTYPES, choose_backend
+from .chunked import CHUNK_TILE, chunked_loss, most_rows
+from .lean import lean_losses
+from .softmax_rows import row_losses
+
+
+def check_options(reduction: str, label_smoothing: float, z_loss: float) -> None:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction must be "mean", "sum" or "none"; got {reduction!r}')
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1]; got {label_smoothing}")
+    if not 0.0 <= z_loss < float("inf"):
+        raise ValueError(f"z_loss must be a weight of 0 or more; got {z_loss}")
+
+
+def check_rows(name: str, x: Tensor, labels: Tensor) -> None:
+    """x, called ``name``, is floating [.., n], and labels fit its rows."""
+    if x.dtype not in (*KERNEL_DTYPES, torch.float64):
+        raise TypeError(f"{name} must be bfloat16, float16, float32 or float64; got {x.dtype}")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64; got {labels.dtype}: convert them with labels.long()")
+    if x.dim() < 2 or labels.shape != x.shape[:-1]:
+        raise ValueError(
+            f"labels must have one entry for each row of {name}; got labels {tuple(labels.shape)}, "
+            f"{name} {tuple(x.shape)}"
+        )
+    if labels.device != x.device:
+        raise ValueError(f"labels must be on {name}'s device, {x.device}; got {labels.device}")
+
+
+def check_labels(labels: Tensor, vocab_size: int, ignore_index: int, max_labels: int | None) -> None:
+    """What only the values tell. Reading them would stall a GPU's stream: there the kernels' NaN stands in for this."""
+    labelled = labels[labels != ignore_index]
+    if labelled.numel() and not 0 <= int(labelled.min()) <= int(labelled.max()) < vocab_size:
+        wrong = int(labelled.min()) if int(labelled.min()) < 0 else int(labelled.max())
+        raise ValueError(f"labels must be in 0 … {vocab_size - 1} or ignore_index ({ignore_index}); got {wrong}")
+    if max_labels is not None and labelled.numel() > max_labels:
+        raise ValueError(
+            f"labels has {labelled.numel()} labelled rows, more than max_labels = {max_labels}: raise max_labels"
+        )
 
 
 def _check_decoder(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -81,11 +69,11 @@ def _check_decoder(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def _compact(hidden: Tensor, labels: Tensor, ignore_index: int, max_labels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The labelled rows, in order, in max_labels slots: no size depends on a value, so nothing waits for the device.
+    """The labelled rows, in order, in max_labels slots. Shapes depend on no value, so the device is not synchronized.
 
-    Returns (hidden [M, H], row 0 again in spare slots; labels [M], there ignore_index; int64 [T]: the slot of each
-    labelled row).
-    Where the rows do not fit, every label becomes one outside any vocabulary: the loss is NaN.
+    Returns:
+        hidden [M, H], row 0 in spare slots; labels [M], ``ignore_index`` in spare slots; the slot of each labelled row,
+        int64 [T]. If the rows do not fit, every label is outside any vocabulary, so that the loss is NaN.
     """
     labelled = labels != ignore_index
     slots = labelled.cumsum(0) - 1
@@ -96,6 +84,11 @@ def _compact(hidden: Tensor, labels: Tensor, ignore_index: int, max_labels: int)
     overflow = labelled.sum() > max_labels
     kept = torch.where(overflow, torch.iinfo(torch.int64).min, kept[:max_labels])
     return hidden.index_select(0, rows[:max_labels]), kept, slots.clamp(0, max_labels - 1)
+
+
+def _values_readable(x: Tensor, backend: str) -> bool:
+    """Whether labels may be checked by value: on a GPU that stalls the stream, and a kernel writes NaN instead."""
+    return (backend == "reference" or not x.is_cuda) and not torch.compiler.is_compiling()
 
 
 def masked_lm_loss(
@@ -115,46 +108,47 @@ def masked_lm_loss(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Cross entropy of the decoder's logits, hidden @ weightᵀ + bias, over the rows that have a label.
 
-    Devlin et al. 2018, §3.1: L = −(1/M) Σ log p(token), in nats. As ``F.cross_entropy(F.linear(hidden, weight, bias),
-    labels)``, plus ``z_loss`` · lse² a row, but the logits exist in hidden's dtype only, 2 GiB of them at most, or not
-    at all (``lean``).
+    Devlin et al. 2018, §3.1: L = −(1/M) Σ log p(token), in nats. The result is that of
+    ``F.cross_entropy(F.linear(hidden, weight, bias), labels)`` plus ``z_loss`` · lse² a row, but the logits exist in
+    hidden's dtype only and at most 2 GiB at a time, or not at all (``lean``).
 
     Args:
-        hidden: [.., H], e.g. [T, H] or [B, N, H], bfloat16, float16 or float32 (float64 runs the reference).
-        weight: [V, H], hidden's dtype; any V. Tied to the word embeddings in BERT.
+        hidden: [.., H], e.g. [T, H] or [B, N, H], bfloat16, float16 or float32; float64 runs the reference.
+        weight: [V, H], hidden's dtype, any V. In BERT it is tied to the word embeddings.
         bias: [V], hidden's dtype or float32, or None. float32 is rounded to hidden's dtype; its gradient is not.
         labels: int64 [..], the token of each row, or ``ignore_index``.
-        reduction: "mean" over the labelled rows, "sum", or "none". Without a labelled row the loss is 0, and so is
-            every gradient.
-        label_smoothing: ε: the target is (1 − ε) · onehot + ε / V (Szegedy et al. 2016).
-        z_loss: weight of lse², which keeps the softmax's denominator near 1 (0: none; PaLM used 1e-4).
-        return_accuracy: also return how many labelled rows have their label as arg max of the logits as computed, in
-            hidden's dtype (float32 with ``lean``); of equal logits the first counts, as in ``torch.argmax``.
-        max_labels: an upper bound M on the labelled rows. Given, those rows alone meet the vocabulary, gathered without
-            waiting for the device, every shape constant: a CUDA graph can hold the call. None: rows are used as they
-            are, which is right when the caller has gathered them; an unlabelled row then costs its matrix products.
-        lean: least memory instead of least time: beside the gradients a few bytes a row (``mlm_loss_lean.py``), for two
-            thirds more matrix work. The same result to rounding. The reference has 128 rows of logits at a time.
-        skip_tolerance: with ``lean`` on a GPU, leave out of the backward's products tiles of the logits' gradient G
-            that are nearly zero: of each row's Σ|G| (at most 2 without z-loss) no more than this, so with u a row's
-            upstream gradient, its dhidden is off by at most skip_tolerance · |u| · max ‖weight row‖, and dweight's rows
-            by skip_tolerance · Σ |u| ‖hidden row‖ in all. ``torch.finfo(dtype).eps / 2`` is what rounding G may do
-            anyway. 0: nothing is left out.
+        reduction: "mean" over the labelled rows, "sum", or "none". Without a labelled row the loss and every gradient
+            are 0.
+        label_smoothing: ε in [0, 1]; the target is (1 − ε) · onehot + ε / V (Szegedy et al. 2016).
+        z_loss: weight of lse², which keeps the softmax's denominator near 1 (Chowdhery et al. 2022; PaLM used 1e-4).
+        return_accuracy: also return the number of labelled rows for which the label is the arg max of the logits as
+            computed, in hidden's dtype (float32 with ``lean``). The first of equal logits counts, as in
+            ``torch.argmax``.
+        max_labels: an upper bound M on the number of labelled rows. If given, only those rows are multiplied with the
+            vocabulary. They are gathered without synchronizing the device, and every shape is constant, so a CUDA graph
+            can capture the call. None: all rows are used, which is right if the caller has gathered them.
+        lean: use the least memory, a few bytes a row beside the gradients, instead of the least time: two thirds more
+            matrix work. The result is the same to rounding. The reference computes 128 rows of logits at a time.
+        skip_tolerance: with ``lean`` on a GPU, skip nearly zero tiles of the logits' gradient G in the backward's
+            products. At most this much of each row's Σ|G| is skipped (Σ|G| ≤ 2 without z-loss). With u a row's upstream
+            gradient, its dhidden is off by at most skip_tolerance · |u| · max ‖weight row‖, and dweight's rows by
+            skip_tolerance · Σ |u| ‖hidden row‖ in total. ``torch.finfo(dtype).eps / 2`` is the rounding error of G
+            itself. 0 skips nothing.
 
     Returns:
-        The loss, float32 (float64 for float64): 0-dim, or the shape of labels, 0 where ignored, for "none".
+        The loss, float32 (float64 for float64 inputs): 0-dim, or for "none" the shape of labels, 0 where ignored.
         With ``return_accuracy`` (loss, correct), correct an int64 0-dim tensor.
 
-    The gradient is computed in the forward, unless grad mode is off, nothing asks for it, or ``lean``; it has no
-    gradient itself (create_graph=True is a RuntimeError). Triton runs for CUDA tensors. There a label outside
-    0 … V − 1 makes its row's loss NaN, and more labelled rows than ``max_labels`` make every row's: reading the labels
-    to raise an error would stall the GPU at every step. Under torch.compile the reference (CPU) does not skip
-    unlabelled rows either, nor make its logits in chunks.
+    Triton runs for CUDA tensors. There, a label outside 0 … V − 1 makes its row's loss NaN, and more than
+    ``max_labels`` labelled rows make every row's loss NaN: raising an error would stall the GPU at every step. The
+    gradient is computed in the forward, unless ``lean``, grad mode is off or no input requires it. Under torch.compile
+    the reference (CPU) neither skips unlabelled rows nor computes logits in chunks.
 
     Raises:
-        ValueError: a shape, device, reduction, label_smoothing, z_loss, max_labels or skip_tolerance that does not fit;
-            on the CPU, also a label out of range, or more labelled rows than ``max_labels``.
-        TypeError: a dtype that does not fit.
+        ValueError: a shape, device, reduction, label_smoothing, z_loss, max_labels or skip_tolerance that is not
+            allowed; on the CPU also a label out of range or more labelled rows than ``max_labels``.
+        TypeError: a dtype that is not allowed.
+        RuntimeError: in the Triton path's backward, under create_graph=True: the gradient has no gradient.
     """
     check_options(reduction, label_smoothing, z_loss)
     check_rows("hidden", hidden, labels)
@@ -168,8 +162,9 @@ def masked_lm_loss(
     backend = choose_backend(hidden)
     shape, vocab_size = labels.shape, weight.shape[0]
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).contiguous()
-    if (backend == "reference" or not hidden.is_cuda) and not torch.compiler.is_compiling():
+    if _values_readable(hidden, backend):
         check_labels(labels, vocab_size, ignore_index, max_labels)
+    per_row = reduction == "none"
     if backend == "reference":
         loss, correct = reference.masked_lm_loss(
             hidden,
@@ -180,30 +175,73 @@ def masked_lm_loss(
             reduction=reduction,
             label_smoothing=label_smoothing,
             z_loss=z_loss,
-            # A float32 copy, the softmax and both their gradients stand beside the logits.
+            # Beside the logits: a float32 copy, the softmax and the gradients of both.
             chunk_rows=CHUNK_TILE if lean else most_rows(vocab_size, 4 * max(hidden.element_size(), 4)),
         )
     else:
         row_labels, slots = labels, None
         if max_labels is not None and max_labels < labels.shape[0]:
             hidden, row_labels, slots = _compact(hidden, labels, ignore_index, max_labels)
-        per_row = reduction == "none"
         options = (ignore_index, label_smoothing, z_loss)
         if lean:
-            loss, correct, *_ = lean_linear_cross_entropy(hidden, weight, bias, row_labels, *options, skip_tolerance)
+            loss, correct = lean_losses(hidden, weight, bias, row_labels, *options, skip_tolerance)
             loss = loss if per_row else loss.sum()
         else:
-            wanted = [
-                x is not None and torch.is_grad_enabled() and not per_row and x.requires_grad
-                for x in (hidden, weight, bias)
-            ]
-            loss, correct, *_ = linear_cross_entropy(hidden, weight, bias, row_labels, None, *options, per_row, *wanted)
+            loss, correct = chunked_loss(hidden, weight, bias, row_labels, per_row, *options)
         if per_row and slots is not None:
             loss = torch.where(labels != ignore_index, loss.index_select(0, slots), 0.0)
         if reduction == "mean":
             loss = loss / (labels != ignore_index).sum().clamp(min=1)
-    loss = loss.reshape(shape) if reduction == "none" else loss
+    loss = loss.reshape(shape) if per_row else loss
     return (loss, correct) if return_accuracy else loss
 
 
-__all__ = ["masked_lm_loss"]
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """``F.cross_entropy`` over the last axis, plus z-loss, for a model that has its logits in memory.
+
+    The forward reads the logits once. The backward reads them once and writes their gradient, in their dtype, to a new
+    tensor. 8 bytes a row are saved beside the logits.
+
+    Args:
+        logits: [.., V], bfloat16, float16 or float32; float64 runs the reference. Rows that start at multiples of
+            16 bytes are read faster.
+        labels: int64 [..], or ``ignore_index``.
+        reduction, label_smoothing, z_loss: as in `masked_lm_loss`.
+
+    Returns:
+        The loss, float32 (float64 for float64 logits): 0-dim, or for "none" the shape of labels, 0 where ignored.
+        On a GPU a label out of range makes its row's loss NaN.
+
+    Raises:
+        ValueError: a shape, device, reduction, label_smoothing or z_loss that is not allowed; on the CPU also a label
+            out of range.
+        TypeError: a dtype that is not allowed.
+        RuntimeError: in the Triton path's backward, under create_graph=True.
+    """
+    check_options(reduction, label_smoothing, z_loss)
+    check_rows("logits", logits, labels)
+    if logits.shape[-1] == 0:
+        raise ValueError(f"logits must have at least one column; got {tuple(logits.shape)}")
+    backend = choose_backend(logits)
+    rows, row_labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).contiguous()
+    if _values_readable(logits, backend):
+        check_labels(row_labels, logits.shape[-1], ignore_index, None)
+    if backend == "reference":
+        losses = reference.cross_entropy_rows(
+            rows, row_labels, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss
+        )
+    else:
+        rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+        losses = row_losses(rows, row_labels, ignore_index, label_smoothing, z_loss)
+    if reduction == "none":
+        return losses.reshape(labels.shape)
+    total = losses.sum()
+    return total if reduction == "sum" else total / (row_labels != ignore_index).sum().clamp(min=1)

@@ -1,19 +1,7 @@
-"""The masked-LM loss in least time: cuBLAS writes logits, which are turned into their gradient in place.
+"""The masked-LM loss in the least time: cuBLAS writes the logits, and a kernel turns them into their gradient in place.
 
-The forward makes the gradients, chunk by chunk of rows, and the backward scales them; why is at the top of
-``mlm_loss.py``. The logits are written once, in the activations' dtype; one kernel reads (m, l, loss, arg max) off each
-row and a second turns the logits into G, leaving column sums of G (db) behind; two more products make dH and dW.
-
-Traps this file minds:
-- G is stored unscaled, entries of order 1: with the mean's 1/M inside, most of it would vanish in fp16. Upstream
-  gradients enter at the end, in fp32. fp16's dW, a sum over M rows, is kept at 1/64 until then, or it could overflow.
-- Tensor cores want sizes and row strides in whole 16 bytes, better 128 (NVIDIA's matrix-multiplication guide), and V
-  is the contiguous axis of G. A vocabulary that is no multiple of 8, such as BERT's 30522, is padded to one of 64 with
-  zero rows on a copy of W (4 VH bytes, 1 %); padding takes no part in the softmax and its G is zero. Not yet measured
-  on a GPU, nor is the alternative: aligned row strides, ragged sizes.
-- The bias is added by the matrix product's epilogue, rounded to the activations' dtype as in ``F.linear``: the kernels
-  would read 4 bytes of it with every 2 of logits. cuBLAS fuses it only into a contiguous result; the buffer is one.
-- Same inputs, same bits: no atomics; every sum has a fixed order.
+The forward computes the gradients, one chunk of rows at a time, and the backward scales them. README.md says why.
+Every sum has a fixed order and no atomics are used, so the same inputs give the same bits.
 """
 
 from __future__ import annotations
@@ -25,18 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import tl, triton
+from ..library import register
 from .softmax_rows import launch_gradient, launch_statistics, refuse_second_derivative, relative_to_largest
 
-# Most bytes of logits alive at once. A chunk of C rows costs 12 VH bytes to add up dW beside its 6 CHV FLOPs, on an
-# H200 367 / C of its time: with 2 GiB, nothing for BERT's vocabulary up to 35k rows, 11 % for 256k words.
+# Most bytes of logits at once. Adding up dW costs 12 VH bytes a chunk of C rows, 367 / C of an H200's time: with 2 GiB
+# nothing for BERT's vocabulary up to 35k rows, 11 % for 256k words.
 LOGITS_BYTES = 2 * 2**30
 CHUNK_TILE = 128  # rows of a matrix product's tile
 
-FP16_SHRINK = 1 / 64
+FP16_SHRINK = 1 / 64  # fp16's dW, a sum over M rows, is stored at this scale: unscaled it could overflow
 
 
 @triton.jit
-def _scale(
+def mlm_chunked_scale(
     x_ptr,  # [n]
     out_ptr,  # [n]
     factor_ptr,  # [1] float32
@@ -44,31 +33,30 @@ def _scale(
     n,
     BLOCK: tl.constexpr,
 ):
-    offsets = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + offsets, mask=offsets < n).to(tl.float32)
+    offsets = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    x = tl.load(x_ptr + offsets, mask=offsets < n).to(tl.float32)  # [BLOCK]
     tl.store(out_ptr + offsets, (x * (tl.load(factor_ptr) * constant)).to(out_ptr.dtype.element_ty), mask=offsets < n)
 
 
 def most_rows(width: int, element_size: int) -> int:
-    """Rows of logits that LOGITS_BYTES hold, in whole tiles."""
+    """Rows of logits that fit in LOGITS_BYTES, in whole tiles."""
     return max(LOGITS_BYTES // (width * element_size) // CHUNK_TILE * CHUNK_TILE, CHUNK_TILE)
 
 
 def chunk_rows(rows: int, width: int, element_size: int) -> int:
-    """Rows of logits to have at once: all, or equal parts within LOGITS_BYTES, in whole tiles."""
+    """Rows of a chunk: all, or equal parts within LOGITS_BYTES, in whole tiles."""
     most = most_rows(width, element_size)
     if rows <= most:
         return rows
     return triton.cdiv(triton.cdiv(rows, triton.cdiv(rows, most)), CHUNK_TILE) * CHUNK_TILE
 
 
-@torch.library.custom_op("fusebert::linear_cross_entropy", mutates_args=())
-def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    row_grad: Tensor | None,
+def _loss_and_gradients(
+    hidden: Tensor,  # [M, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    labels: Tensor,  # [M] int64
+    row_grad: Tensor | None,  # [M] float32: gradient of each row's loss; None: ones
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
@@ -77,14 +65,15 @@ def linear_cross_entropy(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, count of right rows, and the gradients of Σ row_grad · loss (row_grad None: ones), each where needed.
+    """The loss, the count of correct rows and the gradients of Σ row_grad · loss.
 
-    hidden: [M, H]. weight: [V, H]. bias: [V] or None. labels: int64 [M]. row_grad: float32 [M].
-    Returns loss (float32 [M] if per_row, else its sum, []), correct (int64 []), dH [M, H], dW [V, H] (in fp16,
-    FP16_SHRINK · dW), db float32 [V]; a gradient that is not needed has no elements.
+    Returns:
+        loss (float32 [M] if per_row, else its sum, []), correct (int64 []), dhidden [M, H], dweight [V, H] (in fp16
+        times FP16_SHRINK), dbias float32 [V]. A gradient that is not needed has no elements.
     """
     rows, hidden_size = hidden.shape
     vocab_size = weight.shape[0]
+    # Tensor cores need row strides of 16 bytes, and V is G's contiguous axis: pad the vocabulary with zero rows.
     width = vocab_size if vocab_size % 8 == 0 else triton.cdiv(vocab_size, 64) * 64
     if width > vocab_size:
         weight = F.pad(weight, (0, 0, 0, width - vocab_size))
@@ -94,10 +83,10 @@ def linear_cross_entropy(
     buffer = hidden.new_empty(chunk, width)
     losses = hidden.new_empty(rows, dtype=torch.float32)
     correct = labels.new_zeros(())
-    d_hidden = hidden.new_empty(rows if need_hidden else 0, hidden_size)
-    one_product = 0 < chunk == rows  # then dW is the product itself, else fp32 in which the chunks' products add up
-    d_weight = hidden.new_zeros(width if need_weight and not one_product else 0, hidden_size, dtype=torch.float32)
-    d_bias = hidden.new_zeros(width if need_bias else 0, dtype=torch.float32)
+    dhidden = hidden.new_empty(rows if need_hidden else 0, hidden_size)
+    one_product = 0 < chunk == rows  # then dweight is one product; otherwise the chunks' products are summed in fp32
+    dweight = hidden.new_zeros(width if need_weight and not one_product else 0, hidden_size, dtype=torch.float32)
+    dbias = hidden.new_zeros(width if need_bias else 0, dtype=torch.float32)
     shrink = FP16_SHRINK if hidden.dtype == torch.float16 else 1.0
 
     for start in range(0, rows, max(chunk, 1)):
@@ -107,7 +96,7 @@ def linear_cross_entropy(
         if bias is None:
             torch.mm(h, weight.t(), out=logits)
         else:
-            torch.addmm(bias, h, weight.t(), out=logits)
+            torch.addmm(bias, h, weight.t(), out=logits)  # the product's epilogue adds the bias
         losses[part], row_max, row_sum, right = launch_statistics(
             logits, y, vocab_size, ignore_index, label_smoothing, z_loss
         )
@@ -119,33 +108,19 @@ def linear_cross_entropy(
             label_smoothing, z_loss, need_bias,
         )  # fmt: skip
         if column_sums is not None:
-            d_bias += column_sums
+            dbias += column_sums
         if need_hidden:
-            torch.mm(logits, weight, out=d_hidden[part])
+            torch.mm(logits, weight, out=dhidden[part])
         if need_weight:
             product = torch.mm(logits.t(), h if shrink == 1.0 else h * shrink)
-            d_weight = product if one_product else d_weight.add_(product)
-    d_weight = d_weight[:vocab_size].to(weight.dtype)
-    return losses if per_row else losses.sum(), correct, d_hidden, d_weight, d_bias[:vocab_size]
+            dweight = product if one_product else dweight.add_(product)
+    dweight = dweight[:vocab_size].to(weight.dtype)
+    return losses if per_row else losses.sum(), correct, dhidden, dweight, dbias[:vocab_size]
 
 
-@linear_cross_entropy.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    row_grad: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    per_row: bool,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows, hidden_size = hidden.shape
-    vocab_size = weight.shape[0]
+def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    (rows, hidden_size), vocab_size = hidden.shape, weight.shape[0]
+    per_row, need_hidden, need_weight, need_bias = rest[-4:]
     return (
         hidden.new_empty((rows,) if per_row else (), dtype=torch.float32),
         labels.new_empty(()),
@@ -155,58 +130,72 @@ def _(
     )
 
 
-@torch.library.custom_op("fusebert::scale", mutates_args=())
-def scaled(x: Tensor, factor: Tensor, constant: float) -> Tensor:
-    """x · factor · constant, the factor ([] float32) never rounded to x's dtype, as torch.mul would."""
+def _scaled(x: Tensor, factor: Tensor, constant: float) -> Tensor:
+    """x · factor · constant. The factor ([] float32) is not rounded to x's dtype, as torch.mul would."""
     out = torch.empty_like(x)
     if x.numel():
-        _scale[(triton.cdiv(x.numel(), 4096),)](x, out, factor, constant, x.numel(), BLOCK=4096, num_warps=8)
+        mlm_chunked_scale[(triton.cdiv(x.numel(), 4096),)](x, out, factor, constant, x.numel(), BLOCK=4096, num_warps=8)
     return out
 
 
-@scaled.register_fake
-def _(x: Tensor, factor: Tensor, constant: float) -> Tensor:
-    return torch.empty_like(x)
+_loss_op = register(
+    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? row_grad, "
+    "SymInt ignore_index, float label_smoothing, float z_loss, bool per_row, bool need_hidden, bool need_weight, "
+    "bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _loss_and_gradients,
+    _fake,
+)
+_scale_op = register(
+    "scale(Tensor x, Tensor factor, float constant) -> Tensor", _scaled, lambda x, *_: torch.empty_like(x)
+)
 
 
-def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, labels = inputs[:4]
-    ctx.options = inputs[5:8]
-    ctx.per_row = inputs[8]
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    if ctx.per_row:
-        ctx.save_for_backward(hidden, weight, bias, labels)
-    else:
-        ctx.save_for_backward(*output[2:])
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, per_row: bool, *options: Any
+    ) -> tuple[Tensor, Tensor]:
+        needs = [need and not per_row for need in ctx.needs_input_grad[:3]]
+        loss, correct, *gradients = _loss_op(hidden, weight, bias, labels, None, *options, per_row, *needs)
+        ctx.save_for_backward(*((hidden, weight, bias, labels) if per_row else gradients))
+        ctx.per_row, ctx.options = per_row, options
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(correct)
+        ctx.set_materialize_grads(False)  # otherwise zeros are filled in for correct's gradient, one more launch
+        return loss, correct
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
+        if dloss is None:
+            return (None,) * 8
+        needs = ctx.needs_input_grad[:3]
+        if ctx.per_row:
+            row_grad, factor = relative_to_largest(dloss)
+            dhidden, dweight, dbias = _loss_op(*ctx.saved_tensors, row_grad, *ctx.options, False, *needs)[2:]
+        else:
+            (dhidden, dweight, dbias), factor = ctx.saved_tensors, dloss
+        unshrink = 1 / FP16_SHRINK if dweight.dtype == torch.float16 else 1.0
+        return (
+            _scale_op(dhidden, factor, 1.0) if needs[0] else None,
+            _scale_op(dweight, factor, unshrink) if needs[1] else None,
+            (dbias * factor).to(ctx.bias_dtype) if needs[2] else None,
+            *(None,) * 5,
+        )
 
 
-def _linear_cross_entropy_backward(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    refuse_second_derivative()
-    if d_loss is None:
-        return (None,) * 12
-    need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-    factor = d_loss
-    if ctx.per_row:
-        hidden, weight, bias, labels = ctx.saved_tensors
-        row_grad, factor = relative_to_largest(d_loss)
-        gradients = linear_cross_entropy(
-            hidden, weight, bias, labels, row_grad, *ctx.options, False, need_hidden, need_weight, need_bias
-        )[2:]
-    else:
-        gradients = ctx.saved_tensors
-    d_hidden, d_weight, d_bias = gradients
-    unshrink = 1 / FP16_SHRINK if d_weight.dtype == torch.float16 else 1.0
-    return (
-        scaled(d_hidden, factor, 1.0) if need_hidden else None,
-        scaled(d_weight, factor, unshrink) if need_weight else None,
-        (d_bias * factor).to(ctx.bias_dtype) if need_bias else None,
-        *(None,) * 9,
-    )
-
-
-linear_cross_entropy.register_autograd(_linear_cross_entropy_backward, setup_context=_save_gradients)
-
-
-__all__ = ["linear_cross_entropy"]
+def chunked_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    per_row: bool,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[Tensor, Tensor]:
+    """(loss, correct) of `_loss_and_gradients`; gradients are computed only for inputs that require them."""
+    options = (ignore_index, label_smoothing, z_loss)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias)):
+        return _ChunkedLoss.apply(hidden, weight, bias, labels, per_row, *options)
+    return _loss_op(hidden, weight, bias, labels, None, *options, per_row, False, False, False)[:2]

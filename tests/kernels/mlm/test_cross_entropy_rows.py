@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from mlm_cases import IGNORE, REDUCTIONS, assert_matches, gradients, reproducible_triton  # noqa: F401
 from oracle import DEVICE, DTYPES, relative_error
 
-import fusebert.kernels.mlm.softmax_rows as module
+import fusebert.kernels.mlm.api as module
 from fusebert.kernels import cross_entropy, reference, use_backend
 
 
@@ -65,14 +65,12 @@ def test_offsets_beyond_two_to_the_31():
 
 
 def test_opcheck():
-    logits = torch.randn(6, 20, device=DEVICE, requires_grad=True)
-    labels = torch.randint(0, 20, (6,), device=DEVICE)
-    torch.library.opcheck(module._cross_entropy, (logits, labels, IGNORE, 0.1, 1e-3))
-    x = logits.detach()
-    _, row_max, row_sum = module._cross_entropy(x, labels, IGNORE, 0.1, 1e-3)
-    torch.library.opcheck(
-        module._cross_entropy_backward, (torch.ones(6, device=DEVICE), x, labels, row_max, row_sum, IGNORE, 0.1, 1e-3)
-    )
+    logits, labels = torch.randn(6, 20, device=DEVICE), torch.randint(0, 20, (6,), device=DEVICE)
+    options = (IGNORE, 0.1, 1e-3)
+    torch.library.opcheck(torch.ops.fusebert.cross_entropy.default, (logits, labels, *options))
+    _, row_max, row_sum = torch.ops.fusebert.cross_entropy(logits, labels, *options)
+    arguments = (torch.ones(6, device=DEVICE), logits, labels, row_max, row_sum, *options)
+    torch.library.opcheck(torch.ops.fusebert.cross_entropy_backward.default, arguments)
 
 
 def test_cross_entropy_errors():

@@ -141,11 +141,9 @@ def test_a_row_that_is_nan_is_not_skipped(monkeypatch):
 
 
 def test_opcheck():
-    hidden, weight, bias, labels = problem(6, 20)
-    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
-    torch.library.opcheck(module.lean_linear_cross_entropy, (*leaves, labels, IGNORE, 0.1, 1e-3, 0.0))
-    inputs = [x.detach() for x in leaves]
-    _, _, row_max, row_sum = module.lean_linear_cross_entropy(*inputs, labels, IGNORE, 0.1, 1e-3, 0.0)
-    rows = (labels, row_max, row_sum)
-    arguments = (torch.ones(6, device=DEVICE), *inputs, *rows, IGNORE, 0.1, 1e-3, 0.0, True, True, True)
-    torch.library.opcheck(module._lean_backward, arguments)
+    *inputs, labels = problem(6, 20)
+    options = (IGNORE, 0.1, 1e-3, 0.0)
+    torch.library.opcheck(torch.ops.fusebert.lean_linear_cross_entropy.default, (*inputs, labels, *options))
+    _, _, row_max, row_sum = torch.ops.fusebert.lean_linear_cross_entropy(*inputs, labels, *options)
+    arguments = (torch.ones(6, device=DEVICE), *inputs, labels, row_max, row_sum, *options, True, True, True)
+    torch.library.opcheck(torch.ops.fusebert.lean_linear_cross_entropy_backward.default, arguments)
