@@ -171,3 +171,35 @@ def check_max_seqlen(name: str, max_seqlen: int, cu_seqlens: Tensor) -> None:
         raise ValueError(f"{name} must be an int of at least 1; got {max_seqlen!r}")
     if values_are_readable(cu_seqlens) and (longest := int(cu_seqlens.diff().max())) > max_seqlen:
         raise ValueError(f"{name} is {max_seqlen}, but the longest segment has {longest} rows: pass at least that")
+
+
+def check_loss_options(reduction: str, label_smoothing: float, z_loss: float) -> None:
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1]; got {label_smoothing}")
+    if not 0.0 <= z_loss < float("inf"):
+        raise ValueError(f"z_loss must be 0 or more, and finite; got {z_loss}")
+
+
+def check_labels(labels: Tensor, like_name: str, like: Tensor) -> None:
+    """labels is int64 with one entry for each row of like [.., n]."""
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64; got {labels.dtype}: convert them with labels.long()")
+    if like.dim() < 2 or labels.shape != like.shape[:-1]:
+        raise ValueError(
+            f"labels must have one entry for each row of {like_name}; got labels {tuple(labels.shape)}, "
+            f"{like_name} {tuple(like.shape)}"
+        )
+    check_same_device("labels", labels, like_name, like)
+
+
+def check_label_values(labels: Tensor, vocab_size: int, ignore_index: int, max_labels: int | None) -> None:
+    """Reads the values: for the reference, and where `values_are_readable`. Kernels make the loss NaN instead."""
+    labelled = labels[labels != ignore_index]
+    if labelled.numel() and not 0 <= int(labelled.min()) <= int(labelled.max()) < vocab_size:
+        wrong = int(labelled.min()) if int(labelled.min()) < 0 else int(labelled.max())
+        raise ValueError(f"labels must be in 0 … {vocab_size - 1} or ignore_index ({ignore_index}); got {wrong}")
+    if max_labels is not None and labelled.numel() > max_labels:
+        raise ValueError(
+            f"labels has {labelled.numel()} labelled rows, more than max_labels = {max_labels}: raise max_labels"
+        )

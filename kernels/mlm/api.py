@@ -6,66 +6,28 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backend import KERNEL_DTYPES, choose_backend
+from ..backend import choose_backend
+from ..checks import (
+    check_dtype,
+    check_label_values,
+    check_labels,
+    check_loss_options,
+    check_same_device,
+    check_same_dtype,
+    check_vector,
+    values_are_readable,
+)
 from .chunked import CHUNK_TILE, chunked_loss, most_rows
 from .lean import lean_losses
 from .softmax_rows import row_losses
 
 
-def check_options(reduction: str, label_smoothing: float, z_loss: float) -> None:
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f'reduction must be "mean", "sum" or "none"; got {reduction!r}')
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must be in [0, 1]; got {label_smoothing}")
-    if not 0.0 <= z_loss < float("inf"):
-        raise ValueError(f"z_loss must be a weight of 0 or more; got {z_loss}")
-
-
-def check_rows(name: str, x: Tensor, labels: Tensor) -> None:
-    """x, called ``name``, is floating [.., n], and labels fit its rows."""
-    if x.dtype not in (*KERNEL_DTYPES, torch.float64):
-        raise TypeError(f"{name} must be bfloat16, float16, float32 or float64; got {x.dtype}")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels must be int64; got {labels.dtype}: convert them with labels.long()")
-    if x.dim() < 2 or labels.shape != x.shape[:-1]:
-        raise ValueError(
-            f"labels must have one entry for each row of {name}; got labels {tuple(labels.shape)}, "
-            f"{name} {tuple(x.shape)}"
-        )
-    if labels.device != x.device:
-        raise ValueError(f"labels must be on {name}'s device, {x.device}; got {labels.device}")
-
-
-def check_labels(labels: Tensor, vocab_size: int, ignore_index: int, max_labels: int | None) -> None:
-    """What only the values tell. Reading them would stall a GPU's stream: there the kernels' NaN stands in for this."""
-    labelled = labels[labels != ignore_index]
-    if labelled.numel() and not 0 <= int(labelled.min()) <= int(labelled.max()) < vocab_size:
-        wrong = int(labelled.min()) if int(labelled.min()) < 0 else int(labelled.max())
-        raise ValueError(f"labels must be in 0 … {vocab_size - 1} or ignore_index ({ignore_index}); got {wrong}")
-    if max_labels is not None and labelled.numel() > max_labels:
-        raise ValueError(
-            f"labels has {labelled.numel()} labelled rows, more than max_labels = {max_labels}: raise max_labels"
-        )
-
-
 def _check_decoder(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(f"weight must be [V, {hidden.shape[-1]}], V at least 1; got {tuple(weight.shape)}")
-    if weight.dtype != hidden.dtype:
-        raise TypeError(
-            f"hidden and weight must have one dtype; got hidden {hidden.dtype}, weight {weight.dtype}: "
-            "cast the weight, weight.to(hidden.dtype)"
-        )
-    if weight.device != hidden.device:
-        raise ValueError(f"weight must be on hidden's device, {hidden.device}; got {weight.device}")
-    if bias is None:
-        return
-    if bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be [{weight.shape[0]}], one entry for each row of weight; got {tuple(bias.shape)}")
-    if bias.dtype not in (hidden.dtype, torch.float32):
-        raise TypeError(f"bias must be {hidden.dtype}, as hidden is, or float32; got {bias.dtype}")
-    if bias.device != hidden.device:
-        raise ValueError(f"bias must be on hidden's device, {hidden.device}; got {bias.device}")
+    check_same_dtype("weight", weight, "hidden", hidden)
+    check_same_device("weight", weight, "hidden", hidden)
+    check_vector("bias", bias, weight.shape[0], "one entry for each row of weight", "hidden", hidden)
 
 
 def _compact(hidden: Tensor, labels: Tensor, ignore_index: int, max_labels: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,11 +46,6 @@ def _compact(hidden: Tensor, labels: Tensor, ignore_index: int, max_labels: int)
     overflow = labelled.sum() > max_labels
     kept = torch.where(overflow, torch.iinfo(torch.int64).min, kept[:max_labels])
     return hidden.index_select(0, rows[:max_labels]), kept, slots.clamp(0, max_labels - 1)
-
-
-def _values_readable(x: Tensor, backend: str) -> bool:
-    """Whether labels may be checked by value: on a GPU that stalls the stream, and a kernel writes NaN instead."""
-    return (backend == "reference" or not x.is_cuda) and not torch.compiler.is_compiling()
 
 
 def masked_lm_loss(
@@ -150,8 +107,9 @@ def masked_lm_loss(
         TypeError: a dtype that is not allowed.
         RuntimeError: in the Triton path's backward, under create_graph=True: the gradient has no gradient.
     """
-    check_options(reduction, label_smoothing, z_loss)
-    check_rows("hidden", hidden, labels)
+    check_loss_options(reduction, label_smoothing, z_loss)
+    check_dtype("hidden", hidden)
+    check_labels(labels, "hidden", hidden)
     _check_decoder(hidden, weight, bias)
     if max_labels is not None and max_labels < 1:
         raise ValueError(f"max_labels must be at least 1, or None; got {max_labels}")
@@ -162,8 +120,8 @@ def masked_lm_loss(
     backend = choose_backend(hidden)
     shape, vocab_size = labels.shape, weight.shape[0]
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).contiguous()
-    if _values_readable(hidden, backend):
-        check_labels(labels, vocab_size, ignore_index, max_labels)
+    if values_are_readable(labels) or (backend == "reference" and not torch.compiler.is_compiling()):
+        check_label_values(labels, vocab_size, ignore_index, max_labels)
     per_row = reduction == "none"
     if backend == "reference":
         loss, correct = reference.masked_lm_loss(
@@ -226,14 +184,15 @@ def cross_entropy(
         TypeError: a dtype that is not allowed.
         RuntimeError: in the Triton path's backward, under create_graph=True.
     """
-    check_options(reduction, label_smoothing, z_loss)
-    check_rows("logits", logits, labels)
+    check_loss_options(reduction, label_smoothing, z_loss)
+    check_dtype("logits", logits)
+    check_labels(labels, "logits", logits)
     if logits.shape[-1] == 0:
         raise ValueError(f"logits must have at least one column; got {tuple(logits.shape)}")
     backend = choose_backend(logits)
     rows, row_labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).contiguous()
-    if _values_readable(logits, backend):
-        check_labels(row_labels, logits.shape[-1], ignore_index, None)
+    if values_are_readable(row_labels) or (backend == "reference" and not torch.compiler.is_compiling()):
+        check_label_values(row_labels, logits.shape[-1], ignore_index, None)
     if backend == "reference":
         losses = reference.cross_entropy_rows(
             rows, row_labels, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss

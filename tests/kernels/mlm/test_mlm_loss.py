@@ -184,7 +184,7 @@ def test_label_out_of_range_is_nan_in_the_kernels(lean, monkeypatch, wrong):
     """What a GPU does, where values are not read back: 64 lies inside the padded logits of 50 words, 10**12 nowhere."""
     hidden, weight, bias, labels = problem(7, 50)
     labels[4] = wrong
-    monkeypatch.setattr(module, "check_labels", lambda *_: None)
+    monkeypatch.setattr(module, "check_label_values", lambda *_: None)
     losses = masked_lm_loss(hidden, weight, bias, labels, reduction="none", lean=lean)
     assert losses.isnan().tolist() == [row == 4 for row in range(7)]
     loss, d_hidden, *_ = gradients(partial(masked_lm_loss, lean=lean), (hidden, weight, bias), labels, 1.0)
@@ -223,7 +223,7 @@ def test_more_labels_than_max_labels(lean, backend, monkeypatch):
         with use_backend(backend), pytest.raises(ValueError, match="7 labelled rows, more than max_labels = 6"):
             masked_lm_loss(hidden, weight, bias, labels, max_labels=6, lean=lean)
     if backend == "triton":  # as on a GPU
-        monkeypatch.setattr(module, "check_labels", lambda *_: None)
+        monkeypatch.setattr(module, "check_label_values", lambda *_: None)
         loss, *grads = gradients(
             lambda *x: masked_lm_loss(*x, max_labels=6, lean=lean), (hidden, weight, bias), labels, torch.tensor(1.0)
         )
@@ -373,13 +373,13 @@ def wrong(**changes):
     ("changes", "error", "message"),
     [
         ({"hidden": torch.zeros(5, 8, dtype=torch.int32)}, TypeError, r"hidden must be .*got torch.int32"),
-        ({"hidden": torch.zeros(5, 8).half()}, TypeError, r"hidden torch.float16, weight torch.float32"),
+        ({"hidden": torch.zeros(5, 8).half()}, TypeError, r"weight must have hidden's dtype, torch.float16; got torch.float32"),
         ({"labels": torch.zeros(5)}, TypeError, r"labels must be int64; got torch.float32"),
         ({"labels": torch.zeros(4, dtype=torch.int64)}, ValueError, r"got labels \(4,\), hidden \(5, 8\)"),
         ({"weight": torch.zeros(20, 9)}, ValueError, r"weight must be \[V, 8\].*got \(20, 9\)"),
         ({"weight": torch.zeros(0, 8)}, ValueError, r"V at least 1; got \(0, 8\)"),
-        ({"bias": torch.zeros(19)}, ValueError, r"bias must be \[20\].*got \(19,\)"),
-        ({"bias": torch.zeros(20).half()}, TypeError, r"bias must be torch.float32.*got torch.float16"),
+        ({"bias": torch.zeros(19)}, ValueError, r"bias must have shape \(20,\).*got \(19,\)"),
+        ({"bias": torch.zeros(20).half()}, TypeError, r"bias must have hidden's dtype, torch.float32, or float32; got torch.float16"),
         ({"weight": torch.zeros(20, 8, device="meta")}, ValueError, r"weight must be on hidden's device.*meta"),
         ({"bias": torch.zeros(20, device="meta")}, ValueError, r"bias must be on hidden's device.*meta"),
         ({"labels": torch.zeros(5, dtype=torch.int64, device="meta")}, ValueError, r"labels must be on hidden's.*meta"),
