@@ -10,8 +10,7 @@ from typing import Any, Literal
 import torch
 
 from ...kernels import bias_gelu, dropout_add_layernorm, embed_layernorm, layernorm, masked_lm_loss
-from ..operators.gelu_linear_epilogue import gelu_linear
-from ..operators.linear_gelu_epilogue import TILINGS, linear_gelu
+from ..operators.gelu_epilogue_kernels import TILINGS, gelu_linear, linear_gelu
 from . import attention_cases
 
 
@@ -42,7 +41,7 @@ def _linear_gelu(hidden_size: int, tiling: str, dtype: torch.dtype) -> None:
 def _gelu_linear(hidden_size: int, tiling: str, dtype: torch.dtype) -> None:
     x, weight = (torch.empty(rows, 4 * hidden_size, dtype=dtype, requires_grad=True) for rows in (64, hidden_size))
     bias = torch.empty(4 * hidden_size, requires_grad=True)
-    gelu_linear(x, bias, weight, tiling=tiling).backward(torch.empty(64, hidden_size, dtype=dtype))
+    gelu_linear(x, weight, bias, tiling=tiling).backward(torch.empty(64, hidden_size, dtype=dtype))
 
 
 def _embed_layernorm(hidden_size: int, p: float, dtype: torch.dtype) -> None:

@@ -1,12 +1,12 @@
-"""Small cases of every kernel, forward and backward, for compute-sanitizer to watch:
+"""Small cases of every kernel, forward and backward, to run under compute-sanitizer:
 
     compute-sanitizer --tool memcheck --error-exitcode 9 python -m fusebert.bench.sanitize
     compute-sanitizer --tool racecheck --error-exitcode 9 python -m fusebert.bench.sanitize
     compute-sanitizer --tool initcheck --error-exitcode 9 python -m fusebert.bench.sanitize
 
-Lengths that end within a tile, segments of length 1, rows that end within a block, every dtype, with dropout and
-without. Each tensor is its own allocation of the driver's (``PYTORCH_NO_CUDA_MEMORY_CACHING``): in PyTorch's pools an
-access beyond a tensor lands in a neighbour and nobody notices. Without a GPU the same calls run on the CPU path.
+Lengths that end within a tile, segments of length 1, rows that end within a block, every dtype, with and without
+dropout. The driver allocates each tensor separately (``PYTORCH_NO_CUDA_MEMORY_CACHING``): in PyTorch's pools an access
+beyond a tensor hits its neighbour and is not reported. Without a GPU the same calls run on the CPU path.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import cast
 
-os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # read when the first tensor is made
+os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # read when the first tensor is allocated
 
 import torch
 from torch import Tensor
@@ -32,12 +32,11 @@ from ...kernels import (
     masked_lm_loss,
 )
 from ...model import IGNORE
-from ..operators.gelu_linear_epilogue import gelu_linear
-from ..operators.linear_gelu_epilogue import TILINGS, linear_gelu
+from ..operators.gelu_epilogue_kernels import TILINGS, gelu_linear, linear_gelu
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SHORT, LONG = (9, 1, 33, 0, 17), (130, 1, 257, 64)  # one tile a segment, and the loop over tiles
+SHORT, LONG = (9, 1, 33, 0, 17), (130, 1, 257, 64)  # one tile a segment; a loop over tiles
 
 
 def _leaf(*size: int, dtype: torch.dtype) -> Tensor:
@@ -49,7 +48,7 @@ def calls(dtype: torch.dtype, p: float) -> Iterator[tuple[str, Callable[[], Tens
     seed = torch.tensor([7], device=DEVICE)
     for lengths, head_dim in itertools.product((SHORT, LONG), (64, 128)):
         bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=DEVICE)
-        tokens, longest = sum(lengths) + 3, max(lengths)  # three rows behind the last segment
+        tokens, longest = sum(lengths) + 3, max(lengths)  # three rows after the last segment
         name = f"N≤{longest} D={head_dim}"
         qkv = _leaf(tokens, 3, 2, head_dim, dtype=dtype)
         yield (
@@ -106,7 +105,7 @@ def calls(dtype: torch.dtype, p: float) -> Iterator[tuple[str, Callable[[], Tens
             y, down = _leaf(150, matrix.shape[0], dtype=dtype), _leaf(width, matrix.shape[0], dtype=dtype)
             yield (
                 f"gelu_linear {tiling} H={width}",
-                lambda y=y, w=down, b=bias, t=tiling: gelu_linear(y, b, w, tiling=t),
+                lambda y=y, w=down, b=bias, t=tiling: gelu_linear(y, w, b, tiling=t),
             )
     hidden, decoder, decoder_bias = _leaf(37, 64, dtype=dtype), _leaf(1003, 64, dtype=dtype), _leaf(1003, dtype=dtype)
     labels = torch.randint(1003, (37,), device=DEVICE)
@@ -117,7 +116,7 @@ def calls(dtype: torch.dtype, p: float) -> Iterator[tuple[str, Callable[[], Tens
 
 
 def main() -> None:
-    """Run all; a name a line, so that the sanitizer's reports stand under the operator they are about."""
+    """Runs all calls. Prints the name before each, so that the sanitizer's reports follow their operator's name."""
     torch.manual_seed(0)
     for dtype, p in itertools.product(DTYPES, (0.0, 0.1)):
         for name, forward in calls(dtype, p):

@@ -27,15 +27,15 @@ from ..measure.result import (
 from ..measure.statistics import Ratio, Timing, ratio
 from ..measure.timing import Work, interleave, l2_bytes
 from ..measure.verify import Judge, one_line, verify
-from . import attention, bias_gelu, embed_layernorm, gelu_linear, layernorm, linear_gelu, mlm_loss
+from . import attention, bias_gelu, embed_layernorm, gelu_epilogue, layernorm, mlm_loss
 
 OPERATORS: dict[str, Any] = {
     "attention": attention.OPERATOR,
     "layernorm": layernorm.OPERATOR,
     "mlm_loss": mlm_loss.OPERATOR,
     "bias_gelu": bias_gelu.OPERATOR,
-    "linear_gelu": linear_gelu.OPERATOR,
-    "gelu_linear": gelu_linear.OPERATOR,
+    "linear_gelu": gelu_epilogue.LINEAR_GELU,
+    "gelu_linear": gelu_epilogue.GELU_LINEAR,
     "embed_layernorm": embed_layernorm.OPERATOR,
 }
 # Input sets a contestant walks through: enough that the L2 has forgotten the first when it comes round again.
