@@ -1,4 +1,4 @@
-"""What the tests of the masked-LM loss share: inputs, PyTorch's own loss, the comparison, bytes on the CPU."""
+"""Shared by the tests of the masked-LM loss: inputs, PyTorch's own loss, comparisons, allocated bytes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ REDUCTIONS = ["mean", "sum", "none"]
 
 
 def sum_products_in_any_order(monkeypatch):
-    """Sums of products in float64, rounded once: logits made twice, in tiles turned round, are then the same bits.
+    """Products sum in float64 and round once, so that a logit has the same bits in a tile and in its transpose.
 
-    A GPU sums each element over H in ascending order, whatever the tile. numpy's BLAS has one order a shape, and logits
-    of 1e4 that differ in the last bit have probabilities that differ by a thousandth.
+    A GPU sums each element over H in ascending order for every tile; numpy's BLAS chooses an order by shape. Logits of
+    1e4 that differ in the last bit have probabilities that differ by a thousandth.
     """
     import numpy as np
     from triton.runtime import interpreter
@@ -32,7 +32,7 @@ def sum_products_in_any_order(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def reproducible_triton(monkeypatch):
-    """Triton on any device, the same numbers each time, hardware rounding; uninitialised memory is NaN, and so seen."""
+    """Triton on any device, a fixed seed, hardware rounding; torch.empty gives NaN, to find unwritten elements."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     if interpreting():
@@ -57,7 +57,7 @@ def problem(rows, vocab_size, dtype=torch.float32, hidden_size=32, ignored=(2,),
 
 
 def native_loss(hidden, weight, bias, labels, *, reduction="mean", label_smoothing=0.0, z_loss=0.0):
-    """What a PyTorch user writes, in the inputs' dtype: the error to stay within twice of."""
+    """What a PyTorch user writes, in the inputs' dtype. Ours may have at most twice its error."""
     logits = F.linear(hidden, weight, bias)
     loss = F.cross_entropy(logits, labels, reduction=reduction, label_smoothing=label_smoothing)
     if z_loss:
@@ -81,7 +81,7 @@ def assert_matches(ours, oracle, native, names=("loss", "hidden", "weight", "bia
 
 
 def compare(inputs, labels, reduction, *, upstream=None, max_labels=None, lean=False, skip_tolerance=0.0, **options):
-    """Our loss and gradients against the reference in float64, by the error PyTorch makes in the inputs' dtype."""
+    """Our loss and gradients against the reference in float64, by PyTorch's own error in the inputs' dtype."""
     if upstream is None:
         upstream = torch.randn(labels.shape, device=DEVICE) if reduction == "none" else 3.0
     wide = [None if x is None else x.double() for x in inputs]
@@ -100,7 +100,7 @@ def compare(inputs, labels, reduction, *, upstream=None, max_labels=None, lean=F
         gradients(f, x, labels, upstream) for f, x in ((ours, inputs), (oracle, wide), (native, inputs))
     )
     assert_matches(found[1:], exact[1:], theirs[1:], ("hidden", "weight", "bias"))
-    # PyTorch's scalar may be exact by luck: what is compared is the rows it sums, and then that they were summed.
+    # PyTorch's scalar may be exact by chance, so compare the rows, and then their sum.
     rows = ours(*inputs, labels, reduction="none")
     assert_matches([rows], [oracle(*wide, labels, reduction="none")], [native(*inputs, labels, reduction="none")])
     total = rows.double() if reduction == "none" else rows.double().sum()
@@ -119,7 +119,7 @@ def allocations(function):
 
 
 def peak_bytes(function):
-    """Bytes alive at once, at most, beyond what there was before; ``function`` twice, as the first call warms up."""
+    """The most bytes allocated at once, beyond those before. Calls ``function`` twice: the first call warms up."""
     function()
     if DEVICE == "cuda":
         torch.cuda.synchronize()

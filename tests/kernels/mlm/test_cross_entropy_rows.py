@@ -1,4 +1,4 @@
-"""`cross_entropy` over logits that exist: values and gradients against float64, and every promise."""
+"""`cross_entropy` of logits in memory: values and gradients against float64, labels, operators, errors."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_cross_entropy_is_pytorchs(reduction, backend):
 
 
 def test_offsets_beyond_two_to_the_31():
-    """Row 2 lies 2**31 + 16 elements in; memory nobody touches costs nothing on a CPU."""
+    """Row 2 starts at element 2**31 + 16. On a CPU untouched memory is not allocated."""
     stride, vocab_size = 2**30 + 8, 40
     torch.use_deterministic_algorithms(False)  # no fill
     memory = torch.empty(2 * stride + vocab_size, dtype=torch.float16, device=DEVICE)
@@ -84,7 +84,7 @@ def test_cross_entropy_errors():
 
 
 @pytest.mark.parametrize("label", [20, -1])
-# On a GPU the kernel, which nobody waits for, makes it NaN: the next test.
+# On a GPU the loss is NaN instead: the next test.
 @pytest.mark.parametrize("backend", ["reference"] if DEVICE == "cuda" else ["triton", "reference"])
 def test_label_out_of_range_is_an_error_where_values_can_be_read(label, backend):
     logits, labels = torch.zeros(3, 20, device=DEVICE), torch.tensor([0, label, 1], device=DEVICE)

@@ -1,4 +1,4 @@
-"""The chunked mode of `masked_lm_loss`: chunks within a budget, one set of logits, its operators."""
+"""The chunked mode of `masked_lm_loss`: chunks within the memory budget, one tensor of logits, operators."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_chunks_are_equal_parts_in_tiles_within_the_budget():
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_logits_exist_in_their_own_dtype_only(reduction):
-    """Forward and backward together make one [rows, vocab] tensor, in bf16; for "none" one in each."""
+    """Forward and backward together allocate one [rows, vocab] tensor, in bf16; for "none" one each."""
     rows, vocab_size = 40, 2048
     *inputs, labels = problem(rows, vocab_size, torch.bfloat16, hidden_size=4)
 

@@ -19,7 +19,7 @@ lean_loss = partial(masked_lm_loss, lean=True)
 @pytest.mark.parametrize("dtype", [dtype for dtype in DOT_DTYPES if dtype != torch.float32], ids=str)
 @pytest.mark.parametrize("hidden_size", [1, 40, 300, 1030])
 def test_several_tiles_of_rows_words_and_hidden(hidden_size, dtype):
-    """1030: two programs share the sums of a vector, and no matrix fits into shared memory."""
+    """1030: two programs share a vector's sums, and no matrix fits in shared memory."""
     hidden, weight, bias, labels = problem(140, 270, dtype, hidden_size=hidden_size, ignored=(0, 1, 130))
     weight = weight * hidden_size**-0.5
     compare((hidden, weight, bias), labels, "mean", lean=True, label_smoothing=0.1, z_loss=1e-3)
@@ -44,7 +44,7 @@ def test_shares_of_the_vocabulary_change_nothing(monkeypatch):
 
 
 def test_an_ignored_row_may_hold_anything():
-    """Its hidden state takes part in nothing: its own gradient is zero and no row statistic is disturbed."""
+    """Its gradient is zero and it changes no other row's loss."""
     hidden, weight, bias, labels = problem(9, 40, ignored=(2, 5))
     huge = hidden.clone()
     huge[[2, 5]] = 1e30
@@ -53,7 +53,7 @@ def test_an_ignored_row_may_hold_anything():
 
 
 def test_memory_beside_the_gradients_is_a_few_bytes_a_row():
-    """Everything allocated, forward and backward, released or not, is less than a tenth of the logits."""
+    """Everything that forward and backward allocate, released or not, is less than a tenth of the logits."""
     rows, vocab_size, hidden_size = 300, 6000, 16
     *inputs, labels = problem(rows, vocab_size, torch.float16, hidden_size=hidden_size)
 
@@ -70,11 +70,8 @@ def test_memory_beside_the_gradients_is_a_few_bytes_a_row():
         assert peak_bytes(call) <= results + beside + 40 * 512  # the allocator rounds up to 512
 
 
-# ------------------------------------------------------------------------------------------------------------ skipping
-
-
 def sharp_problem(dtype=torch.float32):
-    """Most of the softmax on a few words, the label's mostly: tiles of every size of gradient."""
+    """Most of the softmax on a few words, mostly on the label: tiles with gradients of every size."""
     hidden, weight, bias, labels = problem(80, 600, dtype, hidden_size=32, ignored=(7,))
     weight = weight * 3
     hidden = (hidden + 2 * weight[labels.clamp(min=0)]).to(dtype)
@@ -82,7 +79,7 @@ def sharp_problem(dtype=torch.float32):
 
 
 @pytest.mark.parametrize("tolerance", [1e-5, 1e-3, 0.1, 1.0])
-def test_what_is_skipped_stays_within_the_bound(tolerance):
+def test_skipping_stays_within_the_bound(tolerance):
     inputs, labels = sharp_problem()
     hidden, weight, _ = inputs
     upstream = torch.randn(labels.shape, device=DEVICE)
@@ -95,15 +92,15 @@ def test_what_is_skipped_stays_within_the_bound(tolerance):
     d_hidden, d_weight = full[1] - skipped[1], full[2] - skipped[2]
     assert (d_hidden.norm(dim=1) <= rounding * tolerance * of_row * weight.norm(dim=1).max()).all()
     assert d_weight.norm(dim=1).sum() <= rounding * tolerance * (of_row * hidden.norm(dim=1)).sum()
-    assert d_hidden.norm() > 0  # something was left out
+    assert d_hidden.norm() > 0  # something was skipped
     assert d_weight.norm() > 0
     assert torch.equal(full[0], skipped[0])
-    assert relative_error(skipped[3], full[3]) < 1e-6  # the bias's gradient leaves nothing out
+    assert relative_error(skipped[3], full[3]) < 1e-6  # the bias's gradient is complete
 
 
 @pytest.mark.parametrize("tolerance", [0.5, 1.5])
 def test_the_bound_holds_where_it_is_tight(tolerance):
-    """One vector for every word: the error of dhidden is the mass left out, and each tile has a tenth of it."""
+    """All words have one vector: dhidden's error is the skipped Σ|G|, of which each tile has a tenth."""
     hidden, weight, bias, labels = problem(9, 640, ignored=())
     weight, bias, labels = torch.ones_like(weight), torch.zeros_like(bias), torch.zeros_like(labels)
     full, skipped = (
@@ -116,7 +113,7 @@ def test_the_bound_holds_where_it_is_tight(tolerance):
 
 
 def test_a_tile_is_skipped_only_if_every_row_allows_it():
-    """Tolerance 3 exceeds Σ|G|, which is 2 at most, but a tile may hold no more than its share, of 3 / 10 or so."""
+    """Tolerance 3 exceeds Σ|G| ≤ 2, but a tile is skipped only up to tolerance / (number of tiles), about 3 / 10."""
     inputs, labels = sharp_problem()
     nearly_all = gradients(partial(lean_loss, skip_tolerance=3.0), inputs, labels, 1.0)
     everything = gradients(partial(lean_loss, skip_tolerance=1e6), inputs, labels, 1.0)
@@ -135,9 +132,6 @@ def test_a_row_that_is_nan_is_not_skipped(monkeypatch):
     monkeypatch.setattr(public, "check_label_values", lambda *_: None)
     _, d_hidden, *_ = gradients(partial(lean_loss, skip_tolerance=1e6), inputs, labels, 1.0)
     assert d_hidden[4].isnan().any()
-
-
-# ----------------------------------------------------------------------------------------------------------- operators
 
 
 def test_opcheck():

@@ -12,7 +12,7 @@ import fusebert.kernels.mlm.chunked as module
 from fusebert.kernels import masked_lm_loss, use_backend
 
 TOKENS, MASKED, VOCAB = 400, 60, 262144
-# Alive at once for a row of logits, in fp32: the logits, their log-softmax, its gradient, theirs.
+# Allocated at once for a row of logits, in fp32: the logits, their log-softmax, and the gradients of both.
 COPIES = 4
 
 
@@ -37,7 +37,7 @@ def test_a_vocabulary_of_256k_in_bounded_memory(monkeypatch, lean, dtype):
             gradients(lambda *x: masked_lm_loss(*x, lean=lean), inputs, labels, 1.0)
 
     parameters = sum(x.numel() * x.element_size() for x in inputs)
-    # Besides the chunk: gradients, a chunk's share of them, and what is saved to make the logits again.
+    # Beside the chunk: gradients, a chunk's part of them, and what is saved to recompute the logits.
     assert peak_bytes(call) <= budget + 4 * parameters
     if DEVICE == "cpu":
         assert max(allocations(call)) <= 4 * rows * VOCAB < 4 * MASKED * VOCAB
@@ -61,7 +61,7 @@ def test_chunks_change_nothing(monkeypatch, reduction):
 
 
 def test_what_fits_is_computed_once(monkeypatch):
-    """Chunks cost a second product: none where the logits fit."""
+    """Recomputing costs a second product; logits that fit are not recomputed."""
     inputs, labels = masked_problem(torch.float32)
     monkeypatch.setattr("fusebert.kernels.reference.checkpoint", lambda *_, **__: pytest.fail("recomputed"))
     with use_backend("reference"):
