@@ -1,10 +1,10 @@
-"""The packed batch: sequences end to end in one token axis, no padding between them, every shape constant.
+"""The packed batch: sequences end to end on one token axis, without padding, in constant shapes.
 
-A batch of a run always has T token slots, S segment slots and M masked-position slots. Segments that do not exist
-are empty (their bounds repeat); token slots left over at the end form a segment of their own that is attended to by
-nobody else, carries no label and counts as no token; spare masked positions point at token 0 with label −100.
+All batches of a run have T token slots, S segment slots and M masked-position slots. Unused segments are empty (their
+bounds repeat). Unused token slots at the end form one more segment, the slack: it has no label and does not count as
+tokens. Unused masked positions point at token 0 with label −100.
 
-`pack_padded` and `to_padded` convert from and to the padded [B, N] tensors that Transformers takes.
+`pack_padded` and `to_padded` convert from and to Transformers' padded [B, N] tensors.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORE = -100
+IGNORE = -100  # the label of positions and pairs without a loss, as in PyTorch's cross_entropy
 
 
 @dataclasses.dataclass
 class PackedBatch:
-    """One micro-batch, as the model takes it.
+    """One micro-batch, the model's input.
 
     Attributes:
-        input_ids: int64 [T], corrupted tokens ([MASK] and the rest).
+        input_ids: int64 [T], corrupted tokens.
         token_type_ids: int64 [T], 0 for sentence A, 1 for B.
         position_ids: int64 [T], from 0 in each segment.
         cu_seqlens: int32 [S + 1], segment s is cu_seqlens[s] … cu_seqlens[s + 1] − 1; the last entry is T.
         masked_positions: int64 [M], rows of the token axis to predict.
-        masked_labels: int64 [M], the original tokens there; −100 in spare slots.
+        masked_labels: int64 [M], the original tokens there; −100 in unused slots.
         nsp_labels: int64 [S], 0 = B follows A, 1 = it does not (Transformers' order); −100 where there is no pair.
-        max_seqlen: no segment, slack included, is longer. Constant over a run.
-        num_tokens: real tokens (without the slack).
-        num_masked: labels in masked_labels that are not −100.
-        num_pairs: labels in nsp_labels that are not −100.
+        max_seqlen: upper bound of the lengths of segments and slack. Constant over a run.
+        num_tokens: number of tokens, without the slack.
+        num_masked: number of masked_labels that are not −100.
+        num_pairs: number of nsp_labels that are not −100.
 
     Raises:
-        TypeError: a tensor is not of the dtype said above.
-        ValueError: the shapes do not fit together. (The values, which may lie on a GPU, are not looked at.)
+        TypeError: a tensor has another dtype.
+        ValueError: the shapes do not fit together. Values are not checked: they may be on a GPU.
     """
 
     input_ids: Tensor
@@ -72,7 +72,7 @@ class PackedBatch:
         if self.cu_seqlens.shape[0] != self.nsp_labels.shape[0] + 1:
             raise ValueError(
                 f"cu_seqlens must have one entry more than nsp_labels; got {self.cu_seqlens.shape[0]} and "
-                f"{self.nsp_labels.shape[0]}"
+                f"{self.nsp_labels.shape[0]} entries"
             )
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> PackedBatch:
@@ -93,13 +93,13 @@ def pack_padded(
     labels: Tensor | None = None,
     next_sentence_label: Tensor | None = None,
 ) -> PackedBatch:
-    """The batch that holds the same examples as padded tensors, in the form Transformers' BERT takes them.
+    """Pack padded examples, the inputs of Transformers' ``BertForPreTraining``.
 
-    Without slack or spare slots, so its shapes change with the data; reads the mask's values (a wait on a GPU).
+    The batch has no slack and no unused slots, so its shapes depend on the data. Synchronises with the device.
 
     Args:
         input_ids: int64 [B, N].
-        attention_mask: [B, N], ones on tokens, then zeros on padding; None: no padding.
+        attention_mask: [B, N], in each row ones on tokens, then zeros on padding; None: no padding.
         token_type_ids: int64 [B, N]; None: zeros.
         labels: int64 [B, N], the original token at each position to predict, −100 elsewhere; None: nothing to predict.
         next_sentence_label: int64 [B], 0 = B follows A, 1 = it does not, −100 = no pair; None: no pairs.
@@ -116,25 +116,27 @@ def pack_padded(
         ("next_sentence_label", next_sentence_label, input_ids.shape[:1]),
     ):
         if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} must have shape {tuple(shape)} to fit input_ids; got {tuple(tensor.shape)}")
+            raise ValueError(f"{name} must have shape {tuple(shape)} to fit input_ids; got shape {tuple(tensor.shape)}")
 
     rows, columns = input_ids.shape
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    lengths = real.sum(1)  # (B,)
-    position_ids = torch.arange(columns, device=input_ids.device).expand(rows, columns)
+    lengths = real.sum(1)  # [B]
+    position_ids = torch.arange(columns, device=input_ids.device).expand(rows, columns)  # [B, N]
     if not bool(((position_ids < lengths[:, None]) == real).all()) or not bool(lengths.all()):
-        raise ValueError("attention_mask must be one or more ones, then zeros, in every row: pad on the right")
+        raise ValueError(
+            "attention_mask must be one or more ones, then zeros, in every row: pad the examples on the right"
+        )
     if token_type_ids is None:
         token_type_ids = torch.zeros_like(input_ids)
     if labels is None:
         labels = torch.full_like(input_ids, IGNORE)
     if bool((labels[~real] != IGNORE).any()):
-        raise ValueError(f"labels must be {IGNORE} wherever attention_mask is 0")
+        raise ValueError(f"labels must be {IGNORE} wherever attention_mask is 0; got a label on padding")
     if next_sentence_label is None:
         next_sentence_label = torch.full_like(lengths, IGNORE)
 
-    packed_labels = labels[real]  # (T,)
-    masked_positions = torch.nonzero(packed_labels != IGNORE).squeeze(1)
+    packed_labels = labels[real]  # [T]
+    masked_positions = torch.nonzero(packed_labels != IGNORE).squeeze(1)  # [M]
     return PackedBatch(
         input_ids=input_ids[real],
         token_type_ids=token_type_ids[real],
@@ -151,28 +153,28 @@ def pack_padded(
 
 
 def to_padded(batch: PackedBatch, pad_token_id: int = 0) -> dict[str, Tensor]:
-    """The batch's real segments as the keyword arguments of Transformers' ``BertForPreTraining.forward``.
+    """The batch as the keyword arguments of Transformers' ``BertForPreTraining.forward``.
 
-    Slack, empty segments and spare slots are left out; B is the number of real segments, N the longest's length.
-    Reads the batch's values (a wait on a GPU).
+    Slack, empty segments and unused slots are omitted: B is the number of other segments, N the longest length.
+    Synchronises with the device.
 
     Returns:
         On the batch's device: ``input_ids``, ``token_type_ids``, ``attention_mask`` and ``labels``, int64 [B, N], with
         ``pad_token_id``, 0, 0 and −100 on padding; ``next_sentence_label``, int64 [B].
 
     Raises:
-        ValueError: the batch has no real token.
+        ValueError: the batch has no tokens besides slack.
     """
     starts, ends = batch.cu_seqlens[:-1].long(), batch.cu_seqlens[1:].long()
-    segments = torch.nonzero((starts < ends) & (ends <= batch.num_tokens)).squeeze(1)  # (B,)
+    segments = torch.nonzero((starts < ends) & (ends <= batch.num_tokens)).squeeze(1)  # [B]
     if segments.shape[0] == 0:
-        raise ValueError("the batch has no real token: there is nothing to pad")
+        raise ValueError("the batch has no tokens besides slack: there is nothing to pad")
     starts, lengths = starts[segments], (ends - starts)[segments]
     columns = torch.arange(int(lengths.max()), device=starts.device)
-    real = columns < lengths[:, None]  # (B, N)
-    index = (starts[:, None] + columns)[real]
+    real = columns < lengths[:, None]  # [B, N]
+    index = (starts[:, None] + columns)[real]  # [number of tokens]
 
-    token_labels = torch.full_like(batch.input_ids, IGNORE)
+    token_labels = torch.full_like(batch.input_ids, IGNORE)  # [T]
     labelled = batch.masked_labels != IGNORE
     token_labels[batch.masked_positions[labelled]] = batch.masked_labels[labelled]
 

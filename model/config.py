@@ -1,4 +1,4 @@
-"""The numbers that define an encoder, under the names Transformers' ``config.json`` gives them, and the presets."""
+"""The numbers that define an encoder, under the names of Transformers' ``config.json``, and the presets."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import dataclasses
 import math
 from typing import Any
 
-# (num_hidden_layers, hidden_size, num_attention_heads, intermediate_size): Turc et al. 2019 for the small ones,
-# Devlin et al. 2018 for base and large. A head is 64 wide in all of them.
+# (num_hidden_layers, hidden_size, num_attention_heads, intermediate_size). Heads have size 64. base and large are from
+# Devlin et al. 2018, the others from Turc et al. 2019.
 PRESETS: dict[str, tuple[int, int, int, int]] = {
     "tiny": (2, 128, 2, 512),
     "mini": (4, 256, 4, 1024),
@@ -19,25 +19,25 @@ PRESETS: dict[str, tuple[int, int, int, int]] = {
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
-    """Shape and arithmetic of a BERT encoder (Devlin et al. 2018); the defaults are BERT's.
+    """Shape and arithmetic of a BERT encoder (Devlin et al. 2018). The defaults are BERT's.
 
     Attributes:
         vocab_size: V, rows of the word embeddings and of the tied decoder.
         hidden_size: H, a multiple of ``num_attention_heads``.
         num_hidden_layers: L.
-        num_attention_heads: heads a layer, each hidden_size / num_attention_heads wide.
-        intermediate_size: width of the feed-forward's inner layer.
-        hidden_act: "gelu", the exact one, x·Φ(x); BERT's checkpoints are made with no other.
-        hidden_dropout_prob: on the embeddings and on each sub-layer's output.
-        attention_probs_dropout_prob: on the attention probabilities.
-        max_position_embeddings: the longest segment.
-        type_vocab_size: kinds of token type (sentence A, sentence B).
-        initializer_range: standard deviation of the normal initialisation.
-        layer_norm_eps: added to the variance in every LayerNorm.
-        pad_token_id: the token whose word embedding starts at zero and gets no gradient from the input side; or None.
+        num_attention_heads: heads a layer, each of size hidden_size / num_attention_heads.
+        intermediate_size: I, width of the feed-forward's inner layer.
+        hidden_act: "gelu", the exact GELU x·Φ(x) of BERT's checkpoints; no other value is allowed.
+        hidden_dropout_prob: dropout of the embeddings and of each sub-layer's output, in [0, 1).
+        attention_probs_dropout_prob: dropout of the attention probabilities, in [0, 1).
+        max_position_embeddings: length of the longest segment.
+        type_vocab_size: number of token types (sentence A, sentence B).
+        initializer_range: standard deviation of the normal initialisation, positive.
+        layer_norm_eps: added to the variance in every LayerNorm, positive.
+        pad_token_id: this token's word embedding starts at zero and gets no gradient from the input side; or None.
 
     Raises:
-        ValueError: a field has a value outside what is said above; the message names it.
+        ValueError: a field has a value that is not allowed.
     """
 
     vocab_size: int
@@ -88,11 +88,14 @@ class BertConfig:
 
     @classmethod
     def preset(cls, name: str, vocab_size: int, **changes: Any) -> BertConfig:
-        """The preset ``name`` (tiny, mini, small, base or large) over ``vocab_size`` tokens, with ``changes`` to it.
+        """The preset ``name`` (tiny, mini, small, base or large) with ``vocab_size`` tokens.
+
+        Args:
+            changes: fields to replace, by name.
 
         Raises:
             ValueError: there is no such preset, or a value is not allowed.
-            TypeError: a change names no field.
+            TypeError: ``changes`` contains a name that is no field.
         """
         if name not in PRESETS:
             raise ValueError(f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}")

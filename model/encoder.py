@@ -1,18 +1,19 @@
-"""BERT's encoder on packed tokens: embeddings, then L post-LN layers, every row of every operation a token.
+"""BERT's encoder on packed tokens: embeddings, then L post-LN layers.
 
-Sequences lie end to end in one token axis of T rows (see `packing`), so the linears and the norms see a plain
-[T, H] matrix and only attention asks where a segment ends:
+Sequences lie end to end on one token axis of T rows (see `batch`). The linears and norms see a [T, H] matrix; only
+attention uses the segment bounds:
 
     x ← LN(x + Dropout(W_o · Attention(W_qkv · x)))
     x ← LN(x + Dropout(W_2 · GELU(W_1 · x)))              Devlin et al. 2018; exact (erf) GELU, eps 1e-12
 
-No shape and no branch depends on a value that lives on the device, so nothing here waits for it.
+No shape and no branch depends on a value on the device, so the forward never synchronises with it.
 
-A layer keeps for its backward, in elements a token: x and qkv (4H), the attention's output (H), each norm's sum (2H),
-the first norm's result (H), and both sides of the GELU (2I): 8H + 2I, and in float32 2h of attention's statistics and 2
-for each norm. In bf16 with I = 4H that is 32H + 8h + 16 bytes. No mask, no probabilities, nothing twice: the result of
-the second norm is the next layer's x. Less would have to be computed again.
-Shapes: T tokens, S segments, H hidden_size, I intermediate_size, h heads of D = H / h.
+Saved for a layer's backward, in elements a token: x (H), qkv (3H), the attention's output (H), both norms' sums (2H),
+the first norm's result (H), the input and output of GELU (2I): 8H + 2I; and in float32 the statistics of attention (2h)
+and of both norms (4). In bf16 with I = 4H this is 32H + 8h + 16 bytes. Masks and probabilities are not saved, and the
+result of the second norm is the next layer's x. Saving less means recomputing.
+
+Shapes: T tokens, S segments, H hidden_size, I intermediate_size, h heads of D = H / h, R rows to read.
 """
 
 from __future__ import annotations
@@ -40,18 +41,18 @@ SEEDS_PER_LAYER = 3  # attention probabilities, and the end of each sub-layer
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype the matrix products run in: autocast's where it is on, else ``x``'s own."""
+    """The dtype of matrix products: autocast's if it is on, else ``x``'s."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class ReadRows(NamedTuple):
-    """The rows of the token axis that are wanted after the last layer.
+    """The rows of the token axis that are read after the last layer.
 
     Attributes:
-        positions: int64 [R], in rising order.
-        cu_seqlens: int32 [S + 1]: segment s has cu_seqlens[s] … cu_seqlens[s + 1] − 1 of them. Rows behind
-            the last bound are spare: what comes out for them means nothing.
+        positions: int64 [R], ascending.
+        cu_seqlens: int32 [S + 1]: segment s has rows cu_seqlens[s] … cu_seqlens[s + 1] − 1 of them. The output of rows
+            after the last bound is undefined.
     """
 
     positions: Tensor
@@ -72,10 +73,15 @@ class BertEmbeddings(nn.Module):
     def forward(
         self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor, words: Tensor | None = None
     ) -> Tensor:
-        """int64 [T] three times → [T, H]. ``words``: the rows of the word embeddings, [T, H], if they are looked up."""
+        """The embedded tokens, [T, H].
+
+        Args:
+            input_ids, token_type_ids, position_ids: int64 [T].
+            words: [T, H], the word embeddings of ``input_ids`` if they are looked up already.
+        """
         word = self.word_embeddings
         if words is not None:
-            x = words + self.token_type_embeddings(token_type_ids) + self.position_embeddings(position_ids)
+            x = words + self.token_type_embeddings(token_type_ids) + self.position_embeddings(position_ids)  # [T, H]
             x = self.norm(x).to(compute_dtype(word.weight))
             return F.dropout(x, self.dropout_p, self.training)
         return embed_layernorm(
@@ -90,7 +96,7 @@ class BertEmbeddings(nn.Module):
             eps=self.norm.eps,
             p=self.dropout_p if self.training else 0.0,
             padding_idx=word.padding_idx,
-            # Under autocast the residual stream from here on has the linears' dtype: half the bytes in every norm.
+            # Under autocast the residual stream has the linears' dtype: half the bytes in every norm.
             out_dtype=compute_dtype(word.weight),
         )
 
@@ -102,7 +108,7 @@ class BertLayer(nn.Module):
         super().__init__()
         hidden_size = config.hidden_size
         self.num_heads = config.num_attention_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)  # rows: queries, keys, values; in each, head after head
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)  # rows: queries, keys, values; each head by head
         self.attention_output = nn.Linear(hidden_size, hidden_size)
         self.attention_norm = FusedLayerNorm(hidden_size, eps=config.layer_norm_eps)
         self.intermediate = FusedLinearGELU(hidden_size, config.intermediate_size)
@@ -113,7 +119,7 @@ class BertLayer(nn.Module):
         self.use_linear(F.linear)
 
     def use_linear(self, linear: Callable[..., Tensor]) -> None:
-        """Multiply by the layer's matrices with ``linear``, which takes and returns what ``F.linear`` does."""
+        """Compute the layer's four matrix products with ``linear``, a function with the signature of ``F.linear``."""
         self.linear = self.intermediate.linear = linear
 
     def forward(
@@ -124,35 +130,40 @@ class BertLayer(nn.Module):
         seeds: Sequence[Tensor | None] = (None,) * SEEDS_PER_LAYER,
         rows: ReadRows | None = None,
     ) -> Tensor:
-        """x: [T, H]; cu_seqlens: int32 [S + 1]; seeds: three int64 tensors of one element, or None → [T, H].
+        """The layer's output, [T, H], or [R, H] with ``rows``.
 
-        With ``rows``, R of them, the same for these alone, [R, H]: every row is a key and a value, but only these are
-        queries and go through the rest of the layer.
+        Args:
+            x: [T, H].
+            cu_seqlens: int32 [S + 1], bounds of the segments.
+            max_seqlen: upper bound of the segments' lengths.
+            seeds: three int64 tensors of one element, or None.
+            rows: the R rows to compute. All T rows are keys and values, but only these are queries and go through the
+                rest of the layer.
         """
         attention_p, hidden_p = (self.attention_dropout_p, self.hidden_dropout_p) if self.training else (0.0, 0.0)
         if rows is None:
-            qkv = self.linear(x, self.qkv.weight, self.qkv.bias).view(x.shape[0], 3, self.num_heads, -1)  # (T, 3, h, D)
-            attended = attention_varlen(qkv, cu_seqlens, max_seqlen, dropout_p=attention_p, seed=seeds[0])  # (T, h, D)
+            qkv = self.linear(x, self.qkv.weight, self.qkv.bias).view(x.shape[0], 3, self.num_heads, -1)  # [T, 3, h, D]
+            attended = attention_varlen(qkv, cu_seqlens, max_seqlen, dropout_p=attention_p, seed=seeds[0])  # [T, h, D]
         else:
-            sizes = [x.shape[1], 2 * x.shape[1]]  # split, not sliced: its backward is one concatenation
+            sizes = [x.shape[1], 2 * x.shape[1]]  # split instead of slices: its backward is one concatenation
             (q_weight, kv_weight), (q_bias, kv_bias) = self.qkv.weight.split(sizes), self.qkv.bias.split(sizes)
-            kv = self.linear(x, kv_weight, kv_bias).view(x.shape[0], 2, self.num_heads, -1)
-            x = x.index_select(0, rows.positions)  # (R, H): from here on T is R
-            q = self.linear(x, q_weight, q_bias).view(x.shape[0], self.num_heads, -1)
-            k, v = kv.unbind(1)  # each (T, h, D), as q (R, h, D)
-            attended = attention_varlen_separate(
+            kv = self.linear(x, kv_weight, kv_bias).view(x.shape[0], 2, self.num_heads, -1)  # [T, 2, h, D]
+            x = x.index_select(0, rows.positions)  # [R, H]; read R for T from here on
+            q = self.linear(x, q_weight, q_bias).view(x.shape[0], self.num_heads, -1)  # [R, h, D]
+            k, v = kv.unbind(1)  # [T, h, D] each
+            attended = attention_varlen_separate(  # [R, h, D]
                 q, k, v, rows.cu_seqlens, max_seqlen, cu_seqlens, max_seqlen, dropout_p=attention_p, seed=seeds[0]
             )
-        attended = attended.reshape_as(x)
-        x = self._add_norm(self.attention_output, self.attention_norm, attended, x, hidden_p, seeds[1])  # (T, H)
-        inner = self.intermediate(x)  # (T, I)
-        return self._add_norm(self.output, self.output_norm, inner, x, hidden_p, seeds[2])  # (T, H)
+        attended = attended.reshape_as(x)  # [T, H]
+        x = self._add_norm(self.attention_output, self.attention_norm, attended, x, hidden_p, seeds[1])  # [T, H]
+        inner = self.intermediate(x)  # [T, I]
+        return self._add_norm(self.output, self.output_norm, inner, x, hidden_p, seeds[2])  # [T, H]
 
     def _add_norm(
         self, linear: nn.Linear, norm: nn.LayerNorm, x: Tensor, residual: Tensor, p: float, seed: Tensor | None
     ) -> Tensor:
-        """norm(residual + Dropout(linear(x))). A GPU's norm kernel adds the linear's bias, and sums its gradient."""
-        if choose_backend(x) == "reference":  # a CPU's product adds the bias in passing
+        """norm(residual + Dropout(linear(x))). A GPU's norm kernel adds the linear's bias and sums its gradient."""
+        if choose_backend(x) == "reference":  # on a CPU the matrix product adds the bias at no cost
             x, bias = self.linear(x, linear.weight, linear.bias), None
         else:
             x, bias = self.linear(x, linear.weight), linear.bias
@@ -165,9 +176,9 @@ class BertEncoder(nn.Module):
     """Embeddings and L layers.
 
     Attributes:
-        checkpoint_activations: a layer keeps its input alone, H elements a token, and its backward runs its forward
-            anew, under the same dropout masks: the same gradients, to the bit, for a third more matrix work (Chen et
-            al. 2016).
+        checkpoint_activations: save only each layer's input, H elements a token, and recompute the layer in the
+            backward with the same dropout masks: bitwise the same gradients for a third more matrix products
+            (Chen et al. 2016).
     """
 
     def __init__(self, config: BertConfig) -> None:
@@ -188,35 +199,39 @@ class BertEncoder(nn.Module):
         rows: ReadRows | None = None,
         words: Tensor | None = None,
     ) -> Tensor:
-        """input_ids, token_type_ids, position_ids: int64 [T]; cu_seqlens: int32 [S + 1] → hidden states [T, H].
+        """Hidden states [T, H], or [R, H] with ``rows``.
 
-        With ``rows``, the hidden states of these alone, [R, H]: the last layer computes no others. ``words``: as
-        `BertEmbeddings` takes them.
+        Args:
+            input_ids, token_type_ids, position_ids: int64 [T].
+            cu_seqlens: int32 [S + 1], bounds of the segments.
+            max_seqlen: upper bound of the segments' lengths.
+            rows: the R rows to compute in the last layer.
+            words: see `BertEmbeddings`.
 
         Raises:
-            ValueError: ``max_seqlen`` is more than there are position embeddings.
+            ValueError: ``max_seqlen`` is larger than the number of position embeddings.
         """
         if max_seqlen > self.max_position_embeddings:
             raise ValueError(
                 f"max_seqlen is {max_seqlen}, but the model has positions for {self.max_position_embeddings}: pack "
                 "shorter segments, or build the model with a larger max_position_embeddings"
             )
-        x = self.embeddings(input_ids, token_type_ids, position_ids, words)  # (T, H)
+        x = self.embeddings(input_ids, token_type_ids, position_ids, words)  # [T, H]
         seeds = self._seeds(x)
         for i, layer in enumerate(self.layers):
-            of_layer = seeds[SEEDS_PER_LAYER * i : SEEDS_PER_LAYER * (i + 1)]
-            arguments = x, cu_seqlens, max_seqlen, of_layer, rows if i == len(self.layers) - 1 else None
+            layer_seeds = seeds[SEEDS_PER_LAYER * i : SEEDS_PER_LAYER * (i + 1)]
+            arguments = x, cu_seqlens, max_seqlen, layer_seeds, rows if i == len(self.layers) - 1 else None
             if self.checkpoint_activations and torch.is_grad_enabled():
-                # With seeds the masks are functions of them; without, PyTorch's dropout draws again as it did.
-                draws = self.training and self.has_dropout and of_layer[0] is None
-                x = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=draws)
+                # Masks are functions of the seeds. Without seeds, PyTorch's dropout needs the generator's state again.
+                uses_generator = self.training and self.has_dropout and layer_seeds[0] is None
+                x = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=uses_generator)
             else:
-                x = layer(*arguments)
+                x = layer(*arguments)  # [T, H], or [R, H] after the last layer
         return x
 
     def _seeds(self, x: Tensor) -> Sequence[Tensor | None]:
-        """A dropout seed for every operator of the forward, from torch's generator in one draw on the device."""
+        """One dropout seed for each operator of the forward, drawn from torch's generator at once on the device."""
         n = SEEDS_PER_LAYER * len(self.layers)
         if not (self.training and self.has_dropout) or choose_backend(x) == "reference":
-            return (None,) * n  # nothing is dropped, or PyTorch's own dropout draws
+            return (None,) * n  # no dropout, or PyTorch's own
         return torch.randint(0, 2**62, (n,), dtype=torch.int64, device=x.device).split(1)

@@ -4,9 +4,10 @@
           word embeddings; −Σ log p(original token)
     NSP   first token of each segment → tanh(W x + b) → 2 logits; −Σ log p(label), 0 = B follows A
 
-The losses are sums, not means: the mean over the labelled positions of several micro-batches and ranks is then exact,
-with the batches' own counts (`PackedBatch.num_masked`, `.num_pairs`) as the denominator. After the last layer nothing
-but masked positions and first tokens is read, so it computes no other rows: the same losses for less.
+The losses are sums, so that the mean over several micro-batches and ranks is exact: divide by the sums of the batches'
+counts (`PackedBatch.num_masked`, `.num_pairs`). The last layer computes only the rows that the heads read, the masked
+positions and the first tokens.
+
 Shapes: T tokens, S segments, M masked positions, H hidden_size, V vocab_size.
 """
 
@@ -27,13 +28,13 @@ from .tied_embedding import tied_rows
 
 
 class PreTrainingOutput(NamedTuple):
-    """Sums over the labelled positions and pairs of a batch; 0-dim tensors on the model's device.
+    """Sums over the labelled positions and pairs of a batch: 0-dim tensors on the model's device.
 
     Attributes:
         mlm_loss_sum: −Σ log p(original token), nats.
         nsp_loss_sum: −Σ log p(pair label), nats; 0 in a batch without pairs.
-        mlm_correct: int64, masked positions whose arg max is the original token.
-        nsp_correct: int64, pairs whose arg max is the label.
+        mlm_correct: int64, number of masked positions where the original token has the largest logit.
+        nsp_correct: int64, number of pairs where the label has the larger logit.
     """
 
     mlm_loss_sum: Tensor
@@ -45,8 +46,8 @@ class PreTrainingOutput(NamedTuple):
 class BertForPreTraining(nn.Module):
     """BERT with its two pretraining heads, on packed batches.
 
-    Initialised as BERT is: weights and embeddings normal(0, initializer_range), biases 0, LayerNorms 1 and 0, the
-    padding token's embedding 0; ``torch.manual_seed`` governs.
+    Initialised like BERT, from torch's generator: weights and embeddings normal(0, initializer_range), biases 0,
+    LayerNorms 1 and 0, the padding token's embedding 0.
     """
 
     def __init__(self, config: BertConfig) -> None:
@@ -62,7 +63,7 @@ class BertForPreTraining(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw every parameter anew from torch's generator."""
+        """Initialise every parameter again."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
@@ -75,14 +76,14 @@ class BertForPreTraining(nn.Module):
             self.encoder.embeddings.word_embeddings.weight[self.config.pad_token_id].zero_()
 
     def num_parameters(self) -> int:
-        """Trainable scalars; the tied decoder counts once."""
+        """Number of trainable scalars; the tied decoder counts once."""
         return sum(p.numel() for p in self.parameters())
 
     def forward(self, batch: PackedBatch) -> PreTrainingOutput:
-        """Both losses and both counts of right answers over ``batch``, as sums."""
-        words, decoder_weight = self._words(batch.input_ids)
-        hidden = self._read_hidden(batch, words)  # (M + S, H): nothing else is read after the last layer
-        masked, first = hidden.split([batch.masked_positions.shape[0], batch.nsp_labels.shape[0]])
+        """Both losses and both counts of correct predictions over ``batch``, as sums."""
+        words, decoder_weight = self._words(batch.input_ids)  # [T, H] or None, [V, H]
+        hidden = self._read_hidden(batch, words)  # [M + S, H]
+        masked, first = hidden.split([batch.masked_positions.shape[0], batch.nsp_labels.shape[0]])  # [M, H], [S, H]
         mlm_loss, mlm_correct = masked_lm_loss(
             self.transform(masked),
             decoder_weight.to(hidden.dtype),
@@ -92,38 +93,42 @@ class BertForPreTraining(nn.Module):
             reduction="sum",
             return_accuracy=True,
         )
-        nsp_logits = self.nsp_logits(self.pool(first))  # (S, 2)
+        nsp_logits = self.nsp_logits(self.pool(first))  # [S, 2]
         nsp_logits = nsp_logits.to(torch.promote_types(nsp_logits.dtype, torch.float32))
         nsp_loss = F.cross_entropy(nsp_logits, batch.nsp_labels, ignore_index=IGNORE, reduction="sum")
         nsp_correct = (nsp_logits.argmax(-1) == batch.nsp_labels).sum()
         return PreTrainingOutput(mlm_loss, nsp_loss, mlm_correct, nsp_correct)
 
     def encode(self, batch: PackedBatch) -> Tensor:
-        """The last layer's hidden state of every token: [T, H]."""
+        """The hidden states of all tokens after the last layer: [T, H]."""
         return self.encoder(
             batch.input_ids, batch.token_type_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen
         )
 
     def _words(self, input_ids: Tensor) -> tuple[Tensor | None, Tensor]:
-        """The word embeddings' rows if they are to be looked up here, [T, H], and the decoder's weight, [V, H]."""
+        """The tokens' word embeddings, [T, H], or None if the encoder must look them up; the decoder's weight, [V, H].
+
+        `tied_rows` saves time in an eager backward on a CPU. On a GPU its sum of rows is not deterministic.
+        """
         weight = self.decoder_weight
-        wanted = torch.is_grad_enabled() and weight.requires_grad and not torch.compiler.is_compiling()
-        if not wanted or weight.is_cuda or choose_backend(weight) == "triton":  # a GPU would add rows in any order
+        backward = torch.is_grad_enabled() and weight.requires_grad
+        if not backward or torch.compiler.is_compiling() or weight.is_cuda or choose_backend(weight) == "triton":
             return None, weight
         return tied_rows(weight, input_ids, self.encoder.embeddings.word_embeddings.padding_idx)
 
     def _read_hidden(self, batch: PackedBatch, words: Tensor | None) -> Tensor:
         """[M + S, H]: the hidden states of the masked positions, then of each segment's first token.
 
-        Those of spare positions and of empty segments mean nothing; they have no label.
+        The rows of spare positions and of empty segments are undefined; they have no label.
         """
-        cu_seqlens, nowhere = batch.cu_seqlens, batch.input_ids.shape[0]
-        masked = torch.where(batch.masked_labels != IGNORE, batch.masked_positions, nowhere)
-        first = torch.where(cu_seqlens[1:] > cu_seqlens[:-1], cu_seqlens[:-1], nowhere)
-        positions, order = torch.sort(torch.cat([masked, first.long()]), stable=True)
-        bounds = torch.searchsorted(positions, cu_seqlens.long()).to(torch.int32)
-        rows = ReadRows(positions.clamp(max=nowhere - 1), bounds)
-        hidden = self.encoder(
+        cu_seqlens, num_rows = batch.cu_seqlens, batch.input_ids.shape[0]
+        # Position T, sorted to the end, stands for "not read".
+        masked = torch.where(batch.masked_labels != IGNORE, batch.masked_positions, num_rows)  # [M]
+        first = torch.where(cu_seqlens[1:] > cu_seqlens[:-1], cu_seqlens[:-1], num_rows)  # [S]
+        positions, order = torch.sort(torch.cat([masked, first.long()]), stable=True)  # [M + S]
+        bounds = torch.searchsorted(positions, cu_seqlens.long()).to(torch.int32)  # [S + 1]
+        rows = ReadRows(positions.clamp(max=num_rows - 1), bounds)
+        hidden = self.encoder(  # [M + S, H]
             batch.input_ids, batch.token_type_ids, batch.position_ids, cu_seqlens, batch.max_seqlen, rows, words
         )
         return hidden.index_select(0, torch.argsort(order))
@@ -134,11 +139,11 @@ class BertForPreTraining(nn.Module):
         return self.encoder.embeddings.word_embeddings.weight
 
     def transform(self, hidden: Tensor) -> Tensor:
-        """What comes before the decoder: LN(GELU(W x + b)), [.., H] → [.., H]."""
+        """The MLM head before the decoder, LN(GELU(W x + b)): [.., H] → [.., H]."""
         return self.mlm_norm(self.mlm_dense(hidden))
 
     def predict_tokens(self, hidden: Tensor) -> Tensor:
-        """Logits over the vocabulary for the given rows of hidden states: [.., H] → [.., V]."""
+        """Logits over the vocabulary: hidden states [.., H] → [.., V]."""
         return F.linear(self.transform(hidden), self.decoder_weight, self.mlm_bias)
 
     def pool(self, first: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ def test_a_model_in_fp8_follows_its_bf16_self() -> None:
 
 def test_sizes_and_devices_it_cannot_take() -> None:
     x = torch.randn(16, 24, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match=r"multiples of 16; got in_features = 24"):
+    with pytest.raises(ValueError, match=r"in_features must be a multiple of 16 for fp8; got 24"):
         fp8_linear(x, torch.randn(32, 24, dtype=torch.bfloat16))
     obstacle = fp8_obstacle(torch.device("cpu"))
     assert obstacle is not None

@@ -62,7 +62,7 @@ def test_padding_skips_empty_segments_between_real_ones():
     assert padded["token_type_ids"].tolist() == [[0, 1], [0, 0]]
     assert padded["labels"].tolist() == [[IGNORE, IGNORE], [7, IGNORE]]
     assert padded["next_sentence_label"].tolist() == [1, 0]
-    with pytest.raises(ValueError, match="no real token"):
+    with pytest.raises(ValueError, match="no tokens besides slack"):
         to_padded(dataclasses.replace(batch, num_tokens=0))
 
 
