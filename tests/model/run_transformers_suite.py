@@ -1,10 +1,10 @@
-"""Transformers' own tests of a model, with `fuse` applied to every model they construct:
+"""Run Transformers' own tests of a model with `fuse` applied to every model that they construct:
 
     python tests/model/run_transformers_suite.py CHECKOUT [bert roberta ...] [--unpad] [pytest's options]
 
-CHECKOUT is a source tree of the installed version of Transformers (``git clone --branch v5.24.0``); the tests need what
-its README names, ``parameterized`` at least. Not collected by our own test run: it is minutes of work and another
-project's code. docs/drop-in.md says what passes, and why the tests that are excluded do not apply.
+CHECKOUT is a source tree of the installed version of Transformers (``git clone --branch v5.24.0``). The tests need the
+packages that its README names, at least ``parameterized``. Our test run does not collect this file: it takes minutes.
+docs/drop-in.md lists the results and the excluded tests.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from typing import Any
 import pytest
 
 EXCLUDED = {
-    "test_attention_outputs": "sets config.output_attentions, which Transformers refuses unless the attention is eager",
-    "test_can_set_attention_dynamically": "asserts the name of the attention: 'sdpa', then 'eager'",
-    "test_sdpa_can_dispatch_non_composite_models": "asserts that the name of the attention is 'sdpa'",
+    "test_attention_outputs": "sets config.output_attentions; Transformers allows this only with eager attention",
+    "test_can_set_attention_dynamically": "asserts that the attention's name is 'sdpa', then 'eager'",
+    "test_sdpa_can_dispatch_non_composite_models": "asserts that the attention's name is 'sdpa'",
 }
-# And with --unpad.
+# Also excluded with --unpad.
 EXCLUDED_UNPAD = {
-    "test_feed_forward_chunking": "compares the rows of padding too, which unpad makes zeros",
+    "test_feed_forward_chunking": "also compares the rows of padding, which unpad sets to zero",
     **dict.fromkeys(  # slow: with RUN_SLOW=1
         ("test_torch_export_static", "test_torch_export_dynamic"),
-        "compares the rows of padding too: zeros outside the graph, and the graph keeps them",
+        "also compare the rows of padding, which are zeros in eager mode but not in the exported graph",
     ),
 }
 
 
 class FuseEverything:
-    """Fuses each Transformers model when its constructor returns: before from_pretrained has loaded a weight."""
+    """Fuses each Transformers model when its constructor returns, before from_pretrained loads weights."""
 
     def __init__(self, unpad: bool) -> None:
         self.unpad, self.fused = unpad, 0
@@ -55,7 +55,7 @@ class FuseEverything:
                     original(model, *args, **kwargs)
                 finally:
                     depth -= 1
-                if depth == 0:  # the whole model, not one of its parts, nor a base class of it
+                if depth == 0:  # the whole model: not a part of it, not the constructor of a base class
                     plugin.fuse(model)
 
             return __init__
@@ -98,7 +98,7 @@ def main(words: list[str]) -> int:
     paths = [str(checkout / "tests" / "models" / name / f"test_modeling_{name}.py") for name in names]
     plugin = FuseEverything("--unpad" in rest)
     status = pytest.main([*paths, f"--rootdir={checkout}", "-p", "no:cacheprovider", "-q", *options], plugins=[plugin])
-    return int(status) or int(plugin.fused == 0)  # a run in which nothing was fused says nothing
+    return int(status) or int(plugin.fused == 0)  # a run without a fused model shows nothing
 
 
 if __name__ == "__main__":

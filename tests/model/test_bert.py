@@ -1,4 +1,4 @@
-"""The packed encoder by itself: nothing leaks between segments, dropout, precision, compilation, the kernels' path."""
+"""The packed encoder: initialisation, isolation of segments, dropout, precision, compilation, the Triton path."""
 
 import dataclasses
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bert_cases import MICRO, padded_examples, with_slack
+from bert_cases import bert as cpu_bert
 from oracle import DEVICE, assert_as_good_as_torch, relative_error
 
 from fusebert.kernels import use_backend
@@ -20,13 +21,7 @@ def batch():
 
 
 def bert(config: BertConfig = MICRO, seed: int = 0) -> BertForPreTraining:
-    """A BERT whose parameters all differ from their special initial values."""
-    torch.manual_seed(seed)
-    model = BertForPreTraining(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.ndim == 1 else 0.05))
-    return model.to(DEVICE)
+    return cpu_bert(config, seed).to(DEVICE)
 
 
 def loss_and_gradients(model, batch):
@@ -36,9 +31,6 @@ def loss_and_gradients(model, batch):
     loss = out.mlm_loss_sum + out.nsp_loss_sum
     loss.backward()
     return loss.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-
-
-# ---- initialisation ----
 
 
 def test_initialisation_is_berts():
@@ -60,11 +52,8 @@ def test_manual_seed_governs_the_initialisation():
     assert not torch.equal(first.mlm_dense.weight, other.mlm_dense.weight)
 
 
-# ---- packing ----
-
-
 def test_slack_and_spare_slots_change_nothing(batch):
-    """Other slack tokens, and their number: the same losses, counts and gradients, to the bit and to rounding."""
+    """Other slack tokens give bitwise the same results; no slack gives the same results up to rounding."""
     model = bert()
     loss, gradients = loss_and_gradients(model, batch)
     slack = slice(batch.num_tokens, None)
@@ -132,9 +121,6 @@ def test_segments_longer_than_the_positions_are_refused(batch):
         bert()(dataclasses.replace(batch, max_seqlen=41))
 
 
-# ---- dropout ----
-
-
 @pytest.mark.parametrize("field", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
 def test_each_dropout_drops_in_training_alone_and_obeys_the_seed(batch, field):
     model = bert(dataclasses.replace(MICRO, **{field: 0.1}))
@@ -161,9 +147,6 @@ def test_dropout_is_unbiased_at_the_embeddings(batch):
     torch.testing.assert_close(kept[~dropped], whole[~dropped] / 0.9)
 
 
-# ---- precision ----
-
-
 def test_autocast_runs_in_bfloat16_with_float32_losses_and_gradients(batch):
     model = bert()
     seen = {}
@@ -186,9 +169,6 @@ def test_a_model_can_be_half_precision_throughout(batch):
     assert {gradient.dtype for gradient in gradients.values()} == {torch.bfloat16}
 
 
-# ---- compilation ----
-
-
 def test_compiles_without_a_graph_break(batch):
     model = bert()
     eager_loss, eager = loss_and_gradients(model, batch)
@@ -203,7 +183,7 @@ def test_compiles_without_a_graph_break(batch):
 
 
 def test_other_counts_do_not_compile_anew(batch):
-    """The counts of a batch differ at every step; only shapes may make dynamo compile again."""
+    """The counts of a batch differ at every step and must not cause a recompilation."""
     from torch._dynamo.testing import CompileCounter
 
     torch._dynamo.reset()
@@ -214,11 +194,8 @@ def test_other_counts_do_not_compile_anew(batch):
     assert counter.frame_count == 1
 
 
-# ---- the kernels' path ----
-
-
 def run(backend, model, dtype=torch.float32, seed=0):
-    """`loss_and_gradients` of few tokens: in the interpreter a program costs milliseconds."""
+    """`loss_and_gradients` of a small batch: the interpreter needs milliseconds a program."""
     batch = with_slack(pack_padded(**padded_examples(MICRO, (9, 1, 14), seed)), tokens=4, segments=1, masked=2)
     torch.manual_seed(3)
     with use_backend(backend):
@@ -276,8 +253,8 @@ def test_every_operator_drops_with_its_probability_and_its_own_seed(batch, monke
         assert set(seeds) == {None}
 
 
-@pytest.mark.skipif(DEVICE != "cuda", reason="only a GPU can be waited for")
-def test_a_step_never_waits_for_the_device(batch):
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+def test_a_step_does_not_synchronise_with_the_device(batch):
     model = bert(DROPOUT)
     with torch.autocast(DEVICE, torch.bfloat16):
         loss_and_gradients(model, batch)  # compiles the kernels

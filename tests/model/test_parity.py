@@ -1,8 +1,10 @@
-"""The same numbers as Transformers' BertForPreTraining: logits, losses, every gradient, fifty steps of training."""
+"""Agreement with Transformers' BertForPreTraining: logits, losses, every gradient, fifty steps of training."""
+
+import dataclasses
 
 import pytest
 import torch
-from bert_cases import MICRO, padded_examples, with_slack
+from bert_cases import MICRO, padded_examples, randomised, with_slack
 from oracle import DEVICE, assert_as_good_as_torch, relative_error
 
 from fusebert.model import BertConfig, from_hf, pack_padded
@@ -11,15 +13,10 @@ from fusebert.model.hf import parameter_names
 transformers = pytest.importorskip("transformers")
 
 
-def random_hf(config: BertConfig = MICRO, seed: int = 0):
-    """A Transformers BERT in which no parameter has a special value (biases are not 0, nor norms 1 and 0)."""
-    torch.manual_seed(seed)
-    fields = {name: getattr(config, name) for name in config.__dataclass_fields__}
-    model = transformers.BertForPreTraining(transformers.BertConfig(**fields))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.ndim == 1 else 0.05))
-    return model
+def random_hf(config: BertConfig = MICRO):
+    torch.manual_seed(0)
+    model = transformers.BertForPreTraining(transformers.BertConfig(**dataclasses.asdict(config)))
+    return randomised(model)
 
 
 def pair_of_models(dtype: torch.dtype = torch.float32, config: BertConfig = MICRO):
@@ -60,12 +57,12 @@ def test_logits_of_a_ragged_batch():
     assert relative_error(nsp, theirs.seq_relationship_logits) <= 1e-5
 
 
-def test_counts_of_right_answers():
+def test_counts_of_correct_predictions():
     hf, ours = (model.eval() for model in pair_of_models())
     examples = padded_examples(MICRO, device=DEVICE)
     with torch.no_grad():
         theirs = hf(examples["input_ids"], examples["attention_mask"], examples["token_type_ids"])
-        # Half of the labels become what the model says, so that there is something to count.
+        # Half of the labels become the model's predictions, so that there is something to count.
         best = theirs.prediction_logits.argmax(-1)
         labels = examples["labels"]
         every_other = torch.arange(labels.numel(), device=DEVICE).reshape(labels.shape) % 2 == 0
@@ -76,7 +73,7 @@ def test_counts_of_right_answers():
 
 
 def test_every_gradient_in_float64():
-    """Where rounding is out of the way, packed and padded agree to the last digits, for every parameter."""
+    """Without rounding, packed and padded agree to the last digits for every parameter."""
     hf, ours = pair_of_models(torch.float64)
     examples = padded_examples(MICRO, device=DEVICE)
     assert relative_error(mean_loss(ours, pack_padded(**examples)), hf(**examples).loss) < 1e-14
@@ -86,8 +83,8 @@ def test_every_gradient_in_float64():
 
 
 def assert_gradients_as_good(found):
-    """``found``: a batch each, {name: (ours, float64's, Transformers')}; stacked, so that a lucky small tensor is not
-    the yardstick."""
+    """``found``: for each batch {name: (ours, float64, Transformers')}. Batches are stacked because the error of one
+    small tensor is chance."""
     for name in found[0]:
         ours, oracle, theirs = (torch.stack([grads[name][i] for grads in found]) for i in range(3))
         assert_as_good_as_torch(ours, oracle, theirs, name)
@@ -106,10 +103,10 @@ def test_loss_and_every_gradient_in_float32():
 
 
 def test_gradients_under_bfloat16_autocast():
-    """Each parameter's gradient is as near to float64 as Transformers' in bfloat16 (three batches stacked).
+    """Each parameter's gradient is as near to float64 as Transformers' in bfloat16.
 
-    Transformers' whole model is bfloat16 here: under autocast it keeps the residual stream in float32, which ours
-    gives up for half the bytes. The parameters are bfloat16 numbers, so that all three models have the same.
+    Transformers' model is bfloat16 throughout: under autocast it would keep the residual stream in float32, ours does
+    not. The parameters are bfloat16 numbers, so that all three models have the same.
     """
     found = []
     for examples in (padded_examples(MICRO, seed=seed, device=DEVICE) for seed in range(3)):
@@ -126,8 +123,8 @@ def test_gradients_under_bfloat16_autocast():
     assert_gradients_as_good(found)
 
 
-def test_padding_token_learns_from_the_decoder_alone():
-    """Transformers' padding_idx: no gradient where the padding token is read, the full one where it is predicted."""
+def test_padding_token_gets_gradients_from_the_decoder_only():
+    """As with Transformers' padding_idx: none where the padding token is the input, all where it is the label."""
     hf, ours = pair_of_models(torch.float64)
     examples = padded_examples(MICRO, device=DEVICE)
     pad = MICRO.pad_token_id
@@ -160,9 +157,8 @@ def test_a_batch_without_labels_has_zero_loss_and_gradients():
 def test_loss_curve_of_fifty_steps():
     """Same initialisation, same batches, dropout 0, AdamW with BERT's decay groups: the same loss at every step."""
     config = BertConfig.preset("tiny", 300, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    fields = {name: getattr(config, name) for name in config.__dataclass_fields__}
     torch.manual_seed(0)
-    hf = transformers.BertForPreTraining(transformers.BertConfig(**fields)).to(DEVICE).train()
+    hf = transformers.BertForPreTraining(transformers.BertConfig(**dataclasses.asdict(config))).to(DEVICE).train()
     ours = from_hf(hf).to(DEVICE).train()
     lengths = (32, 9, 20, 27, 14, 30)
     batches = [padded_examples(config, lengths, seed, DEVICE) for seed in range(5)]
@@ -188,4 +184,4 @@ def test_loss_curve_of_fifty_steps():
     our_losses = train(ours, lambda model, examples: mean_loss(model, with_slack(pack_padded(**examples), 5, 1, 2)))
     difference = ((our_losses - their_losses) / their_losses).abs()
     assert difference.max() < 1e-3, f"step {difference.argmax()}: {difference.max():.3g}"
-    assert their_losses[-5:].mean() < 0.9 * their_losses[:5].mean(), "nothing was learnt: the curves say little"
+    assert their_losses[-5:].mean() < 0.9 * their_losses[:5].mean(), "the loss does not fall: the test shows nothing"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from torch import nn
 
-from fusebert.model import IGNORE, BertConfig, PackedBatch
+from fusebert.model import IGNORE, BertConfig, BertForPreTraining, PackedBatch
 
 # Hidden 32 in heads of 16: the narrowest the attention kernels take.
 MICRO = BertConfig(
@@ -22,10 +23,25 @@ MICRO = BertConfig(
 LENGTHS = (17, 1, 40, 5, 23)
 
 
+def randomised(model: nn.Module) -> nn.Module:
+    """``model`` without special values: biases and LayerNorms are no longer 0 and 1."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.ndim == 1 else 0.05))
+    return model
+
+
+def bert(config: BertConfig = MICRO, seed: int = 0) -> BertForPreTraining:
+    torch.manual_seed(seed)
+    model = BertForPreTraining(config)
+    randomised(model)
+    return model
+
+
 def padded_examples(
     config: BertConfig, lengths: tuple[int, ...] = LENGTHS, seed: int = 0, device: str = "cpu"
 ) -> dict[str, torch.Tensor]:
-    """Random examples as Transformers takes them; the padding token also occurs as a real token, and as a label."""
+    """Random examples in Transformers' form; the padding token is also used as a real token and as a label."""
     generator = torch.Generator().manual_seed(seed)
     shape = (len(lengths), max(lengths))
     mask = torch.arange(shape[1]) < torch.tensor(lengths)[:, None]
@@ -36,7 +52,7 @@ def padded_examples(
     input_ids, labels = draw(config.vocab_size, *shape), draw(config.vocab_size, *shape)
     input_ids[0, 1] = labels[0, 1] = config.pad_token_id or 0
     labelled = mask & (torch.rand(shape, generator=generator) < 0.3)
-    labelled[0, :2] = True  # the padding token, and row 0, where spare masked slots point
+    labelled[0, :2] = True  # the padding token, and row 0, to which unused masked slots point
     next_sentence_label = draw(2, len(lengths))
     next_sentence_label[-1] = IGNORE
     examples = {
@@ -50,7 +66,7 @@ def padded_examples(
 
 
 def with_slack(batch: PackedBatch, tokens: int, segments: int, masked: int, seed: int = 1) -> PackedBatch:
-    """``batch`` with a last segment of random slack, ``segments`` empty segments and ``masked`` spare masked slots."""
+    """``batch`` with a segment of random slack, ``segments`` empty segments and ``masked`` unused masked slots."""
     device, total = batch.input_ids.device, batch.num_tokens + tokens
 
     def longer(x: torch.Tensor, tail: torch.Tensor) -> torch.Tensor:

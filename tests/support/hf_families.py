@@ -1,4 +1,4 @@
-"""Tiny random Transformers models of the families that `fuse` knows, a batch for each, and what is compared of them."""
+"""Tiny random Transformers models of the families that `fuse` supports, a batch for each, and the compared outputs."""
 
 import torch
 from oracle import DEVICE
@@ -19,7 +19,7 @@ MODERN = {
 }
 VIT = {"image_size": 8, "patch_size": 2, "num_channels": 3}
 NO_DROPOUT = dict.fromkeys(DROPOUTS, 0.0)
-# class, configuration, what one forward returns that is compared, modules fused for two layers
+# class, configuration, the output that is compared, number of modules fused in two layers
 FAMILIES = {
     "bert": ("BertModel", {**TEXT, **NO_DROPOUT}, "last_hidden_state", 1 + 4 + 1),
     "bert-mlm": ("BertForMaskedLM", {**TEXT, **NO_DROPOUT}, "logits", 1 + 4 + 2),
@@ -34,10 +34,10 @@ FAMILIES = {
 
 
 def build(family: str, seed: int = 0, **settings) -> nn.Module:
-    """A random model in which no parameter has a special value (biases are not 0, nor norms 1 and 0)."""
-    name, fields, _, _ = FAMILIES[family]
+    """A random model without special values: biases are not 0, norms are not 1 and 0."""
     import transformers
 
+    name, fields, _, _ = FAMILIES[family]
     cls = getattr(transformers, name)
     torch.manual_seed(seed)
     model = cls(cls.config_class(**{**fields, **settings}))
@@ -64,7 +64,7 @@ def batch(family: str, lengths: tuple[int, ...] = (17, 3, 11), seed: int = 0) ->
 
 
 def output_of(family: str, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The family's output, its padding left out: [rows, features]."""
+    """The family's output without padding: [rows, features]."""
     dtype = next(model.parameters()).dtype
     inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
     out = model(**inputs)[FAMILIES[family][2]]

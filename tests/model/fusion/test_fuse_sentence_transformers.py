@@ -1,7 +1,6 @@
-"""Fine-tuning a sentence encoder: mean pooling over a padded batch, with the padding gone inside the encoder.
+"""Fine-tuning a sentence encoder: mean pooling over a padded batch whose padding is removed inside the encoder.
 
-Once with a stand-in of sentence_transformers' structure, which needs no tokenizer, and with the library where it is
-installed.
+With a stand-in for the structure of sentence_transformers, which needs no tokenizer, and with the library if installed.
 """
 
 import copy
@@ -40,7 +39,7 @@ class Pooling(nn.Module):
 
 
 def contrastive(model):
-    """The loss of matching each sentence with its own, shortened, among all; and the gradients."""
+    """The contrastive loss of two batches of sentences, and its gradients."""
     pair = [batch("bert", lengths, seed) for lengths, seed in (((17, 3, 11), 0), ((9, 2, 6), 1))]
     a, b = (nn.functional.normalize(model(features)["sentence_embedding"], dim=1) for features in pair)
     loss = nn.functional.cross_entropy(a @ b.T * 20, torch.arange(3, device=DEVICE))
@@ -58,6 +57,7 @@ def test_a_stand_in(family, backend):
     oracle = contrastive(copy.deepcopy(model).double())
     report = fuse(model, unpad=True)
     assert not report.left
+    assert report.replaced[0].name == "0.auto_model"
     assert any("packed" in entry.by for entry in report.replaced)
     widths = []
     norm = next(m for m in encoder.modules() if isinstance(m, nn.Linear))

@@ -1,4 +1,4 @@
-"""A fused Transformers model in the hands of its users: other heads and families, masks, and PyTorch's machinery."""
+"""Fused Transformers models: other heads and families, masks, autocast, checkpointing, DDP, compile and export."""
 
 import copy
 
@@ -42,14 +42,14 @@ OTHERS = [
 
 
 def _rows(out, mask):
-    """The first output, its padding left out."""
+    """The first output without its padding."""
     out = out.to_tuple()[0]
     return out[mask.bool()] if mask is not None and out.shape[:2] == mask.shape else out
 
 
 @pytest.mark.parametrize(("name", "fields", "attention"), OTHERS, ids=lambda x: x if isinstance(x, str) else "")
 def test_other_heads_and_families(name, fields, attention):
-    """In float64, where nothing can hide; what is not fused is said."""
+    """Equal in float64; the report names modules that are not fused."""
     cls = getattr(transformers, name)
     torch.manual_seed(0)
     model = randomised(cls(cls.config_class(**fields))).double().train()
@@ -59,7 +59,7 @@ def test_other_heads_and_families(name, fields, attention):
     report = fuse(model)
     entries = report.replaced if attention else report.left
     assert [entry.name for entry in entries if entry.kind == name] == [""]
-    assert name == "DebertaModel" or any("layernorm" in entry.by for entry in report.replaced)  # its norms are its own
+    assert name == "DebertaModel" or any("layernorm" in entry.by for entry in report.replaced)  # it has its own norms
     gradients = []
     for m in (plain, model):
         out = _rows(m(**inputs), inputs.get("attention_mask"))
@@ -69,9 +69,6 @@ def test_other_heads_and_families(name, fields, attention):
     with torch.no_grad():
         ours, theirs = (_rows(m.eval()(**inputs), inputs.get("attention_mask")) for m in (model, plain))
     assert (ours - theirs).norm() <= 1e-12 * theirs.norm()
-
-
-# ---------------------------------------------------------------------------------------------------------------- masks
 
 
 def _mask(kind):
@@ -93,7 +90,7 @@ def _mask(kind):
 @pytest.mark.parametrize("unpad", [False, True])
 @pytest.mark.parametrize("family", ["bert", "distilbert", "modernbert"])
 def test_masks(family, unpad, kind):
-    """Each gives what the model gives, from the kernel or, with a warning, from SDPA."""
+    """Each gives the original model's result, from the kernel or, with a warning, from SDPA."""
     model, mask = build(family).eval(), _mask(kind)
     ids = torch.randint(3, 61, (3, 17), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     plain = copy.deepcopy(model)
@@ -112,7 +109,7 @@ def test_masks(family, unpad, kind):
 
 @pytest.mark.parametrize("unpad", [False, True])
 def test_a_head_mask_is_an_error(unpad):
-    """Transformers 5 ignores it without a word."""
+    """Transformers 5 ignores it without a warning."""
     model = build("bert").eval()
     fuse(model, unpad=unpad)
     with pytest.raises(ValueError, match="does not support head_mask, which BertSelfAttention passes"):
@@ -132,6 +129,7 @@ def test_attention_weights_are_the_models_own(family):
             ours = model(**inputs, output_attentions=True)
     assert len(ours.attentions) == len(theirs.attentions) == 2
     mask = inputs.get("attention_mask", torch.ones(3, ours.attentions[0].shape[2])).bool()
+    torch.testing.assert_close(ours[0][mask], theirs[0][mask], rtol=1e-4, atol=1e-5)
     for x, y in zip(ours.attentions, theirs.attentions, strict=True):
         torch.testing.assert_close(x.transpose(1, 2)[mask], y.transpose(1, 2)[mask], rtol=1e-4, atol=1e-5)
 
@@ -156,13 +154,10 @@ def test_packed_modernbert_takes_positions_and_embeddings():
         torch.testing.assert_close(x[mask.bool()], y[mask.bool()], rtol=1e-4, atol=1e-5)
 
 
-# -------------------------------------------------------------------------------------------------- PyTorch's machinery
-
-
 @pytest.mark.parametrize("family", ["bert", "modernbert", "vit"])
 def test_under_autocast(family):
-    """The weights stay float32 and so do their gradients; between the layers the stream is bfloat16, where PyTorch's
-    LayerNorm makes it float32: so it is as near to float64 as the model itself is in bfloat16."""
+    """Parameters and gradients stay float32. Unlike PyTorch's, the residual stream is bfloat16 under autocast, so the
+    results are compared with those of the model in bfloat16."""
     model, inputs = build(family).train(), batch(family)
     oracle, oracle_grads = run(family, copy.deepcopy(model).double(), inputs)
     theirs, their_grads = run(family, copy.deepcopy(model).bfloat16(), inputs)
@@ -189,7 +184,7 @@ def test_gradient_checkpointing_draws_the_same_dropout(family, unpad):
 
 
 def test_distributed_data_parallel(tmp_path):
-    """The gradients are the model's own, and a step on them reaches the module that was fused."""
+    """DDP gives the gradients of the model that was fused."""
     model, inputs = build("bert-mlm").train(), batch("bert")
     expected = run("bert-mlm", copy.deepcopy(model), inputs)
     fuse(model, unpad=True)
@@ -206,11 +201,14 @@ def test_distributed_data_parallel(tmp_path):
     torch.testing.assert_close(flat(gradients), flat(theirs), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("family", "backend"), [("bert", "triton"), ("modernbert", "reference")])
-def test_compiled_once_for_every_length(family, backend):
-    """No graph break, and no graph a length: one for the first, one for all others."""
+@pytest.mark.parametrize(
+    ("family", "backend", "unpad"),
+    [("bert", "triton", False), ("modernbert", "reference", False), ("bert-pretraining", "reference", True)],
+)
+def test_compiled_once_for_every_length(family, backend, unpad):
+    """No graph break, and two graphs: one for the first length, one for all others. A compiled batch stays padded."""
     model, graphs = build(family).eval(), []
-    fuse(model)
+    fuse(model, unpad=unpad)
 
     def count(graph, inputs):
         graphs.append(graph)

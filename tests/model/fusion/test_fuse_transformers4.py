@@ -1,4 +1,4 @@
-"""Transformers 4.56 and 4.57: BERT and RoBERTa by their own attention classes, ViT by the attention interface."""
+"""Transformers 4.56 and 4.57: BERT and RoBERTa through their attention classes, ViT through the interface."""
 
 import copy
 
@@ -123,7 +123,7 @@ def test_vit_by_the_interface(recwarn):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_in_float64(family):
-    """Attention fused or left, the results and every gradient stay; the masked-language loss too."""
+    """Results, every gradient and the masked-language loss stay the same, whether attention is fused or not."""
     model, inputs = build_family(family).double().train(), batch(family)
     labelled = FAMILIES[family][0].endswith("ForMaskedLM")
     if labelled:

@@ -1,4 +1,4 @@
-"""attn_implementation="fusebert": padding is never lost, and what the kernels do not compute is right or an error."""
+"""attn_implementation="fusebert": padding is masked; calls that the kernels do not compute run elsewhere or raise."""
 
 import subprocess
 import sys
@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from hf_families import TEXT, batch, build
 from oracle import DEVICE
 from torch import nn
 
@@ -16,10 +17,6 @@ from fusebert.model.fusion.attention_interface import attention_forward, registe
 transformers = pytest.importorskip("transformers", minversion="5")
 masking_utils = pytest.importorskip("transformers.masking_utils")
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-SMALL = {**SIZES, "vocab_size": 61, "max_position_embeddings": 40}
-SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
-
 
 @pytest.fixture(autouse=True)
 def _registered():
@@ -28,25 +25,13 @@ def _registered():
 
 
 class Encoder(nn.Module):
-    """What attention_forward asks of a module."""
+    """The attribute of a module that attention_forward reads."""
 
     is_causal = False
 
 
-def inputs_for(lengths=(17, 3, 11)):
-    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    ids = torch.randint(3, 61, mask.shape, generator=torch.Generator().manual_seed(0)) * mask
-    return ids.to(DEVICE), mask.long().to(DEVICE)
-
-
-def bert(implementation, cls="BertModel", **fields):
-    torch.manual_seed(0)
-    cls = getattr(transformers, cls)
-    model = cls(cls.config_class(**{**SMALL, "attn_implementation": implementation, **fields}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.eval().to(DEVICE)
+def inputs_for():
+    return batch("bert").values()
 
 
 def qkv(batch=2, heads=2, n_q=9, n_k=9, size=16, groups=1):
@@ -56,45 +41,31 @@ def qkv(batch=2, heads=2, n_q=9, n_k=9, size=16, groups=1):
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-@pytest.mark.parametrize(
-    ("cls", "fields"),
-    [
-        ("BertModel", {}),
-        ("ModernBertModel", {**SPECIAL, "global_attn_every_n_layers": 2, "local_attention": 6}),
-    ],
-)
-def test_padded_batches_are_sdpas(cls, fields, backend, recwarn):
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_padded_batches_agree_with_sdpa(family, backend, recwarn):
     ids, mask = inputs_for()
+    ours, theirs = (build(family, attn_implementation=name).eval() for name in ("fusebert", "sdpa"))
     with torch.no_grad(), use_backend(backend):
-        ours = bert("fusebert", cls, **fields)(ids, mask).last_hidden_state
-        theirs = bert("sdpa", cls, **fields)(ids, mask).last_hidden_state
-        unpadded = bert("fusebert", cls, **fields)(ids).last_hidden_state
-    torch.testing.assert_close(ours[mask.bool()], theirs[mask.bool()], rtol=1e-4, atol=1e-5)
-    assert (unpadded - ours)[mask.bool()].norm() > 1e-2, "the mask changes nothing here: the test says nothing"
+        masked, expected, unmasked = (x[0][mask.bool()] for x in (ours(ids, mask), theirs(ids, mask), ours(ids)))
+    torch.testing.assert_close(masked, expected, rtol=1e-4, atol=1e-5)
+    assert (unmasked - masked).norm() > 1e-2, "the mask changes nothing: the test shows nothing"
     assert not [str(w.message) for w in recwarn if "fusebert" in str(w.message)]
 
 
-def test_a_window_without_padding():
-    fields = {**SPECIAL, "global_attn_every_n_layers": 2, "local_attention": 6}
-    ids, _ = inputs_for()
-    with torch.no_grad():
-        ours, theirs = (bert(name, "ModernBertModel", **fields)(ids)[0] for name in ("fusebert", "sdpa"))
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
 def test_from_pretrained(tmp_path):
-    bert("sdpa").save_pretrained(tmp_path)
+    sdpa = build("bert").eval()
+    sdpa.save_pretrained(tmp_path)
     model = transformers.AutoModel.from_pretrained(tmp_path, attn_implementation="fusebert").to(DEVICE).eval()
     ids, mask = inputs_for()
     with torch.no_grad():
-        ours, theirs = model(ids, mask)[0], bert("sdpa")(ids, mask)[0]
+        ours, theirs = model(ids, mask)[0], sdpa(ids, mask)[0]
     torch.testing.assert_close(ours[mask.bool()], theirs[mask.bool()], rtol=1e-4, atol=1e-5)
 
 
 def test_no_mask_is_read():
-    """Whether a mask hides anything is not asked: on the meta device there would be no answer."""
+    """On the meta device reading a mask's values would fail."""
     mask = torch.ones(2, 9, dtype=torch.int64, device="meta")
-    config = transformers.BertConfig(**SMALL, attn_implementation="fusebert")
+    config = transformers.BertConfig(**TEXT, attn_implementation="fusebert")
     made = masking_utils.create_bidirectional_mask(config, torch.empty(2, 9, 32, device="meta"), mask)
     assert (made.shape, made.dtype) == ((2, 9), torch.bool)
     assert masking_utils.create_bidirectional_mask(config, torch.empty(2, 9, 32, device="meta"), None) is None
@@ -102,15 +73,15 @@ def test_no_mask_is_read():
 
 @pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("window", [None, 0, 2, 20])
-def test_masks_say_what_sdpas_say(window, padded):
-    """Of every (query, key) pair, from Transformers' own requests."""
+def test_masks_agree_with_eager_attentions(window, padded):
+    """For every (query, key) pair, through Transformers' own requests."""
     _, mask = inputs_for()
     mask = mask if padded else None
     embeds = torch.empty(3, 17, 32, device=DEVICE)
     create = "create_bidirectional_mask" if window is None else "create_bidirectional_sliding_window_mask"
 
     def made(implementation):
-        config = transformers.BertConfig(**SMALL, attn_implementation=implementation)
+        config = transformers.BertConfig(**TEXT, attn_implementation=implementation)
         config.sliding_window = window
         return getattr(masking_utils, create)(config, embeds, mask)
 
@@ -121,15 +92,14 @@ def test_masks_say_what_sdpas_say(window, padded):
     assert torch.equal(ours.expand(3, 1, 17, 17), theirs.expand(3, 1, 17, 17))
 
 
-def test_a_mask_that_a_model_laid_something_over():
-    """or_mask_function: no longer a mask of padding, so it is Transformers' 4-D mask."""
+def test_a_padding_mask_combined_with_another_is_transformers_mask():
     _, mask = inputs_for()
     embeds = torch.empty(3, 17, 32, device=DEVICE)
 
     def made(implementation):
-        config = transformers.BertConfig(**SMALL, attn_implementation=implementation)
-        nothing_before = {"and_mask_function": lambda b, h, q, k: k >= q}
-        return masking_utils.create_bidirectional_mask(config, embeds, mask, **nothing_before)
+        config = transformers.BertConfig(**TEXT, attn_implementation=implementation)
+        no_earlier_key = {"and_mask_function": lambda b, h, q, k: k >= q}
+        return masking_utils.create_bidirectional_mask(config, embeds, mask, **no_earlier_key)
 
     assert torch.equal(made("fusebert"), made("sdpa"))
 
@@ -144,7 +114,7 @@ def test_a_mask_that_a_model_laid_something_over():
     ],
 )
 def test_requests_for_more_than_padding(other):
-    """Whatever else a request holds, the answer is Transformers' own mask of every pair."""
+    """The result is Transformers' own mask of all pairs."""
     _, mask = inputs_for()
     request = {"mask_function": masking_utils.bidirectional_mask_function, "allow_is_bidirectional_skip": True, **other}
     sizes = {"batch_size": 3, "q_length": 15, "kv_length": 15, "q_offset": 0, "device": DEVICE}
@@ -155,46 +125,15 @@ def test_requests_for_more_than_padding(other):
     assert ours.shape == (3, 1, 15, 15)
 
 
-@pytest.mark.parametrize("kind", ["bool", "float"])
-def test_a_callers_mask_of_four_dimensions_runs_on_sdpa(kind):
+def test_a_fallback_warns_once():
     ids, _ = inputs_for()
-    allowed = (torch.rand(3, 1, 17, 17, generator=torch.Generator().manual_seed(2)) < 0.7).to(DEVICE)
-    allowed |= torch.eye(17, dtype=torch.bool, device=DEVICE)
-    if kind == "float":
-        allowed = torch.zeros_like(allowed, dtype=torch.float32).masked_fill(~allowed, -1e9)
+    model, everything = build("bert", attn_implementation="fusebert").eval(), torch.ones(3, 1, 17, 17, device=DEVICE)
     with torch.no_grad():
-        theirs = bert("sdpa")(ids, allowed).last_hidden_state
         with pytest.warns(UserWarning, match=r"4 dimensions .*: Transformers' SDPA attention runs"):
-            ours = bert("fusebert")(ids, allowed).last_hidden_state
-        torch.testing.assert_close(ours, theirs)
+            model(ids, everything)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            bert("fusebert")(ids, allowed)  # said once
-
-
-def test_attention_weights_are_the_eager_attentions():
-    ids, mask = inputs_for()
-    with torch.no_grad():
-        theirs = bert("eager")(ids, mask, output_attentions=True)
-        with pytest.warns(UserWarning, match="output_attentions=True"):
-            ours = bert("fusebert")(ids, mask, output_attentions=True)
-    assert len(ours.attentions) == 2
-    for x, y in zip(ours.attentions, theirs.attentions, strict=True):
-        torch.testing.assert_close(x, y)
-    torch.testing.assert_close(ours.last_hidden_state, theirs.last_hidden_state)
-
-
-def test_attention_weights_within_a_window():
-    fields = {**SPECIAL, "global_attn_every_n_layers": 2, "local_attention": 6}
-    ids, mask = inputs_for()
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        ours, theirs = (
-            bert(name, "ModernBertModel", **fields)(ids, mask, output_attentions=True) for name in ("fusebert", "eager")
-        )
-    rows = mask.bool()
-    for x, y in zip(ours.attentions, theirs.attentions, strict=True):
-        torch.testing.assert_close(x.transpose(1, 2)[rows], y.transpose(1, 2)[rows])
+            model(ids, everything)
 
 
 @pytest.mark.filterwarnings("ignore:output_attentions=True")
@@ -205,13 +144,12 @@ def test_attention_weights_where_there_is_no_eager_attention():
 
 def test_a_decoder_stays_causal():
     ids, mask = inputs_for()
+    ours, theirs = (build("bert", attn_implementation=name, is_decoder=True).eval() for name in ("fusebert", "sdpa"))
+    real = mask.bool()
     with torch.no_grad():
-        theirs = bert("sdpa", is_decoder=True)(ids, mask).last_hidden_state
         with pytest.warns(UserWarning, match="SDPA attention runs"):
-            ours = bert("fusebert", is_decoder=True)(ids, mask).last_hidden_state
-        torch.testing.assert_close(ours[mask.bool()], theirs[mask.bool()])
-        ours, theirs = (bert(name, is_decoder=True)(ids).last_hidden_state for name in ("fusebert", "sdpa"))
-    torch.testing.assert_close(ours, theirs)
+            torch.testing.assert_close(ours(ids, mask)[0][real], theirs(ids, mask)[0][real])
+        torch.testing.assert_close(ours(ids)[0], theirs(ids)[0])
 
 
 def test_a_causal_module_without_a_mask():
@@ -229,7 +167,7 @@ def test_a_causal_module_without_a_mask():
 
 
 def test_queries_of_another_length_and_grouped_heads():
-    """Cross-attention, the padding being the keys'; and key heads that queries share."""
+    """Cross-attention with padded keys, and key heads shared by several query heads."""
     q, k, v = qkv(heads=4, n_q=5, n_k=9, groups=2)
     real = torch.arange(9, device=DEVICE) < torch.tensor([9, 4], device=DEVICE)[:, None]
     expected = nn.functional.scaled_dot_product_attention(
@@ -243,7 +181,7 @@ def test_queries_of_another_length_and_grouped_heads():
 
 
 def test_a_packed_batch():
-    """As DataCollatorWithFlattening gives it: one row of segments, which do not see one another."""
+    """One row of segments, as DataCollatorWithFlattening makes it: segments do not attend to each other."""
     q, k, v = qkv(batch=1)
     cu = torch.tensor([0, 4, 9], dtype=torch.int32, device=DEVICE)
     out, _ = attention_forward(Encoder(), q, k, v, None, cu_seq_lens_q=cu, max_length_q=5)
@@ -268,7 +206,7 @@ def test_a_position_bias_runs_on_sdpa():
 
 
 @pytest.mark.parametrize("name", attention_interface.UNSUPPORTED)
-def test_arguments_that_nobody_here_computes(name):
+def test_unsupported_arguments(name):
     with pytest.raises(ValueError, match=f"does not support {name}, which Encoder passes"):
         attention_forward(Encoder(), *qkv(), None, **{name: torch.ones(2)})
 
@@ -283,7 +221,7 @@ def test_arguments_that_nobody_here_computes(name):
         torch.ones(2, 9, 9, dtype=torch.int64),
     ],
 )
-def test_masks_of_no_known_form(mask):
+def test_masks_of_unknown_form(mask):
     with pytest.raises(ValueError, match=r"attention_mask must be bool \[B, N_k\] = \[2, 9\]"):
         attention_forward(Encoder(), *qkv(), mask.to(DEVICE))
 
@@ -291,10 +229,10 @@ def test_masks_of_no_known_form(mask):
 def test_a_callers_mask_of_three_dimensions():
     ids, _ = inputs_for()
     with pytest.raises(ValueError, match=r"attention_mask must have shape \[B, N\]"):
-        bert("fusebert")(ids, torch.ones(3, 17, 17, dtype=torch.bool, device=DEVICE))
+        build("bert", attn_implementation="fusebert")(ids, torch.ones(3, 17, 17, dtype=torch.bool, device=DEVICE))
 
 
-def test_only_asking_imports_transformers():
+def test_importing_the_interface_does_not_import_transformers():
     script = "import sys, fusebert.model.fusion.attention_interface; print('transformers' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd="/", check=False)
     assert run.stdout.strip() == "False", run.stderr
