@@ -97,7 +97,7 @@ def fuse(
         swap_all(PackedEncoder)
         swap_all(PackedModernBert)
         if not any(PackedEncoder.matches(module) or PackedModernBert.matches(module) for _, module in modules):
-            note("", model, "", "unpad: fuse does not know how to pack its encoder")
+            note("", model, "", "unpad does not support its encoder")
     if mlm_loss:
         for name, hf_model in pretrained:
             swap(name, hf_model, MaskedLanguageModel)

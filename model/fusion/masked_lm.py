@@ -47,7 +47,7 @@ class MaskedLanguageModel(Fused):
     @classmethod
     def obstacle(cls, module: Any) -> str | None:
         if type(module).__name__ not in MLM_LOGITS or not type(module).__module__.startswith("transformers.models."):
-            return f"fuse does not know its loss; it knows that of {', '.join(MLM_LOGITS)}"
+            return f"mlm_loss does not support its class; it supports {', '.join(MLM_LOGITS)}"
         if getattr(module.config, "sparse_pred_ignore_index", IGNORE) != IGNORE:
             return f"its config ignores labels other than {IGNORE}"
         return DeferredDecoder.obstacle(module.get_output_embeddings())

@@ -61,7 +61,7 @@ def build_mask(
         else:
             real = attention_mask.to(device=device, dtype=torch.bool).expand(batch_size, kv_length)  # [B, N_k]
         return real if local_size is None else real[:, None].expand(-1, local_size + 1, -1)  # [B, w + 1, N_k]
-    # Ask for a mask in every case: None means "no padding" here, but "causal" to SDPA.
+    # Request a mask in every case: None means "no padding" to the kernels, but "causal" to SDPA.
     kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
     if mask_function is not None:
         kwargs["mask_function"] = mask_function

@@ -21,8 +21,8 @@ from .attention_interface import register_attention
 class Fused(nn.Module):
     """Base of the templates. A fused class inherits from a template and from ``original``, in this order.
 
-    A template's forward calls ``self.original.forward(self, ...)`` where a call asks for something that the kernels do
-    not compute. A template without a forward keeps the original one.
+    A template's forward calls ``self.original.forward(self, ...)`` where the kernels do not compute what a call
+    requests. A template without a forward keeps the original one.
 
     Attributes:
         by: what runs now, for the report.

@@ -33,7 +33,7 @@ def attention_obstacle(model: Any) -> str | None:
     if any(getattr(module, "is_causal", False) is True for module in model.modules()):
         return "its attention is causal"
     if model.config.output_attentions:
-        return "its config asks for the attention weights (output_attentions)"
+        return "its config requests the attention weights (output_attentions)"
     return None
 
 

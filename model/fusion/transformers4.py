@@ -33,7 +33,7 @@ MODELS = _classes("Model")
 
 
 class FusedSelfAttention(Fused):
-    by = "attention, where there is no head_mask and no attention weights are asked for"
+    by = "attention, where there is no head_mask and no attention weights are requested"
 
     @staticmethod
     def matches(module: Any) -> bool:

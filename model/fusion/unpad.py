@@ -86,7 +86,7 @@ class PackedModernBert(_Packed):
         output = self.original.forward(
             self,
             input_ids=None if input_ids is None else input_ids.flatten()[rows][None],
-            attention_mask=dict.fromkeys(self.config.layer_types),  # no masks: a layer knows its window
+            attention_mask=dict.fromkeys(self.config.layer_types),  # no masks: layers have their window
             position_ids=position_ids.expand(attention_mask.shape).flatten()[rows][None],
             inputs_embeds=None if inputs_embeds is None else inputs_embeds.flatten(0, 1)[rows][None],
             return_dict=True,

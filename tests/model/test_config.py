@@ -1,4 +1,4 @@
-"""Presets, and what a configuration may not be."""
+"""Presets, and values that a configuration rejects."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def test_presets_have_berts_sizes(name, parameters):
         assert BertForPreTraining(config).num_parameters() == parameters
 
 
-def test_a_change_to_a_preset_wins():
+def test_changes_override_a_preset():
     config = BertConfig.preset("base", 1000, num_hidden_layers=3, hidden_dropout_prob=0)
     assert (config.num_hidden_layers, config.hidden_size, config.hidden_dropout_prob) == (3, 768, 0)
 

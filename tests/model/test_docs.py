@@ -1,4 +1,4 @@
-"""Every recipe of docs/drop-in.md runs as it stands, in a folder with tiny models of the names it uses."""
+"""Every example of docs/drop-in.md runs unchanged, in a folder with tiny models of the names it uses."""
 
 import re
 from pathlib import Path
@@ -39,7 +39,7 @@ def models(tmp_path_factory):
 
 
 def test_every_code_block_is_a_recipe():
-    """The pattern above finds as many as there are, one a section."""
+    """The pattern above finds all of them, one a section."""
     assert len(RECIPES) == DOCS.read_text().count("```python") >= 9
 
 

@@ -1,4 +1,4 @@
-"""The fp8 products against the same rounding done by hand and multiplied in float64."""
+"""The fp8 products against the same rounding with products in float64."""
 
 import pytest
 import torch
@@ -8,14 +8,14 @@ from torch import Tensor
 
 from fusebert.model.fp8 import BACKWARD, FORWARD, fp8_linear, fp8_obstacle, quantize, use_fp8
 
-# PyTorch multiplies fp8 on a CPU too, by a definition of its own: slow, and right.
+# On a CPU PyTorch has a slow and exact fp8 product.
 runs = pytest.mark.skipif(
     DEVICE == "cuda" and fp8_obstacle(torch.device(DEVICE)) is not None, reason="this GPU has no fp8"
 )
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x's nearest neighbours at the tensor's scale, in float64: what `quantize` ought to keep."""
+    """x rounded to ``dtype`` at the tensor's scale, in float64: the expected result of `quantize`."""
     scale = x.abs().max().double() / torch.finfo(dtype).max
     return (x.double() / scale).float().to(dtype).double() * scale
 
@@ -26,7 +26,7 @@ def test_the_largest_magnitude_is_the_formats(dtype: torch.dtype, size: float) -
     x = torch.randn(40, 24, generator=torch.Generator().manual_seed(0)) * size
     q, scale = quantize(x, dtype)
     assert q.float().abs().max() == torch.finfo(dtype).max
-    # Half a unit in the last place: 3 bits of mantissa, or 2, where the number is normal.
+    # Half a unit in the last place of a normal number: 3 or 2 mantissa bits.
     half = 2.0 ** -(4 if dtype == FORWARD else 3)
     normal = q.float().abs() >= torch.finfo(dtype).smallest_normal
     error = (q.double() * scale.double() - x.double()).abs() / x.double().abs()
@@ -60,14 +60,14 @@ def test_the_three_products(dtype: torch.dtype, rows: int) -> None:
     for name, (found, right) in expected.items():
         assert found is not None
         assert found.dtype == dtype
-        # What is left is the rounding of the result to the activations' dtype, twice where a bias is added.
+        # The rest is the rounding of the result to the activations' dtype, twice with a bias.
         error = (found.double() - right).norm() / right.norm()
         assert error <= torch.finfo(dtype).eps, (name, float(error))
 
 
 @runs
-def test_a_model_in_fp8_follows_its_bf16_self() -> None:
-    """All its layers multiply in fp8, the read rows of the last one too, and nothing else does."""
+def test_a_model_in_fp8_is_close_to_bf16() -> None:
+    """The layers compute in fp8, also on the rows that the last one reads; the losses stay close."""
     batch = random_batch(torch.Generator().manual_seed(0), [9, 4, 10], masked=7, pairs=2, max_seqlen=10).to(DEVICE)
     norms, losses = {}, {}
     for name in ("bf16", "fp8"):
@@ -85,7 +85,7 @@ def test_a_model_in_fp8_follows_its_bf16_self() -> None:
         assert 0.5 < norm / norms["bf16"][name] < 2.0, name
 
 
-def test_sizes_and_devices_it_cannot_take() -> None:
+def test_unsupported_sizes_and_devices() -> None:
     x = torch.randn(16, 24, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"in_features must be a multiple of 16 for fp8; got 24"):
         fp8_linear(x, torch.randn(32, 24, dtype=torch.bfloat16))

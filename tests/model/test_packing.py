@@ -1,4 +1,4 @@
-"""Packed and padded hold the same examples."""
+"""pack_padded and to_padded are inverse, and invalid batches are rejected."""
 
 import dataclasses
 
@@ -33,7 +33,7 @@ def test_packing_keeps_every_token_in_order(examples):
     assert torch.equal(real_labels[batch.masked_positions], batch.masked_labels)
 
 
-def test_padding_again_gives_the_examples_back_without_slack(examples):
+def test_to_padded_returns_the_examples_without_slack(examples):
     batch = pack_padded(**examples)
     for packed in (batch, with_slack(batch, tokens=7, segments=3, masked=4), with_slack(batch, 0, 2, 1)):
         padded = to_padded(packed)

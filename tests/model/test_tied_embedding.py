@@ -1,4 +1,4 @@
-"""A lookup and a product with one matrix: one gradient, the two's sum."""
+"""A lookup and a product with one matrix have one gradient, the sum of both."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def test_the_gradient_is_the_sum_of_both_uses(padding_idx: int | None, used: str
     generator = torch.Generator().manual_seed(0)
     w, x, g = (torch.randn(n, H, generator=generator, dtype=torch.float64) for n in (V, 7, 40))
     ids = torch.randint(0, V, (40,), generator=generator)
-    ids[3] = 4  # and others come twice
+    ids[3] = 4  # the padding index; other ids occur twice
     found = []
     for tied in (True, False):
         weight = w.clone().requires_grad_()
@@ -28,8 +28,8 @@ def test_the_gradient_is_the_sum_of_both_uses(padding_idx: int | None, used: str
     torch.testing.assert_close(found[0], found[1], rtol=1e-13, atol=1e-13)
 
 
-def test_the_model_never_makes_a_second_gradient_of_the_vocabulary() -> None:
-    """No zeros of [V, H] and no sum of two: the decoder's product is the only thing of that shape."""
+def test_the_model_makes_one_gradient_of_the_vocabulary() -> None:
+    """The decoder's product is the only tensor of shape [V, H] in the backward: no zeros, no sum of two."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     model = small_model().train()

@@ -1,4 +1,4 @@
-"""Fine-tuning a sentence encoder: mean pooling over a padded batch whose padding is removed inside the encoder.
+"""Fine-tuning a sentence encoder: mean pooling over a padded batch, with padding removed inside the encoder.
 
 With a stand-in for the structure of sentence_transformers, which needs no tokenizer, and with the library if installed.
 """
