@@ -155,7 +155,7 @@ def test_attending_to_padding_is_wrong():
     case = attention.OPERATOR.case(segments)
 
     def without_mask(segments):
-        return torch.nn.functional.scaled_dot_product_attention
+        return lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
     unmasked = Contestant("unmasked", functools.partial(attention.padded, segments, without_mask))
     assert verify(case, unmasked, judges(case)).status == WRONG
@@ -166,14 +166,14 @@ def test_attending_to_padding_is_wrong():
 )
 def test_flex_attention_is_given_the_right_block_mask(layout, flex, monkeypatch):
     """Its forward alone, uncompiled: what of it runs on a CPU too."""
-    monkeypatch.setattr(attention, "leaf", torch.Tensor.detach)
-    monkeypatch.setattr(attention, "compiled", lambda function: function)
     segments = attention.OPERATOR.setting(RAGGED, HERE, torch.float32, quick=True)
     case = attention.OPERATOR.case(segments)
     inputs = case.inputs(1)
+    right = case.oracle(inputs, 0.0)["out"]
+    monkeypatch.setattr(attention, "leaf", torch.Tensor.detach)
+    monkeypatch.setattr(attention, "compiled", lambda function: function)
     run = layout(segments, flex, inputs, 0.0)
     out = run.forward()
-    right = case.oracle(inputs, 0.0)["out"]
     assert relative_error(run.named(out, (out,) * 3)["out"], right) < 1e-5
 
 
