@@ -4,21 +4,21 @@
 #     bash bench/campaign.sh OUT_DIR [--minutes 9] [--quick] [--tests PATH]
 #
 # From a source checkout, with a Python (PYTHON=..., default python3) that has torch, triton and transformers, it
-#   tests    runs the test-suite (on the GPU, where there is one); beside it, small cases of every kernel under
-#            compute-sanitizer's memcheck, racecheck and initcheck, where it is installed
+#   tests    runs the test-suite (on the GPU, if there is one) and, at the same time, small cases of every kernel under
+#            compute-sanitizer's memcheck, racecheck and initcheck, if it is installed
 #   kernels  times every operator against PyTorch and the peers that are installed
 #   parity   trains `mini` for 300 steps beside Transformers in bf16 and float32, same weights, same batches
 #   ragged   times a whole training step against Transformers on ragged lengths
 #   equal    the same on equal lengths, and under torch.compile when there is time to compile
-#   tune     derives attention's launch table by the clock, and prints it, in the time that is left
-# and leaves eight files in OUT_DIR:
-#   campaign.json         what ran, for how long, with which exit status, and what could not run, with the reason
-#   tests.log, tests.xml  the test-suite; tests.log has the sanitizers' reports too
-#   bench.log             what the benchmarks printed; tune's table
-#   kernels.json, parity.json, ragged.json, equal.json    their figures, with the environment they were measured in
+#   tune     derives attention's launch table by measurement and prints it, in the time that is left
+# and writes eight files to OUT_DIR:
+#   campaign.json         the stages, their seconds and exit statuses; what could not run, with the reason
+#   tests.log, tests.xml  the test-suite; tests.log also has the sanitizers' reports
+#   bench.log             the output of the benchmarks, and tune's table
+#   kernels.json, parity.json, ragged.json, equal.json    their results, with the environment
 # A stage that fails or runs out of time does not stop the next one; the exit status is then 1.
 #
-# --quick runs every stage as a smoke test, on a CPU too; --tests PATH runs only these tests.
+# --quick runs every stage as a smoke test, also on a CPU; --tests PATH runs only these tests.
 set -uo pipefail
 
 fail() { echo "campaign: error: $*" >&2; exit 2; }
@@ -49,22 +49,22 @@ deadline=$((begin + 60 * minutes))
 work=$(mktemp -d) || fail "cannot make a temporary folder"
 trap 'rm -rf "$work"' EXIT
 
-# The repository root stays off sys.path (kernels/ there is not Hugging Face's package of that name), a GPU is never
-# replaced by the interpreter, and Python prints as it goes, so that a stage cut short leaves its output.
+# Keep the repository root off sys.path: its kernels/ hides Hugging Face's package of that name. Unset the variables that
+# replace a GPU by the interpreter. Unbuffered output survives when a stage is cut short.
 export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export HYPOTHESIS_STORAGE_DIRECTORY="$work/hypothesis"
-export FUSEBERT_CAMPAIGN=1 # its own test does not start another one
+export FUSEBERT_CAMPAIGN=1 # the campaign's own test then does not start another campaign
 unset TRITON_INTERPRET FUSEBERT_BACKEND
 FUSEBERT_COMMIT=${FUSEBERT_COMMIT:-$(git describe --always --dirty --abbrev=12 2>/dev/null || true)}
 export FUSEBERT_COMMIT
 
-# Installed from a copy, so that the checkout gets no build/ and no egg-info. Not a venv: where python is itself one,
-# --system-site-packages would show the base interpreter's packages, not its own.
+# Install from a copy, so that the checkout gets no build/ and no egg-info. A venv does not work: if $python is in one,
+# --system-site-packages shows the packages of the base interpreter.
 mkdir "$work/source" "$work/site"
-cp -r setup.py pyproject.toml README.md kernels model train bench "$work/source/"
+cp -r setup.py pyproject.toml README.md LICENSE kernels model train bench "$work/source/"
 if ! "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --no-compile --no-cache-dir \
   --disable-pip-version-check --root-user-action ignore --target "$work/site" "$work/source" >"$work/pip.log" 2>&1; then
-  echo "pip could not install the sources; they go on the path as they are. It said:"
+  echo "pip could not install the sources; they are put on the path as they are. The end of pip's output:"
   tail -n 3 "$work/pip.log"
   rm -rf "${work:?}/site" && mkdir -p "$work/site/fusebert"
   cp -r kernels model train bench "$work/site/fusebert/"
@@ -74,12 +74,12 @@ export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}" PATH="$work/site/bin:$
 where=$("$python" -c 'import fusebert.bench as b; print(b.__file__)') || fail "fusebert cannot be imported with $python"
 case $where in "$work"/*) ;; *) echo "note: measuring the fusebert at $where, not this checkout" ;; esac
 "$python" -m fusebert.bench.environment || fail "the environment cannot be read: is torch installed for $python?"
-nvidia-smi 2>/dev/null || echo "no nvidia-smi: no GPU of NVIDIA's here"
+nvidia-smi 2>/dev/null || echo "no nvidia-smi here: no NVIDIA GPU"
 
 whole=$((60 * minutes))
 names=() statuses=() durations=() gaps=()
 gap() { echo "== gap: $1"; gaps+=("$1"); }
-# stage NAME PERCENT LOG COMMAND...: run within this share of the whole and what is left of it.
+# stage NAME PERCENT LOG COMMAND...: run COMMAND for at most PERCENT of the whole time, and of what is left of it.
 stage() {
   local name=$1 limit=$((whole * $2 / 100)) log=$3 left=$((deadline - SECONDS)) start=$SECONDS status
   shift 3
@@ -101,11 +101,11 @@ share() { "$python" -c "print(round(max(0.1, $1), 2))"; }
 rm -f "$out"/{campaign,kernels,parity,ragged,equal}.json "$out"/{tests,bench}.log "$out/tests.xml"
 
 pytest_options=(-q --junitxml "$out/tests.xml" -p no:cacheprovider --durations 10)
-# Compiling kernels is what takes the time, on the CPU; each process holds a context on the GPU.
+# Most of the time goes into compiling kernels, on the CPU. At most 8: each process holds a context on the GPU.
 cores=$(nproc)
 if has xdist; then pytest_options+=(-n $((cores > 8 ? 8 : cores)) --dist loadfile); fi
 if has pytest_timeout; then pytest_options+=(--timeout 150); fi
-# The sanitizers only check, and slow a program down many times: beside the tests, where nothing is timed.
+# The sanitizers slow a program down many times. They run beside the tests, where nothing is timed.
 tools=(memcheck racecheck initcheck)
 sanitizer=$(command -v compute-sanitizer || ls -d "${CUDA_HOME:-/usr/local/cuda}"/bin/compute-sanitizer \
   /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -n 1)
@@ -123,7 +123,7 @@ else
   gap "${tools[*]}: no compute-sanitizer here: it comes with NVIDIA's CUDA toolkit (package cuda-sanitizer)"
 fi
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} stage tests 34 tests.log "$python" -m pytest "${pytest_options[@]}" "$tests"
-wait # nothing runs beside the benchmarks
+wait # nothing may run beside the benchmarks
 if [ -n "$sanitizer" ]; then
   for tool in "${tools[@]}"; do
     { echo "== $tool"; cat "$work/$tool.log"; } >>"$out/tests.log"
@@ -133,7 +133,7 @@ if [ -n "$sanitizer" ]; then
   done
 fi
 
-# A benchmark's own --minutes ends it before its share is up; what a stage leaves goes to the last one.
+# --minutes ends a benchmark before its share is over; the last stage gets the time that the others leave.
 bench=("$python" -m fusebert.bench.cli)
 if [ "$quick" = 1 ]; then
   small=(--model tiny --tokens 256 --seqlen 64 --vocab-size 1024)
@@ -180,7 +180,7 @@ with open(path + ".tmp", "w") as file:
 os.replace(path + ".tmp", path)
 END
 
-# What a reader who sees only the end of the output needs.
+# The summary comes last, for terminals that show only the end of the output.
 for log in tests bench; do
   echo "---- the end of $log.log"
   tail -n $([ $log = tests ] && echo 30 || echo 90) "$out/$log.log" 2>/dev/null

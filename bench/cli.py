@@ -1,7 +1,12 @@
-"""``fusebert bench``: the operators and the training step against reference, peers and the machine's own limits."""
+"""``fusebert bench``: the operators and the training step against reference, peers and the machine's own limits.
+
+The options are the fields of the classes in `measure.settings`. Heavy modules are imported when a command runs.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,9 +14,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..train.errors import UserError
+from ..train.options import command
+from .measure.settings import (
+    KernelsOptions,
+    ParityOptions,
+    RunOptions,
+    StepOptions,
+    TrainOptions,
+    TuneOptions,
+    resolve,
+)
 
 if TYPE_CHECKING:
     import torch
+
+    from .measure.result import Result
 
 # Typer keeps the line breaks of a command's second paragraph: those below are wrapped for a terminal of 80 columns.
 app = typer.Typer(
@@ -23,31 +40,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Device = Annotated[
-    str | None, typer.Option(help="cuda, cuda:1, cpu. Default: the GPU if there is one.", show_default=False)
-]
-Out = Annotated[Path | None, typer.Option(help="Write environment, settings and every figure here, as JSON.")]
-Minutes = Annotated[
-    float | None, typer.Option(help="Take about so long: what is most worth knowing comes first.", min=0.05)
-]
-Quick = Annotated[bool, typer.Option("--quick", help="A smoke test: few cases, little measuring.")]
-Dtype = Annotated[
-    str | None, typer.Option(help="bf16, fp16 or fp32. Default: bf16 on a GPU, fp32 on a CPU.", show_default=False)
-]
-Model = Annotated[
-    str | None,
-    typer.Option(help="tiny, mini, small, base or large. Default: base on a GPU, tiny on a CPU.", show_default=False),
-]
-Tokens = Annotated[int | None, typer.Option(help="Token slots in a batch. Default: by the device.", show_default=False)]
-Seqlen = Annotated[int, typer.Option(help="The longest sequence.")]
-Vocab = Annotated[int, typer.Option(help="Words in the vocabulary.")]
 
-TRAINING_DTYPES = ("bf16", "fp32")
-
-
-def _device(name: str | None) -> torch.device:
+def _device(options: RunOptions) -> torch.device:
     import torch
 
+    name = options.device
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -65,52 +62,14 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _dtype(name: str | None, device: torch.device, allowed: tuple[str, ...]) -> torch.dtype:
-    import torch
-
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    name = name or ("bf16" if device.type == "cuda" else "fp32")
-    if name not in allowed:
-        raise UserError(f"--dtype {name}: choose one of {', '.join(allowed)}")
-    return dtypes[name]
-
-
-def _by_device(device: torch.device, model: str | None, tokens: int | None, *, on_gpu: int) -> tuple[str, int]:
-    """(preset, tokens), the device's own where they were not given."""
-    on_cuda = device.type == "cuda"
-    return model or ("base" if on_cuda else "tiny"), (on_gpu if on_cuda else 1024) if tokens is None else tokens
-
-
-def _fail_unless(right: bool, problems: list[str]) -> None:
-    for problem in problems:
+def _fail_on_problems(result: Result) -> None:
+    for problem in result.problems:
         typer.echo(f"WRONG: {problem}", err=True)
-    if not right:
+    if result.problems:
         raise typer.Exit(1)
 
 
-@app.command()
-def kernels(
-    op: Annotated[
-        str | None,
-        typer.Option(
-            help="attention, layernorm, mlm_loss, bias_gelu, linear_gelu, gelu_linear, embed_layernorm. Default: all.",
-            show_default=False,
-        ),
-    ] = None,
-    shapes: Annotated[
-        str | None,
-        typer.Option(help="Your own shapes for --op, as below. Default: the built-in ones.", show_default=False),
-    ] = None,
-    peers: Annotated[
-        str | None,
-        typer.Option(help='Only these peers: "sdpa, flex_attention". Default: all that run.', show_default=False),
-    ] = None,
-    dtype: Dtype = None,
-    quick: Quick = False,
-    minutes: Minutes = None,
-    out: Out = None,
-    device: Device = None,
-) -> None:
+def kernels(options: KernelsOptions) -> None:
     """Each operator, forward and backward, against PyTorch and every peer that is installed.
 
     A table for each shape. "error" is the largest relative distance of a
@@ -140,164 +99,69 @@ def kernels(
                        erf or tanh
       embed_layernorm  T tokens, H elements of a row, V words, p dropout
     """
-    from .operators import run as suite
+    from .operators.run import run
     from .report.terminal import show
 
-    where = _device(device)
-    if op is not None and op not in suite.OPERATORS:
-        raise UserError(f"--op {op}: choose one of {', '.join(suite.OPERATORS)}")
-    chosen = _dtype(dtype, where, ("bf16", "fp16", "fp32"))
-    if shapes is not None and op is None:
-        raise UserError(f"--shapes belongs to one operator: give --op with it, one of {', '.join(suite.OPERATORS)}")
-    names = None if peers is None else [name.strip() for name in peers.split(",") if name.strip()]
-    try:
-        suite.select_cases(op, where, chosen, quick=quick, shapes=shapes, peers=names)
-    except ValueError as error:
-        raise UserError(f"--peers or --shapes: {error}") from error
-    result = suite.run(
-        where, chosen, op=op, shapes=shapes, peers=names, quick=quick, minutes=minutes, out=out, show=show
-    )
-    problems = suite.ours_that_are_not_right(result)
-    _fail_unless(not problems, problems)
+    device = _device(options)
+    _fail_on_problems(run(resolve(options, device.type == "cuda"), device, show=show))
 
 
-@app.command()
-def step(
-    model: Model = None,
-    seqlen: Seqlen = 128,
-    tokens: Tokens = None,
-    ragged: Annotated[
-        bool, typer.Option("--ragged/--equal", help="Lengths vary up to --seqlen, or all are --seqlen.")
-    ] = False,
-    compiled: Annotated[
-        bool,
-        typer.Option("--compile/--no-compile", help="Also race the models under torch.compile (minutes to compile)."),
-    ] = False,
-    dropout: Annotated[float, typer.Option(help="Dropout probability of hidden states and attention.")] = 0.1,
-    vocab_size: Vocab = 30522,
-    data: Annotated[
-        Path | None,
-        typer.Option(help="A prepared corpus: its examples, lengths and vocabulary in place of random ones."),
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="bf16 (autocast over fp32 weights) or fp32.", show_default=False)
-    ] = None,
-    quick: Quick = False,
-    minutes: Minutes = None,
-    out: Out = None,
-    device: Device = None,
-) -> None:
+def step(options: StepOptions) -> None:
     """One training step (forward, backward, clip, AdamW) against Transformers' BertForPreTraining on the same examples.
 
     The examples are random, with BERT's masking; ragged lengths are log-
     normal around 0.45 of --seqlen. Ours runs them packed; Transformers gets
     them padded to the longest, as its users do. Tokens/s counts real tokens
-    only. A contestant whose gradients are not right (see "fusebert bench
-    kernels --help") is not timed. Then a table of our step by operator, and
-    the list of those that the machine would let go faster.
+    only. A contestant with a wrong gradient (see "fusebert bench kernels
+    --help") is not timed. Then a table of our step by operator, and the list
+    of operators that are slower than the machine allows.
     """
     from .report.terminal import show
-    from .steps import step as suite
+    from .steps.step import run
 
-    where = _device(device)
-    chosen = _dtype(dtype, where, TRAINING_DTYPES)
-    model, tokens = _by_device(where, model, tokens, on_gpu=65536)
-    settings = suite.Settings(model, tokens, seqlen, ragged, dropout, compiled, vocab_size, data)
-    result = suite.run(settings, where, chosen, quick=quick, minutes=minutes, out=out, show=show)
-    problems = suite.ours_that_are_not_right(result)
-    _fail_unless(not problems, problems)
+    device = _device(options)
+    _fail_on_problems(run(resolve(options, device.type == "cuda"), device, show=show))
 
 
-@app.command()
-def train(
-    data: Annotated[Path, typer.Option(help="A corpus that `fusebert prepare` made.")],
-    minutes: Annotated[
-        float, typer.Option(help="Of training, all contestants together; compiling comes on top.", min=0.01)
-    ] = 3.0,
-    model: Model = None,
-    seqlen: Seqlen = 128,
-    tokens: Tokens = None,
-    compiled: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="Also Transformers under torch.compile.")
-    ] = False,
-    dropout: Annotated[float, typer.Option(help="Dropout probability of hidden states and attention.")] = 0.1,
-    workers: Annotated[
-        int | None,
-        typer.Option(help="Processes that make our batches. Default: up to 8, on a CPU 0.", min=0, show_default=False),
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="bf16 (autocast over fp32 weights) or fp32.", show_default=False)
-    ] = None,
-    out: Out = None,
-    device: Device = None,
-) -> None:
+def train(options: TrainOptions) -> None:
     """A real training run, loader and all, beside Transformers' on the same examples: tokens/s and the loss.
 
-    The same weights, examples, order and learning rates. Ours packs, and
-    pays for its loader; Transformers gets its batches padded ahead of time.
-    They take turns; tokens/s counts real tokens only. At the same step the
+    The same weights, examples, order and learning rates. Our time includes
+    the loader; Transformers gets its batches padded ahead of time. They take
+    turns; tokens/s counts real tokens only. At the same step the
     losses must agree but for the dropout masks. Ends with status 1 if ours
     gives another held-out loss than Transformers before training.
     """
-    import os
-
     from .report.terminal import show
-    from .steps import train as suite
+    from .steps.train import run
 
-    where = _device(device)
-    chosen = _dtype(dtype, where, TRAINING_DTYPES)
-    model, tokens = _by_device(where, model, tokens, on_gpu=65536)
-    if workers is None:
-        workers = min(8, max(1, (os.cpu_count() or 2) - 1)) if where.type == "cuda" else 0
-    settings = suite.Settings(data, model, tokens, seqlen, dropout, compiled, workers, minutes)
-    result = suite.run(settings, where, chosen, out=out, show=show)
-    problems = suite.ours_that_are_not_right(result)
-    _fail_unless(not problems, problems)
+    device = _device(options)
+    on_gpu = device.type == "cuda"
+    if options.workers is None:
+        workers = min(8, max(1, (os.cpu_count() or 2) - 1)) if on_gpu else 0
+        options = dataclasses.replace(options, workers=workers)
+    _fail_on_problems(run(resolve(options, on_gpu), device, show=show))
 
 
-@app.command()
-def parity(
-    model: Model = None,
-    steps: Annotated[int, typer.Option(help="Training steps.")] = 100,
-    seqlen: Seqlen = 128,
-    tokens: Tokens = None,
-    vocab_size: Vocab = 30522,
-    dtype: Annotated[
-        str | None, typer.Option(help="bf16 (autocast over fp32 weights) or fp32.", show_default=False)
-    ] = None,
-    out: Out = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the loss curves here, as PNG.")] = None,
-    device: Device = None,
-) -> None:
+def parity(options: ParityOptions) -> None:
     """Train ours and Transformers' from the same weights on the same batches; compare loss curves and tokens/s.
 
     No dropout, ragged lengths. In fp32 the losses must agree to 1e-3 at every
-    step. In bf16 ours must stay as near to Transformers' fp32 run as twice
-    the distance of Transformers' own bf16 run. Ends with status 1 otherwise.
+    step. In bf16 our distance from Transformers' fp32 run may be at most twice
+    that of Transformers' bf16 run. Ends with status 1 otherwise.
     """
-    from ..model import BertConfig
     from .report.terminal import show
-    from .steps import parity as train_parity
+    from .steps.parity import plot, run
 
-    where = _device(device)
-    chosen = _dtype(dtype, where, TRAINING_DTYPES)
-    model, tokens = _by_device(where, model, tokens, on_gpu=8192)
-    config = BertConfig.preset(model, vocab_size, max_position_embeddings=max(512, seqlen))
-    result = train_parity.run(config, where, chosen, steps=steps, tokens=tokens, seqlen=seqlen, out=out, show=show)
-    if plot is not None:
-        train_parity.plot(result, plot)
-    right = result.verdict.right
-    _fail_unless(right, [] if right else ["our training run departs from Transformers'"])
+    device = _device(options)
+    result = run(resolve(options, device.type == "cuda", tokens_on_gpu=8192), device, show=show)
+    if options.plot is not None:
+        plot(result, options.plot)
+    _fail_on_problems(result)
 
 
-@app.command()
-def tune(
-    arch: Annotated[
-        int | None, typer.Option(help="Compute capability, 90 for 9.0. Default: this GPU's, or 90.", show_default=False)
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="bf16 (which stands for fp16 too) or fp32.")] = "bf16",
-) -> None:
-    """Derive attention's launch table anew: by the clock on that GPU, elsewhere by the compiler alone.
+def tune(options: TuneOptions) -> None:
+    """Derive attention's launch table anew: by measurement on that GPU, elsewhere by the compiler alone.
 
     Prints the entries for TABLES and MASKED in kernels/attn/config.py.
     Takes minutes.
@@ -308,13 +172,20 @@ def tune(
     from .compiled import tune as suite
     from .compiled.aot import LIMITS
 
-    arch = backend.architecture() if arch is None else arch
+    arch = backend.architecture() if options.arch is None else options.arch
     if arch not in LIMITS:
         raise UserError(f"--arch {arch}: choose one of {', '.join(map(str, LIMITS))}")
-    chosen = _dtype(dtype, torch.device("cpu"), TRAINING_DTYPES)
-    table, masked = suite.derive(arch, chosen, lambda line: typer.echo(line, err=True))
-    typer.echo(suite.as_code(arch, chosen, table))
-    typer.echo(suite.as_code(arch, chosen, masked))
+    dtype = getattr(torch, resolve(options, False, dtypes=("bf16", "fp32")).dtype)
+    table, masked = suite.derive(arch, dtype, lambda line: typer.echo(line, err=True))
+    typer.echo(suite.as_code(arch, dtype, table))
+    typer.echo(suite.as_code(arch, dtype, masked))
+
+
+app.command("kernels")(command(KernelsOptions, kernels))
+app.command("step")(command(StepOptions, step))
+app.command("train")(command(TrainOptions, train))
+app.command("parity")(command(ParityOptions, parity))
+app.command("tune")(command(TuneOptions, tune))
 
 
 @app.command()
@@ -352,7 +223,8 @@ def compare(
     """
     from .report import compare as gate
 
-    _fail_unless(gate.run(old, new, threshold=threshold, say=typer.echo), [])
+    if not gate.run(old, new, threshold=threshold, say=typer.echo):
+        raise typer.Exit(1)
 
 
 def main(args: list[str] | None = None) -> Any:

@@ -35,6 +35,7 @@ class Option:
         metavar: placeholder of the value in ``--help``.
         show_default: whether ``--help`` shows the default, or the text that it shows.
         parser: converts the word on the command line to the value.
+        min: the smallest number that is allowed.
     """
 
     help: str
@@ -44,6 +45,7 @@ class Option:
     metavar: str | None = None
     show_default: bool | str = True
     parser: Callable[[str], Any] | None = None
+    min: float | None = None
 
 
 def command(settings: type[Settings], run: Callable[[Settings], None]) -> Callable[..., None]:
@@ -59,7 +61,8 @@ def command(settings: type[Settings], run: Callable[[Settings], None]) -> Callab
     parameters = []
     for field in dataclasses.fields(settings):  # type: ignore[arg-type]
         kind, option = typing.get_args(hints[field.name])
-        words = {name: getattr(option, name) for name in ("help", "metavar", "show_default", "parser")}
+        kind = str | None if option.parser else kind  # the parser returns the value, whatever the field's type
+        words = {name: getattr(option, name) for name in ("help", "metavar", "show_default", "parser", "min")}
         words["rich_help_panel"] = option.panel
         flags = (option.flags,) if option.flags else ()
         parameter = typer.Argument(**words) if option.positional else typer.Option(*flags, **words)

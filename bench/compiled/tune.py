@@ -1,9 +1,9 @@
-"""Where attention's launch tables come from: ``fusebert bench tune`` derives `attention_config.TABLES` anew.
+"""Derives attention's launch tables, `attn.config.TABLES` and `MASKED`: ``fusebert bench tune``.
 
-For each head size it goes through candidate tiles of each kernel, drops those that spill registers or do not fit the
-shared memory (with or without dropout), and keeps the fastest on the GPU; where there is none, the first of the order
-below, the largest. A segment length takes the short route where its kernel compiles and, on a GPU, beats the long one.
-Where what was chosen spills under a mask, a window or grouped heads, `attention_config.MASKED` gets its own entry.
+For each head size it compiles the candidate tiles of each kernel and drops those that spill registers or do not fit the
+shared memory (with or without dropout). It keeps the fastest on the GPU; without a GPU the first in the order below,
+the largest. A segment length takes the short route if its kernel compiles and, on a GPU, is faster than the long route.
+If the choice spills under a mask, a window or grouped heads, `MASKED` gets an entry of its own.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ SHORT_LENGTHS = (16, 32, 64, 128)
 LONG_LENGTH = 1024
 TOKENS, HEADS = 32768, 12  # of a timed call
 DROPOUT_P = 0.1
-MOST_REGISTERS = 255  # that a thread can have; as a limit, it keeps the assembler from spilling for a block more
+MOST_REGISTERS = 255  # of a thread. Given as a limit, it stops the assembler from spilling to fit one more block
 
-# (BLOCK_M, BLOCK_N, warps, stages), the largest first. float32 products run on the plain cores, unrolled: small tiles.
+# Element size → kernel → (BLOCK_M, BLOCK_N, warps, stages), the largest first. float32 products are unrolled FMAs and
+# need small tiles.
 CANDIDATES: dict[int, dict[str, list[Config]]] = {
     2: {
         "long_forward": [
@@ -88,12 +89,13 @@ CANDIDATES: dict[int, dict[str, list[Config]]] = {
 def derive(
     arch: int, dtype: torch.dtype, report: Callable[[str], None], head_dims: Sequence[int] = HEAD_DIMS
 ) -> tuple[Table, Table]:
-    """(table, what differs under a mask) for ``sm_<arch>`` and ``dtype``: by the clock where this machine has that GPU.
+    """(table, entries that differ under a mask) for ``sm_<arch>`` and ``dtype``.
 
-    Elsewhere by the compiler. Where every candidate of a kernel spills, the one that spills least is taken.
+    By measurement if this machine has that GPU, otherwise by the compiler. If every candidate of a kernel spills, the
+    one that spills least is taken.
 
     Args:
-        report: gets a line a decision.
+        report: takes a line for each decision.
     """
     timed = torch.cuda.is_available() and backend.architecture() == arch
     found, masked = (Table({}, {}, {}, {}, {}) for _ in range(2))
@@ -115,7 +117,7 @@ def derive(
             longest = [0, 0]
             for masked_too in (False, True):
                 for length in SHORT_LENGTHS:
-                    if _spills(kernel, None, head_dim, length, arch, dtype, masked_too):
+                    if spilled_bytes(kernel, None, head_dim, length, arch, dtype, masked_too):
                         break
                     if timed and not _short_is_faster(kernel, head_dim, length, dtype, found):
                         break
@@ -132,7 +134,7 @@ def _best(
     spills: dict[Config, float] = {}
     for candidate in candidates:
         for config in (candidate, candidate._replace(maxnreg=MOST_REGISTERS)):
-            spills[config] = _spills(kernel, config, head_dim, LONG_LENGTH, arch, dtype, masked)
+            spills[config] = spilled_bytes(kernel, config, head_dim, LONG_LENGTH, arch, dtype, masked)
             if spills[config] == 0 and not timed:
                 return config, 0
             if not 0 < spills[config] < math.inf:
@@ -144,8 +146,8 @@ def _best(
     return left[0], least
 
 
-def _only(kernel: str, config: Config | None, head_dim: int) -> Table:
-    """A table under which ``kernel`` runs as ``config``, or, for the short ones, at any length."""
+def table_for(kernel: str, config: Config | None, head_dim: int) -> Table:
+    """A table with which ``kernel`` runs as ``config``; the short ones, without a ``config``, run at any length."""
     longest = {"short_forward": 0, "short_backward": 0} | ({kernel: max(SHORT_LENGTHS)} if config is None else {})
     small = Config(16, 16, 4, 1)
     chosen = {name: {head_dim: config if name == kernel and config else small} for name in CANDIDATES[2]}
@@ -161,7 +163,7 @@ def _problem(head_dim: int, seqlen: int, tokens: int, heads: int, p: float, dtyp
 
 
 def _calls(kernel: str, problem: Problem) -> Callable[[], None]:
-    """What runs ``kernel`` (and, for the long backward, the other half of it) on ``problem``."""
+    """A call that runs ``kernel`` on ``problem``; for the long backward, both of its kernels."""
     out, stats = torch.zeros_like(problem.q), new_stats(problem.q).zero_()
     if kernel.endswith("forward"):
         return lambda: launch_forward(problem, out, stats)
@@ -176,15 +178,15 @@ def _variants(kernel: str, masked: bool) -> tuple[attention_cases.Variant, ...]:
     return heads, attention_cases.WINDOW
 
 
-def _spills(
+def spilled_bytes(
     kernel: str, config: Config | None, head_dim: int, seqlen: int, arch: int, dtype: torch.dtype, masked: bool
 ) -> float:
-    """Bytes of registers it spills, the worst of its variants; infinite where it does not fit."""
+    """Bytes of registers that ``kernel`` spills, the worst of its variants; infinite if it does not fit."""
     worst = 0.0
     for variant in _variants(kernel, masked):
         with (
             compiled_kernels(arch) as found,
-            mock.patch.object(attention_config, "table", return_value=_only(kernel, config, head_dim)),
+            mock.patch.object(attention_config, "table", return_value=table_for(kernel, config, head_dim)),
         ):
             attention_cases.call(dtype, head_dim, seqlen, seqlen, variant)
         r = next(r for r in found if r.name == f"attn_{kernel}")
@@ -195,7 +197,7 @@ def _spills(
 
 
 def _milliseconds(kernel: str, config: Config | None, head_dim: int, seqlen: int, dtype: torch.dtype) -> float:
-    with mock.patch.object(attention_config, "table", return_value=_only(kernel, config, head_dim)):
+    with mock.patch.object(attention_config, "table", return_value=table_for(kernel, config, head_dim)):
         call = _calls(kernel, _problem(head_dim, seqlen, TOKENS, HEADS, DROPOUT_P, dtype, "cuda"))
         return float(triton.testing.do_bench(call, return_mode="median"))
 

@@ -25,6 +25,7 @@ from .ceilings import Ceilings, Drift
 from .correctness import Verdict
 from .machine import ClockSummary, Environment
 from .serialise import FLAT, OPTIONAL, REST, from_json, to_json
+from .settings import KernelsSettings, ParitySettings, StepSettings, TrainSettings
 from .statistics import Ratio, Timing
 
 SCHEMA = 1  # raise it when a field changes its meaning
@@ -123,6 +124,12 @@ class ContestantResult:
     def is_ours(self) -> bool:
         return self.role == OURS
 
+    @property
+    def problem(self) -> str | None:
+        """Why the run has failed: ours is coarse, wrong or failed."""
+        bad = self.is_ours and self.verdict.is_bad
+        return f"{self.name} is {self.verdict.status} ({self.verdict.detail})" if bad else None
+
 
 @dataclasses.dataclass(frozen=True)
 class KernelContestant(ContestantResult):
@@ -195,67 +202,6 @@ class Profile:
     ms: float
     operator_ms: float
     operators: tuple[ProfiledOperator, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class KernelsSettings:
-    """Options of ``fusebert bench kernels``."""
-
-    op: str | None
-    dtype: str
-    quick: bool
-    minutes: float | None
-    shapes: str | None = None
-    peers: tuple[str, ...] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class StepSettings:
-    """Options of ``fusebert bench step``. ``data``: the corpus's folder; None for random examples."""
-
-    model: str
-    tokens: int
-    seqlen: int
-    ragged: bool
-    dropout: float
-    compiled: bool
-    vocab_size: int
-    compute_dtype: str
-    quick: bool
-    minutes: float | None
-    data: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainSettings:
-    """Options of ``fusebert bench train``. ``data``: the name of the corpus's folder."""
-
-    data: str
-    model: str
-    tokens: int
-    seqlen: int
-    dropout: float
-    compiled: bool
-    workers: int
-    minutes: float
-    compute_dtype: str
-    lr: float
-    vocab_size: int
-
-
-@dataclasses.dataclass(frozen=True)
-class ParitySettings:
-    """Options of ``fusebert bench parity``."""
-
-    layers: int
-    hidden_size: int
-    vocab_size: int
-    compute_dtype: str
-    steps: int
-    tokens: int
-    seqlen: int
-    ragged: bool
-    dropout: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -394,6 +340,11 @@ class Result:
     kind: ClassVar[str]
     names_its_kind: ClassVar[bool] = True
 
+    @property
+    def problems(self) -> list[str]:
+        """What is not right about our contestants; a command that finds any ends with status 1."""
+        return []
+
 
 @dataclasses.dataclass
 class KernelsResult(Result):
@@ -417,6 +368,11 @@ class KernelsResult(Result):
     seconds: float | None = field(default=None, metadata=OPTIONAL)
     nvidia_smi_after: dict[str, str] | None = None
 
+    @property
+    def problems(self) -> list[str]:
+        found = [f"{x.op} {x.case}: {row.problem}" for x in self.results for row in x.contestants if row.problem]
+        return list(dict.fromkeys(found))  # one for all passes
+
 
 @dataclasses.dataclass
 class StepResult(Result):
@@ -433,6 +389,10 @@ class StepResult(Result):
     profile: Profile | None = None
     nvidia_smi_after: dict[str, str] | None = None
 
+    @property
+    def problems(self) -> list[str]:
+        return [row.problem for row in self.contestants if row.problem]
+
 
 @dataclasses.dataclass
 class TrainResult(Result):
@@ -447,6 +407,10 @@ class TrainResult(Result):
     clocks: ClockSummary | None = None
     nvidia_smi_after: dict[str, str] | None = None
 
+    @property
+    def problems(self) -> list[str]:
+        return [row.problem for row in self.contestants if row.problem]
+
 
 @dataclasses.dataclass
 class ParityResult(Result):
@@ -459,6 +423,10 @@ class ParityResult(Result):
     verdict: ParityVerdict
     speed_up: float
     nvidia_smi_after: dict[str, str] | None = None
+
+    @property
+    def problems(self) -> list[str]:
+        return [] if self.verdict.right else ["our training run departs from Transformers'"]
 
 
 @dataclasses.dataclass

@@ -1,29 +1,23 @@
-"""Each operator against its reference, its peers and the roofline: verify, then time, then say how sure that is."""
+"""Each operator against its reference, its peers and the roofline: verify, time, and give each ratio its interval."""
 
 from __future__ import annotations
 
 import dataclasses
-import gc
 import math
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from ...train.errors import UserError
 from ..measure.case import OURS, PEER, Case, Contestant, Floor, Run, Tensors, matches, with_peers
 from ..measure.ceilings import Ceilings, measure_ceilings, measure_drift
-from ..measure.correctness import FAILED, RIGHT, Verdict
+from ..measure.correctness import FAILED, Verdict
 from ..measure.machine import Clocks, environment, nvidia_smi
-from ..measure.result import (
-    KernelContestant,
-    KernelsResult,
-    KernelsSettings,
-    KernelTime,
-    PassResult,
-    write_result,
-)
+from ..measure.memory import PeakMemory, release_memory
+from ..measure.result import KernelContestant, KernelsResult, KernelTime, PassResult, write_result
+from ..measure.settings import KernelsOptions, KernelsSettings, settings_of
 from ..measure.statistics import Ratio, Timing, ratio
 from ..measure.timing import Work, interleave, l2_bytes
 from ..measure.verify import Judge, one_line, verify
@@ -38,15 +32,15 @@ OPERATORS: dict[str, Any] = {
     "gelu_linear": gelu_epilogue.GELU_LINEAR,
     "embed_layernorm": embed_layernorm.OPERATOR,
 }
-# Input sets a contestant walks through: enough that the L2 has forgotten the first when it comes round again.
+# Calls rotate through so many input sets that the L2 has evicted the first before its next use.
 L2_MULTIPLE, MOST_INPUT_SETS = 4, 64
-# Graphs alive at once when a backward is timed alone, by what they hold if each holds three times its inputs.
+# Graphs alive at once when a backward is timed alone: each is taken to hold three times its inputs.
 GRAPHS_BYTES, MOST_GRAPHS = 12 << 30, 24
 
 
 @dataclasses.dataclass(frozen=True)
 class _Effort:
-    """How long to measure one pass of one case, per contestant and at the least in all."""
+    """How long to measure one pass of a case."""
 
     seconds_per_contestant: float
     max_rounds: int
@@ -71,19 +65,22 @@ def select_cases(
         peers: only these peers (see `with_peers`).
 
     Raises:
-        ValueError: there is no such operator or peer, or a shape is not allowed.
+        UserError: there is no such operator or peer, or a shape is not allowed.
     """
     if op is not None and op not in OPERATORS:
-        raise ValueError(f"there is no benchmark of {op!r}: choose one of {', '.join(OPERATORS)}")
+        raise UserError(f"--op {op}: choose one of {', '.join(OPERATORS)}")
     if shapes is not None and op is None:
-        raise ValueError(f"shapes belong to one operator: give one of {', '.join(OPERATORS)} with them")
+        raise UserError(f"--shapes belongs to one operator: give --op with it, one of {', '.join(OPERATORS)}")
     chosen = [operator for name, operator in OPERATORS.items() if op in (None, name)]
-    cases = [case for operator in chosen for case in operator.cases(device, dtype, quick=quick, shapes=shapes)]
+    try:
+        cases = [case for operator in chosen for case in operator.cases(device, dtype, quick=quick, shapes=shapes)]
+    except ValueError as error:
+        raise UserError(f"--shapes: {error}") from error
     if peers is not None:
         existing = list(dict.fromkeys(name for case in cases for name in _peer_names(case)))
         for given in peers:
             if not any(matches(name, given) for name in existing):
-                raise ValueError(f"there is no peer {given!r} here: choose among {'; '.join(existing)}")
+                raise UserError(f"--peers: there is no peer {given!r} here: choose among {'; '.join(existing)}")
         cases = [with_peers(case, peers) for case in cases]
     return sorted(cases, key=lambda case: case.value)
 
@@ -97,18 +94,18 @@ def _input_bytes(case: Case) -> int:
 
 
 def input_sets(case: Case) -> list[Tensors]:
-    """What the timed calls walk through: enough sets that together they exceed the L2 several times."""
+    """The inputs that timed calls rotate through: together they exceed the L2 several times."""
     if case.device.type == "cuda":
         count = math.ceil(L2_MULTIPLE * l2_bytes(case.device) / _input_bytes(case))
         return [case.inputs(seed) for seed in range(max(2, min(MOST_INPUT_SETS, count)))]
     sets = [case.inputs(seed) for seed in range(2)]
     for drawn in sets:
-        drawn.pop("seed", None)  # without it a CPU drops with torch's own generator, as in training; faster
+        drawn.pop("seed", None)  # on a CPU dropout then draws from torch's generator, as in training, which is faster
     return sets
 
 
 def work(name: str, contestant: Contestant, runs: list[Run], *, max_graphs: int = 1) -> Work:
-    """The timed call of the pass ``name``, walking through ``runs``; a forward saves what its backward would need.
+    """The timed call of the pass ``name``, rotating through ``runs``; a forward saves what its backward would need.
 
     Gradients are new tensors (see `Run`), so nothing is accumulated and no accumulation is timed.
 
@@ -141,17 +138,10 @@ def work(name: str, contestant: Contestant, runs: list[Run], *, max_graphs: int 
 
 
 def _peak_bytes(timed: Work, device: torch.device) -> int | None:
-    """Memory beyond what is held before the call, at its highest; None on a CPU, where nobody counts."""
-    if device.type != "cuda":
-        return None
     state = timed.prepare(0)
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    with timed.context():
+    with PeakMemory(device) as memory, timed.context():
         timed.run(state)
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    return memory.bytes
 
 
 def _time(timing: Timing, against: Ratio | None, peak_bytes: int | None, floor: Floor) -> KernelTime:
@@ -189,7 +179,7 @@ def run_case(case: Case, ceilings: Ceilings, *, effort: _Effort = FULL) -> list[
                     timed.run(timed.prepare(0))  # compiles
                 peaks[contestant.name] = _peak_bytes(timed, case.device)
                 works[contestant.name] = timed
-            except Exception as error:  # right, but does not fit, say
+            except Exception as error:  # for example: out of memory
                 verdicts[contestant.name] = Verdict(FAILED, detail=one_line(error))
         seconds = effort.seconds_per_contestant * len(works)
         timings = {}
@@ -221,43 +211,26 @@ def run_case(case: Case, ceilings: Ceilings, *, effort: _Effort = FULL) -> list[
     return results
 
 
-def run(
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    op: str | None = None,
-    shapes: str | None = None,
-    peers: Sequence[str] | None = None,
-    quick: bool = False,
-    minutes: float | None = None,
-    out: Path | None = None,
-    show: Callable[[Any], None] = print,
-) -> KernelsResult:
+def run(options: KernelsOptions, device: torch.device, *, show: Callable[[Any], None] = print) -> KernelsResult:
     """Run the benchmark, show each pass as it is measured, and return (and write) the result.
 
     Args:
-        op, shapes, peers: as in `select_cases`.
-        minutes: begin no case that would end later; the most valuable come first, and what is left out is named.
-        out: written after every case, so that a run cut short leaves what it had.
+        options: resolved for the device. ``minutes``: no case begins that would end later; the most valuable come
+            first, and those left out are named. ``out``: written after every case, so that a run that is cut short
+            leaves what it had.
         show: takes each record as it is made: environment, ceilings, passes, the result; and remarks, as text.
 
     Raises:
-        ValueError: as `select_cases`.
+        UserError: as `select_cases`.
     """
     begin = time.monotonic()
-    selected = select_cases(op, device, dtype, quick=quick, shapes=shapes, peers=peers)
+    dtype, quick, minutes, out = getattr(torch, options.dtype), options.quick, options.minutes, options.out
+    selected = select_cases(options.op, device, dtype, quick=quick, shapes=options.shapes, peers=options.peers)
     where = environment(device)
     show(where)
     limits = measure_ceilings(device, dtype, quick=quick)
     show(limits)
-    settings = KernelsSettings(
-        op=op,
-        dtype=str(dtype).removeprefix("torch."),
-        quick=quick,
-        minutes=minutes,
-        shapes=shapes,
-        peers=None if peers is None else tuple(peers),
-    )
+    settings = settings_of(KernelsSettings, options)
     result = KernelsResult(where, settings, limits)
     longest: dict[str, float] = {}  # seconds a case of an operator has taken at most
     with Clocks(device) as clocks:
@@ -269,7 +242,7 @@ def run(
                 continue
             try:
                 passes = run_case(case, limits, effort=QUICK if quick else FULL)
-            except torch.OutOfMemoryError as error:  # the oracle, in float64: the others go on
+            except torch.OutOfMemoryError as error:  # of the oracle, in float64; the other cases go on
                 show(f"\n{case.op} {case.name}: not measured: {one_line(error)}")
                 result.did_not_fit.append(f"{case.op} {case.name}")
                 passes = []
@@ -278,9 +251,7 @@ def run(
                 show(measured)
             for gap in case.missing:
                 show(gap)
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            release_memory(device)
             longest[case.op] = max(expected, time.monotonic() - started)
             if out is not None:
                 write_result(out, result)
@@ -292,14 +263,3 @@ def run(
         write_result(out, result)
     show(result)
     return result
-
-
-def ours_that_are_not_right(result: KernelsResult) -> list[str]:
-    """Our own contestants that broke the rule, with what is wrong: this fails a run."""
-    found = []
-    for measured in result.results:
-        for row in measured.contestants:
-            if row.role == OURS and row.verdict.status != RIGHT:
-                problem = f"{measured.op} {measured.case}: {row.name} is {row.verdict.status}"
-                found.append(f"{problem} ({row.verdict.detail})")
-    return list(dict.fromkeys(found))

@@ -1,9 +1,11 @@
-"""Where the time of a step goes: each operator's, beside the least that the machine's measured rates allow it.
+"""Where the time of a step goes: the time of each operator, beside the least that the machine's measured rates allow.
 
 Every operator that reaches the dispatcher is labelled, forward and backward, and timed by PyTorch's profiler (on a GPU
-the time of the kernels it launched). What it had to do follows from its arguments: FLOPs of products by PyTorch's own
-formulas and, for ours, those of their files; bytes by reading each input and writing each output once. A lookup reads
-the rows it takes, not the table. floor = max(FLOPs / matmul rate, bytes / copy rate); roofline = floor / time.
+the time of the kernels it launched). Its work follows from its arguments. FLOPs of products are counted by PyTorch's
+formulas, and for our operators by the formulas below. Each input is read once and each output written once; a lookup
+reads the rows that it takes, not the table.
+
+floor = max(FLOPs / matmul rate, bytes / copy rate); roofline = floor / time
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from ..measure.ceilings import Ceilings
 from ..measure.result import Profile, ProfiledOperator
 
 LABEL = "fusebert_step::"
-AT_ROOFLINE = 0.8  # nearer than this is not worth anybody's time
+AT_ROOFLINE = 0.8  # operators above this share of the roofline are not listed for improvement
+# These overwrite an argument without reading it.
 WRITTEN_ONLY = (
     "aten::copy_",
     "aten::fill_",
@@ -34,6 +37,7 @@ WRITTEN_ONLY = (
     "aten::_foreach_copy_",
     "aten::random_",
 )
+# These read only some rows of an argument.
 LOOKUPS = ("aten::embedding", "aten::index_select", "aten::gather", "aten::index")
 
 
@@ -62,7 +66,7 @@ def _linear_cross_entropy(hidden: Tensor, weight: Tensor, *rest: Any, **_: Any) 
     return 2 * hidden.shape[0] * hidden.shape[1] * weight.shape[0] * (1 + bool(need_hidden) + bool(need_weight))
 
 
-# Two products forward; backward four and the scores again.
+# FLOPs. Attention: two products forward; backward four, and the scores once more.
 OURS: Mapping[str, Callable[..., int]] = {
     "fusebert::attention_qkv": _attention_qkv(4),
     "fusebert::attention_qkv_backward": _attention_qkv(10),
@@ -73,7 +77,7 @@ OURS: Mapping[str, Callable[..., int]] = {
 
 
 def _size(value: Any) -> int:
-    """Bytes of the tensors in ``value``; one that is expanded counts what it holds."""
+    """Bytes of the tensors in ``value``; of an expanded tensor, those of its storage."""
     tensors = [x for x in tree_leaves(value) if isinstance(x, Tensor)]
     return sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in tensors)
 
@@ -118,7 +122,7 @@ class _Count:
 
 
 class _Labels(TorchDispatchMode):
-    """Labels every operator that does something, and counts what it had to do."""
+    """Labels every operator that is not a view, and counts its work."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +154,7 @@ def profile_step(step: Callable[[int], Any], device: torch.device, ceilings: Cei
     """
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     labels = _Labels()
-    # CPU time and GPU time of one label are two events of one name; the host's knows the kernels it launched.
+    # A label has one event for the CPU and one for the GPU; the CPU's event has the time of the kernels it launched.
     with profile(activities=activities) as profiler:
         begin = time.perf_counter()
         with labels:
@@ -177,7 +181,7 @@ def profile_step(step: Callable[[int], Any], device: torch.device, ceilings: Cei
 
 
 def to_do(profiled: Profile) -> list[ProfiledOperator]:
-    """Operators below their roofline, by the time that is lost there; those that lose less than 1 % are left out."""
+    """Operators below `AT_ROOFLINE` that lose at least 1 % of the time, the largest loss first."""
     rows = [row for row in profiled.operators if row.roofline is not None and row.roofline < AT_ROOFLINE]
     rows = [row for row in rows if row.lost_ms >= 0.01 * profiled.operator_ms]
     return sorted(rows, key=lambda row: -row.lost_ms)

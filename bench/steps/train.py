@@ -1,19 +1,18 @@
 """A real training run, ours against Transformers': loader, packing or padding, step; tokens a second and the loss.
 
 All contestants start from the same weights and train on the same examples of a prepared corpus, in the same order, with
-the same learning rate at the same step. Ours pays for its loader, whose batches are drawn as it trains; Transformers is
-given batches padded ahead of time, as if a collator with workers to spare had made them. Real tokens alone count.
+the same learning rate at the same step. Our time includes the loader, which makes batches during the training.
+Transformers gets batches that were padded ahead of time, as from a collator with enough workers. Tokens are real ones.
 
-They take turns, so that what the machine does happens to all; each turn is a sample. The curves can be read both ways:
-at the same step they must lie on each other but for the dropout masks, and at the same time, whoever has seen more text
-is ahead. If ours gives another held-out loss than Transformers before training, it is wrong and does not train.
+The contestants take turns, so that changes of the machine's speed affect all of them; each turn is a sample. At the
+same step the loss curves must agree but for the dropout masks; at the same time, the faster contestant has seen more
+text. If ours gives another held-out loss than Transformers before training, it is wrong and does not train.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import gc
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...model import BertConfig, PackedBatch, from_hf
+from ...model import PackedBatch
 from ...train.batches.batch_maker import BatchMaker, fit_shape
 from ...train.batches.dataset import PackedExamples, heldout_batches
 from ...train.batches.loader import batches as packed_batches
@@ -31,56 +30,29 @@ from ...train.corpus.reader import Corpus
 from ...train.errors import UserError
 from ...train.run.evaluate import evaluate
 from ...train.run.plan import LEARNING_RATES
-from ...train.step.optim import make_optimizer
-from ...train.step.step import TrainingStep
+from ...train.step.stopwatch import Stopwatch
 from ..measure.case import OURS, PEER
 from ..measure.correctness import FAILED, RIGHT, UNCHECKED, WRONG, Verdict
 from ..measure.machine import Clocks, environment, nvidia_smi
+from ..measure.memory import PeakMemory, release_memory
 from ..measure.result import (
     CurvePoint,
     LossAtStep,
     TrainContestant,
     TrainResult,
-    TrainSettings,
     TrainTime,
     write_result,
 )
+from ..measure.settings import TrainOptions, TrainSettings, settings_of
 from ..measure.statistics import ratio
 from ..measure.verify import one_line
-from .parity import FP32_TOLERANCE
-from .transformers_step import TransformersStep, padded_examples, split_examples, transformers_bert, transformers_loss
+from .contestants import FP32_TOLERANCE, our_loss, our_model, our_step, preset, their_step
+from .transformers_step import Examples, padded_examples, transformers_bert, transformers_loss
 
-WEIGHT_DECAY, CLIP = 0.01, 1.0
-WARMUP_STEPS = 100  # of the learning rate, which then stays
-UNTIMED_STEPS = 4  # compile, fill the allocator's cache; they train all the same
+WARMUP_STEPS = 100  # the learning rate rises over these and then stays
+UNTIMED_STEPS = 4  # compile and fill the allocator's cache; they train like the others
 TURNS = 8
 HELDOUT_TOKENS, HELDOUT_BATCH = 32768, 4096
-MOST_MICRO_BATCHES = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What is trained, on what.
-
-    Attributes:
-        data: a prepared corpus.
-        model: a preset.
-        tokens: T, token slots of a batch, which is a step.
-        seqlen: the longest segment.
-        dropout: hidden and attention dropout probability.
-        compiled: also Transformers under torch.compile.
-        workers: processes that make our batches; 0 makes them between the steps.
-        minutes: of training, all contestants together; compiling and padding come on top.
-    """
-
-    data: Path
-    model: str
-    tokens: int
-    seqlen: int
-    dropout: float = 0.1
-    compiled: bool = False
-    workers: int = 0
-    minutes: float = 3.0
 
 
 @dataclasses.dataclass
@@ -88,10 +60,10 @@ class _Trainer:
     """A contestant in training.
 
     Attributes:
-        prepare: told, untimed, how many steps the next turn takes.
+        prepare: gets, untimed, the number of steps of the next turn.
         step: takes the learning rate; gives the loss (MLM + NSP, on the device) and the real tokens of the batch.
         heldout: the loss on held-out batches, mean of each batch's.
-        losses: of every step. curve: after each turn, how far it is. us_per_token: of each turn.
+        losses: of every step. curve: progress after each turn. us_per_token: of each turn.
     """
 
     name: str
@@ -111,13 +83,12 @@ class _Trainer:
 def _ours(
     hf: nn.Module, batches: Iterator[PackedBatch], heldout: list[PackedBatch], device: torch.device, dtype: torch.dtype
 ) -> _Trainer:
-    model = from_hf(hf).to(device).train()  # type: ignore[arg-type]
-    step = TrainingStep(model, make_optimizer(model, 0.0, WEIGHT_DECAY), clip=CLIP, compute_dtype=dtype)
+    model = our_model(hf, device)
+    step = our_step(model, dtype)
 
     def train(lr: float) -> tuple[Tensor, int]:
         batch = next(batches)
-        sums = step([batch], lr).sums
-        return sums[0] / max(1, batch.num_masked) + sums[1] / max(1, batch.num_pairs), batch.num_tokens
+        return our_loss(step([batch], lr).sums, batch), batch.num_tokens
 
     def loss() -> float:
         found = [evaluate(model, [batch], dtype) for batch in heldout]
@@ -136,32 +107,16 @@ def _theirs(
     compiled: bool,
 ) -> _Trainer:
     model = copy.deepcopy(hf)
-    called: Any = torch.compile(model) if compiled else model
-    step = TransformersStep(called, lr=0.0, weight_decay=WEIGHT_DECAY, clip=CLIP, compute_dtype=dtype)
-    ready: list[tuple[dict[str, Tensor], int]] = []
-    parts = 1
+    step = their_step(model, dtype, compiled=compiled)
+    ready: list[tuple[Examples, int]] = []
 
     def prepare(steps: int) -> None:
         for batch in (next(batches) for _ in range(steps - len(ready))):
             ready.append((padded_examples(batch), batch.num_tokens))
 
     def train(lr: float) -> tuple[Tensor, int]:
-        """In as many micro-batches as the memory asks for: a batch that fits ours may not fit Transformers' logits."""
-        nonlocal parts
-        for group in step.optimizer.param_groups:
-            group["lr"] = lr
         examples, tokens = ready.pop(0)
-        on_device = {name: x.to(device, non_blocking=True) for name, x in examples.items()}
-        while True:
-            try:
-                return step(split_examples(on_device, parts, gather=False)), tokens
-            except torch.OutOfMemoryError:
-                if 2 * parts > min(MOST_MICRO_BATCHES, len(on_device["input_ids"])):
-                    raise
-            parts *= 2
-            step.optimizer.zero_grad(set_to_none=True)
-            gc.collect()
-            torch.cuda.empty_cache()
+        return step.train({name: x.to(device, non_blocking=True) for name, x in examples.items()}, lr), tokens
 
     def loss() -> float:
         model.eval()
@@ -187,22 +142,19 @@ def _same_before_training(ours: _Trainer, theirs: _Trainer, dtype: torch.dtype) 
 
 
 def _turn(trainer: _Trainer, steps: int, lr: float, device: torch.device, *, timed: bool) -> float:
-    """``steps`` steps; seconds a step. The rate rises over the first steps, whatever the run's length."""
+    """``steps`` steps; returns seconds a step."""
     trainer.prepare(steps)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        held = torch.cuda.memory_allocated(device)
     losses, tokens = [], 0
-    begin = time.perf_counter()
-    for number in range(len(trainer.losses), len(trainer.losses) + steps):
-        loss, count = trainer.step(lr * min(1.0, (number + 1) / WARMUP_STEPS))
-        losses.append(loss.detach())
-        tokens += count
-    trainer.losses += torch.stack(losses).tolist()  # waits
-    seconds = time.perf_counter() - begin
-    if device.type == "cuda":
-        trainer.peak_bytes = max(trainer.peak_bytes, torch.cuda.max_memory_allocated(device) - held)
+    with PeakMemory(device) as memory:
+        watch = Stopwatch(device)
+        for number in range(len(trainer.losses), len(trainer.losses) + steps):
+            loss, count = trainer.step(lr * min(1.0, (number + 1) / WARMUP_STEPS))
+            losses.append(loss.detach())
+            tokens += count
+        watch.stop()
+    seconds = watch.seconds()
+    trainer.losses += torch.stack(losses).tolist()
+    trainer.peak_bytes = max(trainer.peak_bytes, memory.bytes or 0)
     trainer.tokens += tokens
     if timed:
         trainer.seconds += seconds
@@ -213,11 +165,11 @@ def _turn(trainer: _Trainer, steps: int, lr: float, device: torch.device, *, tim
     return seconds / steps
 
 
-def _train(trainers: list[_Trainer], settings: Settings, lr: float, device: torch.device) -> None:
-    """All untimed steps, then the turns. Who raises is out; the others go on."""
+def _train(trainers: list[_Trainer], minutes: float, lr: float, device: torch.device) -> None:
+    """All untimed steps, then the turns. A contestant that raises is out; the others go on."""
     steps: dict[str, int] = {}
     racing = list(trainers)
-    turn_seconds = 60 * settings.minutes / (TURNS * len(racing))
+    turn_seconds = 60 * minutes / (TURNS * len(racing))
     for turn in range(-1, TURNS):
         for trainer in list(racing if turn % 2 else reversed(racing)):
             try:
@@ -227,50 +179,38 @@ def _train(trainers: list[_Trainer], settings: Settings, lr: float, device: torc
                     steps[trainer.name] = max(1, round(turn_seconds / once))
                 else:
                     _turn(trainer, steps[trainer.name], lr, device, timed=True)
-            except Exception as error:  # does not fit, say
+            except Exception as error:  # for example: out of memory
                 trainer.verdict = Verdict(FAILED, detail=one_line(error))
                 trainer.us_per_token.clear()
                 racing.remove(trainer)
-        gc.collect()
+        release_memory(device)
 
 
-def run(
-    settings: Settings,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    out: Path | None = None,
-    show: Callable[[Any], None] = print,
-) -> TrainResult:
+def run(options: TrainOptions, device: torch.device, *, show: Callable[[Any], None] = print) -> TrainResult:
     """Train all contestants, show the comparison, and return (and write) it.
 
     Args:
-        dtype: of the matrix products (autocast over float32 weights); float32 for none.
+        options: resolved for the device.
         show: takes the environment, and the result.
 
     Raises:
         ValueError: a setting is out of range.
-        CorpusError: ``settings.data`` is no sound corpus.
+        CorpusError: ``options.data`` is not a corpus, or is damaged.
         UserError: Transformers is not installed, or the held-out text is too short.
     """
     begin = time.monotonic()
-    corpus = Corpus.open(settings.data)
-    config = BertConfig.preset(
-        settings.model,
-        corpus.vocab_size,
-        hidden_dropout_prob=settings.dropout,
-        attention_probs_dropout_prob=settings.dropout,
-        max_position_embeddings=max(512, settings.seqlen),
-    )
+    dtype, seqlen = getattr(torch, options.compute_dtype), options.seqlen
+    corpus = Corpus.open(Path(options.data))
+    config = preset(options.model, corpus.vocab_size, seqlen=seqlen, dropout=options.dropout)
     split = corpus.split("train")
-    shape = fit_shape(split, settings.tokens, settings.seqlen)
+    shape = fit_shape(split, options.tokens, seqlen)
     examples = PackedExamples(BatchMaker(corpus, "train", shape), seed=0)
-    few = fit_shape(split, max(settings.seqlen, HELDOUT_BATCH) // 8 * 8, settings.seqlen)
+    few = fit_shape(split, max(seqlen, HELDOUT_BATCH) // 8 * 8, seqlen)
     heldout = heldout_batches(BatchMaker(corpus, "heldout", few), tokens=HELDOUT_TOKENS)
     heldout = [batch for batch in heldout if batch.num_masked and batch.num_pairs]
     if not heldout:
         raise UserError(
-            f"--data {settings.data}: its held-out text is too short to compare losses on: prepare more text"
+            f"--data {options.data}: its held-out text is too short to compare losses on: prepare more text"
         )
     where = environment(device)
     show(where)
@@ -278,23 +218,19 @@ def run(
     hf = transformers_bert(config, device)
 
     def batches() -> Iterator[PackedBatch]:
-        return packed_batches(examples, num_workers=settings.workers, pin_memory=device.type == "cuda")
+        return packed_batches(examples, num_workers=options.workers or 0, pin_memory=device.type == "cuda")
 
     trainers = [_ours(hf, batches(), heldout, device, dtype)]
-    for compiled in (False, True) if settings.compiled else (False,):
+    for compiled in (False, True) if options.compiled else (False,):
         trainers.append(_theirs(hf, batches(), heldout, device, dtype, compiled=compiled))
     ours, theirs = trainers[:2]
     ours.verdict = _same_before_training(ours, theirs, dtype)
-    lr = LEARNING_RATES[settings.model]
+    lr = LEARNING_RATES[options.model]
     with Clocks(device) as clocks:
-        _train([t for t in trainers if t.verdict.may_be_timed], settings, lr, device)
+        _train([t for t in trainers if t.verdict.may_be_timed], options.minutes, lr, device)
     result = TrainResult(
         environment=where,
-        settings=TrainSettings(
-            **dataclasses.asdict(settings)
-            | {"data": settings.data.name, "compute_dtype": str(dtype).removeprefix("torch.")}
-            | {"lr": lr, "vocab_size": corpus.vocab_size}
-        ),
+        settings=settings_of(TrainSettings, options, data=Path(options.data).name, lr=lr, vocab_size=corpus.vocab_size),
         unigram_entropy=corpus.unigram_entropy,
         contestants=_rows(trainers),
         clocks=clocks.found,
@@ -302,8 +238,8 @@ def run(
         nvidia_smi_after=nvidia_smi(device),
     )
     show(result)
-    if out is not None:
-        write_result(out, result)
+    if options.out is not None:
+        write_result(options.out, result)
     return result
 
 
@@ -331,12 +267,3 @@ def _rows(trainers: list[_Trainer]) -> list[TrainContestant]:
             )
         rows.append(TrainContestant(t.name, t.role, t.verdict, found))
     return rows
-
-
-def ours_that_are_not_right(result: TrainResult) -> list[str]:
-    """What fails a run: ours wrong, or unable to train."""
-    return [
-        f"{row.name} is {row.verdict.status} ({row.verdict.detail})"
-        for row in result.contestants
-        if row.role == OURS and row.verdict.status != RIGHT
-    ]

@@ -1,4 +1,4 @@
-"""bench/campaign.sh: its stages run, a failing one does not stop the next, and it says so in the end."""
+"""bench/campaign.sh: its stages run, a failing one does not stop the next, and the summary names it."""
 
 import json
 import os

@@ -13,10 +13,12 @@ from typer.testing import CliRunner
 
 from fusebert.bench.cli import app
 from fusebert.bench.measure.ceilings import Ceilings, Drift, measure_ceilings
+from fusebert.bench.measure.settings import KernelsOptions, StepOptions
 from fusebert.bench.operators import run as kernels
 from fusebert.bench.report.terminal import show
 from fusebert.bench.steps import parity as train_parity
 from fusebert.bench.steps import step
+from fusebert.model import BertForPreTraining
 from fusebert.train.batches.batch_maker import BatchMaker, fit_shape
 from fusebert.train.batches.dataset import PackedExamples
 from fusebert.train.batches.loader import batches
@@ -107,7 +109,8 @@ def test_most_valuable_cases_first_and_what_is_left_out_is_named(monkeypatch, tm
     monkeypatch.setattr(kernels, "measure_ceilings", lambda *_, **__: Ceilings(1.0, 1.0, "float32"))
     monkeypatch.setattr(kernels, "measure_drift", lambda *_: Drift(1.0, 1.0))
     device = torch.device(DEVICE)
-    result = kernels.run(device, torch.float32, minutes=1e-9, show=show, out=tmp_path / "x.json")
+    options = KernelsOptions(dtype="float32", minutes=1e-9, out=tmp_path / "x.json")
+    result = kernels.run(options, device, show=show)
     everything = kernels.select_cases(None, device, torch.float32, quick=False)
     assert [case.value for case in everything] == sorted(case.value for case in everything)
     assert len(ran) + len(result.left_out) == len(everything)
@@ -169,19 +172,20 @@ def test_step_races_fp8_where_it_runs(monkeypatch):
     monkeypatch.setattr(step, "fp8_obstacle", lambda device: None)  # a CPU multiplies it too, slowly
     if DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this GPU has no fp8")
-    settings = step.Settings("tiny", tokens=64, seqlen=32, vocab_size=64)
+    sizes = {"model": "tiny", "tokens": 64, "seqlen": 32, "vocab_size": 64}
     multiplied = []
     scaled_mm = torch._scaled_mm
     monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **kw: multiplied.append(1) or scaled_mm(*args, **kw))
-    for dtype, raced in ((torch.float32, False), (torch.bfloat16, True)):
-        result = step.run(settings, torch.device(DEVICE), dtype, quick=True, show=lambda _: None)
+    for dtype, raced in (("float32", False), ("bfloat16", True)):
+        options = StepOptions(**sizes, compute_dtype=dtype, quick=True)
+        result = step.run(options, torch.device(DEVICE), show=lambda _: None)
         rows = {row.name: row for row in result.contestants}
         assert ("fusebert, fp8" in rows) == bool(multiplied) == raced
     row = rows["fusebert, fp8"]
     assert row.verdict.status == "unchecked"
     assert row.time.timing.median_ms > 0
     assert rows["fusebert"].time.ratio_to_ours.median == 1.0
-    assert not step.ours_that_are_not_right(result)
+    assert not result.problems
 
 
 def test_step_on_a_prepared_corpus(tmp_path):
@@ -207,13 +211,13 @@ def test_step_on_a_prepared_corpus(tmp_path):
 def test_a_step_that_computes_something_else_is_not_timed(monkeypatch):
     """Ours without the pair loss: the gradient is off, the run fails."""
     pytest.importorskip("transformers")
-    forward = step.BertForPreTraining.forward
+    forward = BertForPreTraining.forward
 
     def forgetful(self, batch):
         out = forward(self, batch)
         return out._replace(nsp_loss_sum=out.nsp_loss_sum.detach())
 
-    monkeypatch.setattr(step.BertForPreTraining, "forward", forgetful)
+    monkeypatch.setattr(BertForPreTraining, "forward", forgetful)
     done = invoke("step", "--quick", *SMALL)
     assert done.exit_code == 1
     assert "fusebert is wrong" in done.output

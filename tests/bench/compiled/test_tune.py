@@ -15,7 +15,7 @@ ARCH, DTYPE = 80, torch.bfloat16  # no GPU of the tests' is one: the compiler de
 
 
 def derive(monkeypatch, spills):
-    monkeypatch.setattr(tune, "_spills", lambda kernel, config, *_: spills(kernel, config, *_))
+    monkeypatch.setattr(tune, "spilled_bytes", lambda kernel, config, *_: spills(kernel, config, *_))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     lines = []
     return *tune.derive(ARCH, DTYPE, lines.append, head_dims=[64]), lines
@@ -78,11 +78,11 @@ def test_what_is_printed_is_the_table(tables):
 
 def test_only_the_kernel_in_question_is_changed():
     wanted = Config(64, 32, 4, 2)
-    table = tune._only("long_backward_dq", wanted, 64)
+    table = tune.table_for("long_backward_dq", wanted, 64)
     assert table.long_backward_dq == {64: wanted}
     assert table.long_forward[64] != wanted
     assert (table.short_forward, table.short_backward) == ({64: 0}, {64: 0})
-    assert tune._only("short_forward", None, 64).short_forward == {64: max(tune.SHORT_LENGTHS)}
+    assert tune.table_for("short_forward", None, 64).short_forward == {64: max(tune.SHORT_LENGTHS)}
 
 
 def test_an_architecture_that_cannot_be_compiled_for():

@@ -11,7 +11,8 @@ from fusebert.bench.measure.case import OURS, Case, Contestant, Run
 from fusebert.bench.measure.ceilings import Ceilings
 from fusebert.bench.measure.correctness import COARSE, FAILED, RIGHT, UNCHECKED, WRONG
 from fusebert.bench.measure.machine import environment
-from fusebert.bench.measure.result import KernelsResult, KernelsSettings
+from fusebert.bench.measure.result import KernelsResult
+from fusebert.bench.measure.settings import KernelsSettings
 from fusebert.bench.measure.verify import Judge, verify
 from fusebert.bench.operators import attention
 from fusebert.bench.operators import run as kernels
@@ -211,9 +212,9 @@ def test_a_contestant_that_raises_is_out_of_the_race_and_the_race_goes_on():
 def test_our_own_mistake_fails_the_run():
     case = CASES["mlm_loss"]
     bad = dataclasses.replace(case, contestants=(changed(case.contestants[0], lambda name, x: 2 * x),))
-    result = KernelsResult(environment(HERE), KernelsSettings(None, "", True, None), CEILINGS)
+    result = KernelsResult(environment(HERE), KernelsSettings(), CEILINGS)
     result.results += kernels.run_case(bad, CEILINGS, effort=kernels.QUICK)
-    (problem,) = kernels.ours_that_are_not_right(result)
+    (problem,) = result.problems
     assert "fusebert is wrong" in problem
 
 

@@ -1,0 +1,202 @@
+"""What the benchmarks are run with: the options of the command line, and the "settings" of result files.
+
+Each field is one option, and its help text documents it. The classes ``...Options`` add the options that result files
+do not hold. `resolve` replaces "auto" and 0 by the device's default before a benchmark runs. This module does not
+import PyTorch, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from ...train.errors import UserError
+from ...train.options import Option
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+Quick = Annotated[bool, Option("A smoke test: few cases, little measuring.", flags="--quick")]
+Minutes = Annotated[float | None, Option("Take about so long: what is most worth knowing comes first.", min=0.05)]
+Model = Annotated[
+    str, Option("tiny, mini, small, base or large. Default: base on a GPU, tiny on a CPU.", show_default=False)
+]
+Tokens = Annotated[int, Option("Token slots in a batch. Default: by the device.", show_default=False)]
+Seqlen = Annotated[int, Option("The longest sequence.")]
+Dropout = Annotated[float, Option("Dropout probability of hidden states and attention.")]
+VocabSize = Annotated[int, Option("Words in the vocabulary.")]
+TrainingDtype = Annotated[
+    str, Option("bf16 (autocast over fp32 weights) or fp32.", flags="--dtype", show_default=False)
+]
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """The options of every benchmark."""
+
+    out: Annotated[Path | None, Option("Write environment, settings and every figure here, as JSON.")] = None
+    device: Annotated[
+        str | None, Option("cuda, cuda:1, cpu. Default: the GPU if there is one.", show_default=False)
+    ] = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelsSettings:
+    """Of ``fusebert bench kernels``."""
+
+    op: Annotated[
+        str | None,
+        Option(
+            "attention, layernorm, mlm_loss, bias_gelu, linear_gelu, gelu_linear, embed_layernorm. Default: all.",
+            show_default=False,
+        ),
+    ] = None
+    shapes: Annotated[
+        str | None, Option("Your own shapes for --op, as below. Default: the built-in ones.", show_default=False)
+    ] = None
+    peers: Annotated[
+        tuple[str, ...] | None,
+        Option('Only these peers: "sdpa, flex_attention". Default: all that run.', show_default=False, parser=_names),
+    ] = None
+    dtype: Annotated[str, Option("bf16, fp16 or fp32. Default: bf16 on a GPU, fp32 on a CPU.", show_default=False)] = (
+        "auto"
+    )
+    quick: Quick = False
+    minutes: Minutes = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelsOptions(RunOptions, KernelsSettings):
+    pass
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """Of ``fusebert bench step``."""
+
+    model: Model = "auto"
+    seqlen: Seqlen = 128
+    tokens: Tokens = 0
+    ragged: Annotated[bool, Option("Lengths vary up to --seqlen, or all are --seqlen.", flags="--ragged/--equal")] = (
+        False
+    )
+    compiled: Annotated[
+        bool,
+        Option("Also race the models under torch.compile (minutes to compile).", flags="--compile/--no-compile"),
+    ] = False
+    dropout: Dropout = 0.1
+    vocab_size: VocabSize = 30522
+    data: Annotated[
+        str | None,
+        Option("A prepared corpus: its examples, lengths and vocabulary in place of random ones.", metavar="<path>"),
+    ] = None
+    compute_dtype: TrainingDtype = "auto"
+    quick: Quick = False
+    minutes: Minutes = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepOptions(RunOptions, StepSettings):
+    pass
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Train:
+    data: Annotated[str, Option("A corpus that `fusebert prepare` made.", metavar="<path>")]
+    minutes: Annotated[float, Option("Of training, all contestants together; compiling comes on top.", min=0.01)] = 3.0
+    model: Model = "auto"
+    seqlen: Seqlen = 128
+    tokens: Tokens = 0
+    compiled: Annotated[bool, Option("Also Transformers under torch.compile.", flags="--compile/--no-compile")] = False
+    dropout: Dropout = 0.1
+    workers: Annotated[
+        int | None,
+        Option("Processes that make our batches. Default: up to 8, on a CPU 0.", min=0, show_default=False),
+    ] = None
+    compute_dtype: TrainingDtype = "auto"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainOptions(RunOptions, _Train):
+    pass
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainSettings(_Train):
+    """Of ``fusebert bench train``. ``data`` is the name of the corpus's folder, ``vocab_size`` the corpus's."""
+
+    lr: float
+    vocab_size: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Parity:
+    steps: Annotated[int, Option("Training steps.")] = 100
+    seqlen: Seqlen = 128
+    tokens: Tokens = 0
+    vocab_size: VocabSize = 30522
+    compute_dtype: TrainingDtype = "auto"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParityOptions(RunOptions, _Parity):
+    model: Model = "auto"
+    plot: Annotated[Path | None, Option("Draw the loss curves here, as PNG.")] = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParitySettings(_Parity):
+    """Of ``fusebert bench parity``: of the preset, what decides the loss."""
+
+    layers: int
+    hidden_size: int
+    ragged: bool = True
+    dropout: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TuneOptions:
+    """Of ``fusebert bench tune``."""
+
+    arch: Annotated[
+        int | None, Option("Compute capability, 90 for 9.0. Default: this GPU's, or 90.", show_default=False)
+    ] = None
+    dtype: Annotated[str, Option("bf16 (which stands for fp16 too) or fp32.")] = "bf16"
+
+
+Settings = TypeVar("Settings")
+
+
+def settings_of(kind: type[Settings], options: Any, **changes: Any) -> Settings:
+    """The fields of ``kind`` from ``options``, with ``changes``."""
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    return kind(**{name: getattr(options, name) for name in names if hasattr(options, name)} | changes)
+
+
+def resolve(
+    options: Settings, on_gpu: bool, *, dtypes: tuple[str, ...] | None = None, tokens_on_gpu: int = 65536
+) -> Settings:
+    """``options`` with the device's defaults, and with PyTorch's name of the dtype.
+
+    Args:
+        dtypes: those that are allowed; None: all for operators, bf16 and fp32 for training.
+
+    Raises:
+        UserError: there is no such dtype.
+    """
+    given: dict[str, Any] = vars(options)
+    key = "dtype" if "dtype" in given else "compute_dtype"
+    allowed = dtypes or (("bf16", "fp16", "fp32") if key == "dtype" else ("bf16", "fp32"))
+    dtype = given[key] if given[key] != "auto" else "bf16" if on_gpu else "fp32"
+    if dtype not in allowed:
+        raise UserError(f"--dtype {dtype}: choose one of {', '.join(allowed)}")
+    found: dict[str, Any] = {key: DTYPES[dtype]}
+    if given.get("model") == "auto":
+        found["model"] = "base" if on_gpu else "tiny"
+    if given.get("tokens") == 0:
+        found["tokens"] = tokens_on_gpu if on_gpu else 1024
+    return dataclasses.replace(options, **found)  # type: ignore[type-var]
