@@ -30,57 +30,29 @@ TOKENS, HEADS = 32768, 12  # of a timed call
 DROPOUT_P = 0.1
 MOST_REGISTERS = 255  # of a thread. Given as a limit, it stops the assembler from spilling to fit one more block
 
+
+def _configs(text: str) -> list[Config]:
+    return [Config(*map(int, words.split())) for words in text.split(",")]
+
+
 # Element size → kernel → (BLOCK_M, BLOCK_N, warps, stages), the largest first. float32 products are unrolled FMAs and
 # need small tiles.
 CANDIDATES: dict[int, dict[str, list[Config]]] = {
     2: {
-        "long_forward": [
-            Config(128, 128, 8, 2),
-            Config(128, 64, 8, 3),
-            Config(128, 64, 4, 3),
-            Config(128, 64, 8, 2),
-            Config(64, 64, 4, 2),
-            Config(64, 32, 4, 2),
-            Config(64, 32, 8, 1),
-            Config(32, 32, 4, 2),
-            Config(32, 32, 4, 1),
-            Config(32, 16, 4, 1),
-        ],
-        "long_backward_dq": [
-            Config(128, 64, 8, 2),
-            Config(64, 64, 4, 2),
-            Config(64, 32, 4, 2),
-            Config(64, 32, 8, 2),
-            Config(32, 32, 4, 2),
-            Config(32, 32, 4, 1),
-            Config(32, 16, 4, 1),
-        ],
-        "long_backward_dk_dv": [
-            Config(64, 128, 8, 2),
-            Config(32, 128, 8, 2),
-            Config(64, 64, 4, 2),
-            Config(64, 64, 8, 2),
-            Config(32, 64, 4, 2),
-            Config(32, 64, 8, 2),
-            Config(16, 64, 8, 2),
-            Config(16, 64, 4, 2),
-            Config(32, 32, 4, 1),
-            Config(16, 32, 4, 1),
-            Config(16, 16, 4, 1),
-        ],
+        "long_forward": _configs(
+            "128 128 8 2, 128 64 8 3, 128 64 4 3, 128 64 8 2, 64 64 4 2, 64 32 4 2, 64 32 8 1, 32 32 4 2, 32 32 4 1, "
+            "32 16 4 1"
+        ),
+        "long_backward_dq": _configs("128 64 8 2, 64 64 4 2, 64 32 4 2, 64 32 8 2, 32 32 4 2, 32 32 4 1, 32 16 4 1"),
+        "long_backward_dk_dv": _configs(
+            "64 128 8 2, 32 128 8 2, 64 64 4 2, 64 64 8 2, 32 64 4 2, 32 64 8 2, 16 64 8 2, 16 64 4 2, 32 32 4 1, "
+            "16 32 4 1, 16 16 4 1"
+        ),
     },
     4: {
-        name: [
-            Config(32, 32, 4, 2),
-            Config(32, 32, 8, 1),
-            Config(32, 16, 4, 2),
-            Config(16, 32, 4, 2),
-            Config(32, 16, 8, 1),
-            Config(16, 32, 8, 1),
-            Config(16, 16, 4, 2),
-            Config(16, 16, 4, 1),
-            Config(16, 16, 8, 1),
-        ]
+        name: _configs(
+            "32 32 4 2, 32 32 8 1, 32 16 4 2, 16 32 4 2, 32 16 8 1, 16 32 8 1, 16 16 4 2, 16 16 4 1, 16 16 8 1"
+        )
         for name in ("long_forward", "long_backward_dq", "long_backward_dk_dv")
     },
 }

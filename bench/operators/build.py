@@ -301,19 +301,3 @@ class Operator:
         if "p" in setting.shape:
             inputs["seed"] = torch.tensor([seed], dtype=torch.int64, device=setting.device)
         return inputs
-
-
-__all__ = [
-    "Bind",
-    "Dimension",
-    "Gap",
-    "Operator",
-    "Random",
-    "Setting",
-    "by_name",
-    "compiled",
-    "cuda_only",
-    "half_only",
-    "needs",
-    "slow_to_compile",
-]

@@ -143,6 +143,3 @@ class Segments(Setting):
     def unpad(self, padded: Tensor) -> Tensor:
         """[B, H, N, D] → [T, H, D], the real rows."""
         return padded.transpose(1, 2)[self.real]
-
-
-__all__ = ["CHOICES", "Segments", "segment_lengths"]

@@ -5,9 +5,9 @@
     PYTHONSAFEPATH=1 pytest bench --benchmark-only -k "attention and N512 and forward"
 
 A benchmark is a pass of a case by one contestant, named op-case-pass-contestant (N512: -k takes no "="); on a CPU the
-cases of ``fusebert bench kernels --quick``. It fails where ours is not right by the rule of `measure.verify`,
-and is skipped where a peer is not. A round is a burst of calls on inputs that together exceed the L2, waited for once.
-The clock is the host's: to compare contestants with each other, `fusebert bench kernels` is the better instrument.
+cases of ``fusebert bench kernels --quick``. It fails if ours is not right by the rule of `measure.correctness`, and is
+skipped if a peer is not. A round is a burst of calls on inputs that together exceed the L2, with one synchronisation.
+Times are the host's: to compare contestants with each other, use `fusebert bench kernels`.
 """
 
 from __future__ import annotations

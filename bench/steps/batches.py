@@ -107,4 +107,3 @@ def _batch(
         num_masked=len(rows),
         num_pairs=len(lengths),
     )
-
