@@ -1,8 +1,8 @@
-"""What a benchmark of an operator consists of: a case, its inputs, and the contestants that compute it.
+"""A benchmark of an operator: a case, its inputs, and the contestants that compute it.
 
-A `Case` is an operator at one shape and dtype. It makes canonical inputs and says, for them, what is right (`oracle`)
-and what plain PyTorch makes of it at the same dtype (`yardstick`). A `Contestant` binds an implementation to such
-inputs in the layout it likes best, untimed: a `Run`. Which of a run's passes are timed is the case's ``passes``.
+A `Case` is an operator at one shape and dtype. It makes inputs, the correct result for them in float64 (`oracle`), and
+plain PyTorch's result at the case's dtype (`yardstick`). A `Contestant` binds an implementation to such inputs, untimed
+and in the layout that suits it best: a `Run`. The case's ``passes`` are timed.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ COMPILE_IS_SLOW = "left out by --quick"  # why a compiled peer is missing
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One implementation bound to one set of inputs.
+    """An implementation bound to one set of inputs.
 
     Attributes:
         forward: the call.
-        leaves: what gradients are taken of.
+        leaves: the tensors that gradients are computed for.
         grad_output: the gradient of the result; None for a scalar loss.
         named: the result and the gradients of ``leaves`` under the case's names, in its canonical layout.
     """
@@ -40,23 +40,23 @@ class Run:
     named: Callable[[Tensor, tuple[Tensor, ...]], Tensors]
 
     def backward(self, out: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of ``leaves``: new tensors, nothing is accumulated."""
+        """Gradients of ``leaves``, as new tensors: nothing is accumulated."""
         return torch.autograd.grad(out, self.leaves, self.grad_output)
 
     def forward_backward(self) -> tuple[Tensor, ...]:
-        """A training step's share of the operator."""
+        """The gradients of a whole pass, as in a training step."""
         return self.backward(self.forward())
 
 
 @dataclasses.dataclass(frozen=True)
 class Contestant:
-    """An implementation in the race.
+    """An implementation to be compared.
 
     Attributes:
         bind: canonical inputs and a dropout probability → a `Run`.
-        role: "ours", "peer", or "bound": the part of the work nobody can leave out, timed but not checked.
+        role: "ours", "peer", or "bound": the part of the work that no implementation can omit, timed but not checked.
         replays_dropout: it draws `fusebert.kernels.dropout_mask`'s mask (or attention's) for the inputs' seed, so it is
-            checked with dropout on; others are checked with dropout off and timed with it on.
+            checked with dropout on. Others are checked with dropout off and timed with dropout on.
         context: entered around its calls, e.g. a forced backend.
     """
 
@@ -69,7 +69,7 @@ class Contestant:
 
 @dataclasses.dataclass(frozen=True)
 class Missing:
-    """A peer that is not in the race, and why: how to install it, or what it cannot do."""
+    """A peer that does not take part, and the reason: how to install it, or what it cannot do."""
 
     name: str
     reason: str
@@ -139,7 +139,7 @@ class Case:
 
 
 def with_peers(case: Case, names: Sequence[str]) -> Case:
-    """The case with only those peers whose names are, or begin with, one of ``names``; ours and bounds stay."""
+    """The case with only the peers that `matches` one of ``names``; ours and bounds stay."""
 
     def wanted(name: str) -> bool:
         return any(matches(name, given) for given in names)
@@ -152,7 +152,7 @@ def with_peers(case: Case, names: Sequence[str]) -> Case:
 
 
 def matches(name: str, given: str) -> bool:
-    """Whether ``given`` names the contestant: its whole name or first words of it ("sdpa": every SDPA backend)."""
+    """Whether ``given`` is the contestant's name or its first words ("sdpa": every SDPA backend)."""
     words, first = name.lower().replace(",", "").split(), given.lower().split()
     return bool(first) and words[: len(first)] == first
 
@@ -163,5 +163,5 @@ def installed(package: str) -> bool:
 
 
 def leaf(x: Tensor) -> Tensor:
-    """``x`` as a leaf that wants a gradient, same memory, same strides."""
+    """``x`` as a leaf that requires a gradient, with the same memory and strides."""
     return x.detach().requires_grad_()

@@ -1,8 +1,8 @@
-"""What the machine can do at most, measured in the run it is compared with: copy rate and matrix-product rate.
+"""The machine's ceilings, measured in the same run as the contestants: copy rate and matrix-product rate.
 
-copy     b ← a, a of a gigabyte: bytes read + bytes written over time
+copy     b ← a, a of 1 GiB: bytes read + bytes written over time
 matmul   C ← A B, 8192³ on random data (`train.step.flops.matmul_rate`, MFU's denominator): 2 M N K FLOPs over time
-linears  BERT-base's own products, forward and both gradients: at K = 768 they reach less than the large one
+linears  BERT-base's own products, forward and both gradients; at K = 768 their rate is lower than the large product's
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Ceilings:
 
 @dataclasses.dataclass(frozen=True)
 class Drift:
-    """Rates after a run over those before it. Below 1 the machine has become slower, and so have the figures."""
+    """Rates after a run over those before it. Below 1 the machine became slower during the run."""
 
     copy: float
     matmul: float

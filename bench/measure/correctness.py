@@ -53,7 +53,8 @@ class Verdict:
 
 def relative_error(actual: Tensor, oracle: Tensor) -> float:
     """‖actual − oracle‖ / ‖oracle‖ in float64; NaN where ``actual`` is not finite."""
-    difference = torch.linalg.vector_norm(actual.detach().double() - oracle)
+    oracle = oracle.detach().double()
+    difference = torch.linalg.vector_norm(actual.detach().to(oracle) - oracle)
     return float(difference / torch.linalg.vector_norm(oracle).clamp_min(torch.finfo(torch.float64).tiny))
 
 
@@ -63,9 +64,14 @@ def rounding_error(oracle: Tensor, dtype: torch.dtype) -> float:
     return unit_roundoff if oracle.numel() == 1 else relative_error(oracle.to(dtype), oracle) or unit_roundoff
 
 
-def allowance(torch_result: Tensor, oracle: Tensor) -> float:
-    """The error that `status` measures in: PyTorch's, and at least the rounding to its dtype."""
-    return max(relative_error(torch_result, oracle), rounding_error(oracle, torch_result.dtype))
+def allowance(torch_result: Tensor, oracle: Tensor, *, roundings: int = 1) -> float:
+    """The error that a verdict is measured in: PyTorch's, and at least ``roundings`` roundings to its dtype.
+
+    Args:
+        roundings: more than one for results so small that PyTorch's own error is chance: as many as the computation
+            makes in a row.
+    """
+    return max(relative_error(torch_result, oracle), roundings * rounding_error(oracle, torch_result.dtype))
 
 
 def status(versus_torch: float) -> str:

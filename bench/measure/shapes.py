@@ -1,7 +1,7 @@
-"""Shapes as one writes them on the command line, and the built-in ones: ``N=128; N=512,D=128,lengths=half``.
+"""Shapes of operators, as on the command line: ``N=128; N=512,D=128,lengths=half``.
 
-A shape is keys with values, separated by commas; shapes are separated by semicolons; a key left out has its default.
-Each operator has its own keys, named as in the papers and in the tables.
+A shape is keys with values, separated by commas. Shapes are separated by semicolons. A key that is absent has its
+default. Each operator has its own keys, named as in the papers and in the tables.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Shape = dict[str, Value]
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """What may be said of a shape.
+    """A key of a shape.
 
     Attributes:
         meaning: in a few words.
-        default: its type is the value's: a positive integer, a probability in [0, 1), or one of ``choices``.
+        default: gives the type of values: a positive integer, a probability in [0, 1), or one of ``choices``.
     """
 
     meaning: str
@@ -36,7 +36,7 @@ class Key:
         """The value in ``text``.
 
         Raises:
-            ValueError: it is none of those allowed.
+            ValueError: it is not allowed.
         """
         if isinstance(self.default, str):
             if text not in self.choices:
@@ -55,10 +55,10 @@ class Key:
 
 @dataclasses.dataclass(frozen=True)
 class Operator:
-    """What the suite knows of an operator.
+    """An operator's shapes, and the cases they make.
 
     Attributes:
-        keys: device → what a shape of it may say.
+        keys: device → the keys of its shapes.
         built_in: device → (value, shapes): the order of running when time is short, low first, and the shapes.
         shaped: (shape with a value for every key, device, dtype, quick=, value=) → its case.
     """

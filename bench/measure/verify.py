@@ -12,13 +12,13 @@ from .correctness import FAILED, RIGHT, UNCHECKED, WRONG, Verdict, allowance, re
 
 
 def one_line(error: Exception) -> str:
-    """What an exception says, short enough for a table."""
+    """The type and the first line of an exception's message, short enough for a table."""
     reason = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {reason[0][:160]}"
 
 
 class Judge:
-    """What is right for one set of inputs of a case, and how near to it plain PyTorch comes."""
+    """The correct results for one set of inputs of a case, and plain PyTorch's distance from them."""
 
     def __init__(self, case: Case, inputs: Tensors, dropout_p: float) -> None:
         self.inputs, self.dropout_p = inputs, dropout_p
@@ -46,7 +46,7 @@ class Judge:
 
 
 def poison(like: Tensors) -> None:
-    """Leave NaN in freed memory of these sizes, where an output that is allocated and not written will show it."""
+    """Fill freed memory of these sizes with NaN, so that an output that is allocated but not written contains NaN."""
     blocks = [torch.full(x.shape, math.nan, dtype=torch.float32, device=x.device) for x in like.values()]
     halves = [torch.full(x.shape, math.nan, dtype=torch.bfloat16, device=x.device) for x in like.values()]
     del blocks, halves
@@ -56,7 +56,8 @@ def verify(case: Case, contestant: Contestant, judges: Mapping[float, Judge]) ->
     """Run a contestant once, forward and backward, and judge it.
 
     Args:
-        judges: dropout probability → `Judge`; one for the case's own, and one for 0 for those whose mask is their own.
+        judges: dropout probability → `Judge`: for the case's probability, and for 0, which contestants that do not
+            replay our mask are checked with.
     """
     if contestant.role == BOUND:
         return Verdict(UNCHECKED)
@@ -73,7 +74,7 @@ def verify(case: Case, contestant: Contestant, judges: Mapping[float, Judge]) ->
                 if not bool(torch.isfinite(dropping).all()):
                     return Verdict(WRONG, detail="not finite with dropout on")
                 if torch.equal(dropping, run.forward()):
-                    return Verdict(WRONG, detail="dropout was asked for and nothing was dropped")
-    except Exception as error:  # a peer may raise anything: it is out of the race, the race goes on
+                    return Verdict(WRONG, detail="dropout is on and nothing was dropped")
+    except Exception as error:  # a peer may raise anything; the others are still compared
         return Verdict(FAILED, detail=one_line(error))
     return verdict

@@ -1,20 +1,19 @@
-"""``fusebert bench compare``: is anything of ours slower than it was, beyond noise?
+"""``fusebert bench compare``: whether anything of ours is slower than it was, beyond noise.
 
 For each pass of each case, and each contestant of ours in it, over the rounds i of a run:
 
     t_i       milliseconds a call of ours
-    m_i       what the machine did: median over the others of (theirs in round i) / (their median in the old file)
+    m_i       machine: median over the others of (theirs in round i) / (their median in the old file)
     ratio     median over the new rounds of t_i / m_i, over the same of the old rounds
 
-The others (peers, and bounds) run code that did not change, so what they suffer is the machine's doing, round by round
-and between the runs, and is divided out; the median lets one of them misbehave. That holds while they are the same
-versions: where a package's version differs between the files, or no other was timed in both, m is 1 and it is said.
+The others (peers and bounds) run code that did not change, so their slowdown is the machine's, within a run and between
+the runs, and is divided out. The median tolerates one other that misbehaves. This holds while their versions are the
+same. Where a package's version differs between the files, or no other was timed in both, m is 1 and a remark says so.
 
-The interval is a bootstrap (Efron 1979): rounds of both files drawn with replacement, independently. Its level is such
-that it holds for all rows together with 95 %: 1 − 0.05 / rows each (Bonferroni), or a long table would cry wolf. A case
-is "slower" when the whole interval lies above 1 + threshold, which is there for what two runs differ by and their
-rounds do not know (memory layout, neighbours). Where the interval only reaches beyond it, noise hides the answer:
-"unclear", which passes.
+The interval is a bootstrap of both files' rounds, drawn independently. Its level is 1 − 0.05 / rows (Bonferroni), so
+that all rows of the table together hold with 95 %. A case is "slower" when the whole interval lies above 1 + threshold;
+the threshold covers differences between two runs that their rounds do not show (memory layout, other processes). Where
+the interval only reaches above it, the case is "unclear", which passes.
 """
 
 from __future__ import annotations
@@ -113,11 +112,11 @@ class Finding:
     """One contestant of ours in one pass.
 
     Attributes:
-        old_ms, new_ms: medians as they were measured; None where it was not timed.
-        machine: by how much the others got slower; None where that can not be said.
-        ratio: new / old with the machine divided out; None where one of them was not timed.
-        verdict: "same", "slower", "faster", "unclear", "WRONG" (it was less so before) or "not compared".
-        detail: why, where that is not in the figures.
+        old_ms, new_ms: medians as measured; None where it was not timed.
+        machine: new / old time of the others; None where that is not known.
+        ratio: new / old with the machine divided out; None where either was not timed.
+        verdict: "same", "slower", "faster", "unclear", "WRONG" (worse than before) or "not compared".
+        detail: the reason, where the numbers do not give it.
     """
 
     name: str
@@ -130,7 +129,7 @@ class Finding:
 
 
 def judge(found: Ratio, threshold: float) -> str:
-    """What an interval says."""
+    """The verdict of an interval."""
     if found.low > 1 + threshold:
         return "slower"
     if found.high < 1 / (1 + threshold):
@@ -238,10 +237,10 @@ def run(old: Path, new: Path, *, threshold: float, say: Callable[[str], None] = 
     """Compare two files and print what was found.
 
     Returns:
-        True: nothing of ours got slower beyond noise, or wrong.
+        Whether nothing of ours became wrong, or slower beyond noise.
 
     Raises:
-        UserError: a file is not a result of kernels, step or train, or the two can not be compared.
+        UserError: a file is not a result of kernels, step or train, or the two cannot be compared.
     """
     before, after = (read_result(path, KernelsResult, StepResult, TrainResult) for path in (old, new))
     findings, remarks = compare(before, after, threshold=threshold)  # type: ignore[arg-type]

@@ -1,15 +1,15 @@
 """The figures in README.md and docs/, written from result files: ``python -m fusebert.bench.readme``.
 
-Between two markers a document holds what this program writes, and nothing else:
+Between two markers a document holds only what this program writes:
 
     <!-- figures VIEW FILE... -->
     ...
     <!-- end of figures -->
 
-VIEW says how (see `VIEWS`); a FILE is a result file's path from the project's root and may have wildcards. Result files
-are called DATE-NAME.json: of those with one NAME the newest date counts, so that a figure is taken anew by adding a
-file and running this again. Where no file matches, the document says that there are no figures. ``--check`` writes
-nothing, and fails where a document differs from what its result files say.
+VIEW is one of `VIEWS`. FILE is the path of a result file from the project's root and may have wildcards. Result files
+are called DATE-NAME.json. Of files with the same NAME the newest date counts, so adding a file and running this again
+updates a figure. Where no file matches, the document says that there are no figures. ``--check`` writes nothing, and
+fails where a document differs from its result files.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _step(files: Files[StepResult]) -> list[str]:
     """Time of each peer's step over ours, a row a file.
 
     Raises:
-        UserError: the files' settings differ in what stands above the table.
+        UserError: the files differ in the settings that the text above the table names.
     """
     first, settings = files[0][0], files[0][1].settings
     for path, result in files:
@@ -211,14 +211,14 @@ def _generate(view: str, patterns: str, document: Path, root: Path) -> list[str]
 
 
 def rewrite(text: str, document: Path, root: Path) -> str:
-    """``text`` with what is between its markers written anew.
+    """``text`` with everything between its markers written again.
 
     Args:
-        document: where it is, which links are relative to.
-        root: of the project, which the markers' paths are relative to.
+        document: the file of ``text``; links are relative to it.
+        root: the project's folder; the markers' paths are relative to it.
 
     Raises:
-        UserError: a marker is wrong or has no end, or a result file is.
+        UserError: a marker is wrong or has no end, or a result file cannot be used.
     """
     lines: list[str] = []
     inside: str | None = None
@@ -242,18 +242,18 @@ def rewrite(text: str, document: Path, root: Path) -> str:
 
 
 def documents(root: Path) -> list[Path]:
-    """Those that may hold figures: README.md and docs/."""
+    """The documents that may hold figures: README.md and docs/*.md."""
     return [path for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))) if path.is_file()]
 
 
 def update(paths: Sequence[Path], root: Path, *, check: bool, say: Callable[[str], None] = print) -> list[Path]:
-    """Write the figures of the documents anew, or only look.
+    """Write the figures of the documents again; with ``check`` only compare.
 
     Returns:
         The documents that differed.
 
     Raises:
-        UserError: a document can not be read, or see `rewrite`.
+        UserError: a document cannot be read, or as `rewrite`.
     """
     changed = []
     for path in paths:

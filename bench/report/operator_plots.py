@@ -33,9 +33,9 @@ def _whole_passes(result: KernelsResult) -> list[PassResult]:
     return [measured for measured in result.results if measured.pass_name == "forward+backward"]
 
 
-def _racing(measured: PassResult) -> list[KernelContestant]:
-    """The contestants that were timed, without bounds."""
-    return [row for row in measured.contestants if row.time and row.role != BOUND]
+def _timed(measured: PassResult) -> list[tuple[str, KernelTime]]:
+    """Names and times of the contestants that were timed, without bounds."""
+    return [(row.name, row.time) for row in measured.contestants if row.time and row.role != BOUND]
 
 
 def _roofline(result: KernelsResult, figure: Figure, theme: Theme) -> None:
@@ -44,10 +44,9 @@ def _roofline(result: KernelsResult, figure: Figure, theme: Theme) -> None:
     passes = [measured for measured in _whole_passes(result) if measured.floor.flops]
     intensities = [measured.floor.flops / measured.floor.bytes for measured in passes]
     points = [
-        (intensity, row.name, row.time.flops_per_s)
+        (intensity, name, time.flops_per_s)
         for intensity, measured in zip(intensities, passes, strict=True)
-        for row in _racing(measured)
-        if row.time
+        for name, time in _timed(measured)
     ]
     ridge = matmul / copy
     left, right = min([*intensities, ridge]) / 2.2, max([*intensities, ridge]) * 2.2
@@ -109,10 +108,9 @@ def _roofline_share(result: KernelsResult, figure: Figure, theme: Theme) -> None
     for axes, (op, passes) in zip(panels, by_op.items(), strict=True):
         for i, measured in enumerate(passes):
             axes.axhline(i, color=theme.grid, linewidth=0.8, zorder=0)
-            for row in _racing(measured):
-                style = {**styles[row.name], "linestyle": ""}
-                share = 100 * row.time.roofline if row.time else math.nan
-                (handles[row.name],) = axes.plot(share, i, **style, alpha=0.9, clip_on=False)
+            for name, time in _timed(measured):
+                style = {**styles[name], "linestyle": ""}
+                (handles[name],) = axes.plot(100 * time.roofline, i, **style, alpha=0.9, clip_on=False)
         axes.set_yticks(range(len(passes)), [f"{m.case}, {m.pass_name}" for m in passes], fontsize=8)
         axes.set_ylim(len(passes) - 0.5, -0.5)
         axes.axvline(100, color=theme.ink, linewidth=1, linestyle=":", zorder=1)

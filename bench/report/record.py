@@ -1,8 +1,8 @@
 """A finished pretraining run as a result file: ``python -m fusebert.bench.record RUN --out FILE``.
 
-What ``fusebert pretrain`` reports says how well a model learned and how fast, and not where: neither the commit nor the
-versions. This adds them, right after the run, on the same machine and from the same sources: it refuses when a source
-file is newer than the run's report or PyTorch is not the one that ran.
+The report of ``fusebert pretrain`` lacks the commit and the versions. This adds them, right after the run, on the same
+machine and from the same sources. It refuses when a source file is newer than the run's report, or when the version of
+PyTorch differs from the run's.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from ..measure.result import CorpusSummary, PretrainReport, PretrainResult, writ
 from ..measure.serialise import from_json
 
 PACKAGES = ("kernels", "model", "train")
-THREADS = re.compile(r"CPU \((?P<n>\d+) threads\)")  # what the log calls a CPU
-# Where things lie on the machine of the run says nothing to anyone else.
+THREADS = re.compile(r"CPU \((?P<n>\d+) threads\)")  # a CPU in the log
+# Paths on the machine of the run are not published.
 PLACES = ("data", "out", "hf_directory", "loss_curve")
 
 

@@ -55,8 +55,7 @@ CPU_WARNING = (
 METHOD = (
     "Verify, then time: before anything is timed, each contestant's result and gradients are compared with a float64 "
     'oracle on fresh random inputs. "error" is the largest relative distance, "× torch" the largest ratio to plain '
-    "PyTorch's own distance at that dtype: up to 2 is right, up to 8 is coarse and said so, beyond is wrong and not "
-    "timed.",
+    "PyTorch's own distance at that dtype: up to 2 is right, up to 8 is coarse, beyond is wrong and not timed.",
     "Contestants alternate in one process, in a new order each round; inputs rotate beyond the L2 cache; medians are "
     'over the rounds, "spread" is the 10th to the 90th percentile over the median. '
     '"time / ours" is taken within a round, its median with a 95 % bootstrap interval: above 1, ours is faster.',
