@@ -150,13 +150,21 @@ def parity(options: ParityOptions) -> None:
     step. In bf16 our distance from Transformers' fp32 run may be at most twice
     that of Transformers' bf16 run. Ends with status 1 otherwise.
     """
+    from .report.run_plots import parity_plots
     from .report.terminal import show
-    from .steps.parity import plot, run
+    from .report.theme import LIGHT, render
+    from .steps.parity import run
 
     device = _device(options)
     result = run(resolve(options, device.type == "cuda", tokens_on_gpu=8192), device, show=show)
     if options.plot is not None:
-        plot(result, options.plot)
+        (losses,) = parity_plots(result)
+        try:
+            image = render(losses, LIGHT)
+        except ModuleNotFoundError as error:
+            raise UserError("--plot needs matplotlib: pip install matplotlib") from error
+        options.plot.parent.mkdir(parents=True, exist_ok=True)
+        options.plot.write_bytes(image)
     _fail_on_problems(result)
 
 

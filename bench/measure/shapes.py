@@ -7,13 +7,7 @@ default. Each operator has its own keys, named as in the papers and in the table
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
-
-import torch
-
-if TYPE_CHECKING:
-    from .case import Case
+from collections.abc import Mapping
 
 Value = int | float | str
 Shape = dict[str, Value]
@@ -51,37 +45,6 @@ class Key:
         if not (value >= 1 if kind is int else 0 <= value < 1):
             raise ValueError(f"{name}={text}: must be {allowed}")
         return value
-
-
-@dataclasses.dataclass(frozen=True)
-class Operator:
-    """An operator's shapes, and the cases they make.
-
-    Attributes:
-        keys: device → the keys of its shapes.
-        built_in: device → (value, shapes): the order of running when time is short, low first, and the shapes.
-        shaped: (shape with a value for every key, device, dtype, quick=, value=) → its case.
-    """
-
-    keys: Callable[[torch.device], Mapping[str, Key]]
-    built_in: Callable[[torch.device], Sequence[tuple[int, str]]]
-    shaped: Callable[..., Case]
-
-    def cases(
-        self, device: torch.device, dtype: torch.dtype, *, quick: bool = False, shapes: str | None = None
-    ) -> list[Case]:
-        """The cases of ``shapes``, in their order, or the built-in ones (``quick``: the first of them).
-
-        Raises:
-            ValueError: as `parse`, or a shape is impossible.
-        """
-        keys = self.keys(device)
-        if shapes is not None:
-            wanted = list(enumerate(parse(shapes, keys)))
-        else:
-            wanted = [(value, shape) for value, text in self.built_in(device) for shape in parse(text, keys)]
-            wanted = wanted[: 1 if quick else None]
-        return [self.shaped(shape, device, dtype, quick=quick, value=value) for value, shape in wanted]
 
 
 def parse(text: str, keys: Mapping[str, Key]) -> list[Shape]:

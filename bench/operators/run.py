@@ -22,15 +22,19 @@ from ..measure.statistics import Ratio, Timing, ratio
 from ..measure.timing import Work, interleave, l2_bytes
 from ..measure.verify import Judge, one_line, verify
 from . import attention, bias_gelu, embed_layernorm, gelu_epilogue, layernorm, mlm_loss
+from .build import Operator
 
-OPERATORS: dict[str, Any] = {
-    "attention": attention.OPERATOR,
-    "layernorm": layernorm.OPERATOR,
-    "mlm_loss": mlm_loss.OPERATOR,
-    "bias_gelu": bias_gelu.OPERATOR,
-    "linear_gelu": gelu_epilogue.LINEAR_GELU,
-    "gelu_linear": gelu_epilogue.GELU_LINEAR,
-    "embed_layernorm": embed_layernorm.OPERATOR,
+OPERATORS: dict[str, Operator] = {
+    operator.name: operator
+    for operator in (
+        attention.OPERATOR,
+        layernorm.OPERATOR,
+        mlm_loss.OPERATOR,
+        bias_gelu.OPERATOR,
+        gelu_epilogue.LINEAR_GELU,
+        gelu_epilogue.GELU_LINEAR,
+        embed_layernorm.OPERATOR,
+    )
 }
 # Calls rotate through so many input sets that the L2 has evicted the first before its next use.
 L2_MULTIPLE, MOST_INPUT_SETS = 4, 64

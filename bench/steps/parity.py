@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from ...model import PackedBatch
-from ...train.errors import UserError
 from ...train.step.stopwatch import Stopwatch
 from ..measure.correctness import RIGHT_FACTOR
 from ..measure.machine import environment, nvidia_smi
@@ -115,25 +113,3 @@ def run(options: ParityOptions, device: torch.device, *, show: Callable[[Any], N
     if options.out is not None:
         write_result(options.out, result)
     return result
-
-
-def plot(result: ParityResult, path: Path) -> None:
-    """The loss curves of a result in one plot, to ``path`` (PNG or what its ending says).
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("plotting needs matplotlib: pip install matplotlib") from error
-    settings = result.settings
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss, MLM + NSP (nats)")
-    for style, (name, run) in zip(("-", "--", ":"), result.runs.items(), strict=False):
-        label = name if name.endswith("float32") else f"{name} {settings.compute_dtype}"
-        axes.plot(range(1, 1 + len(run.losses)), run.losses, style, label=label, linewidth=1.5)
-    axes.set_title(f"{settings.layers} layers of {settings.hidden_size}: same weights, same batches, no dropout")
-    axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)

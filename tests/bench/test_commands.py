@@ -227,8 +227,11 @@ def test_a_step_that_computes_something_else_is_not_timed(monkeypatch):
 def test_parity(tmp_path):
     pytest.importorskip("transformers")
     out = tmp_path / "parity.json"
-    done = invoke("parity", "--steps", "6", "--dtype", "fp32", "--out", out, *SMALL)
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "new" / "losses.png"
+    done = invoke("parity", "--steps", "6", "--dtype", "fp32", "--out", out, "--plot", plot, *SMALL)
     assert done.exit_code == 0, done.output
+    assert plot.read_bytes().startswith(b"\x89PNG")
     assert "the same run" in done.output
     result = json.loads(out.read_text())
     assert_environment(result)
