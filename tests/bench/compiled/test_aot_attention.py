@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+
+from compiled import environment
 
 from fusebert.bench.compiled import aot, attention_cases
 from fusebert.kernels.attn import config as attention_config
@@ -22,10 +23,9 @@ from fusebert.kernels.backend import triton
 def compiled(tmp_path_factory):
     """sm_<arch> -> rows of the table, from the command that writes it, in processes where Triton may compile."""
     out = tmp_path_factory.mktemp("aot")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     options = ["--only", "attention", "--heaviest", "--out", str(out), "--arch", *map(str, aot.LIMITS)]
     command = [sys.executable, "-m", "fusebert.bench.aot", *options]
-    ran = subprocess.run(command, env=environment, cwd=out, capture_output=True, text=True)
+    ran = subprocess.run(command, env=environment(), cwd=out, capture_output=True, text=True)
     assert ran.returncode in (0, 1), ran.stderr
     tables = {arch: json.loads(next(out.glob(f"*sm_{arch}.json")).read_text())["kernels"] for arch in aot.LIMITS}
     return ran.returncode, tables

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from compiled import compile_kernels
 from interpreter import multiply_bfloat16, round_bfloat16
 from oracle import DEVICE, DTYPES, assert_as_good_as_torch
 from torch import Tensor
 
+from fusebert.bench.compiled.aot import LIMITS, MATRIX
 from fusebert.bench.measure.case import OURS
 from fusebert.bench.operators.gelu_epilogue import GELU_LINEAR, LINEAR_GELU
 from fusebert.bench.operators.gelu_epilogue_kernels import TILINGS, gelu_linear, linear_gelu
@@ -174,55 +171,46 @@ def test_addmm_activation_takes_part_where_it_computes_the_same_gelu() -> None:
         assert ("torch _addmm_activation" in {c.name for c in case.contestants}) == (computed == DEVICE)
 
 
-COMPILE = """
-import json, torch
-from fusebert.bench.compiled.aot import LIMITS, compiled_kernels
-from fusebert.bench.operators.gelu_epilogue_kernels import TILINGS, gelu_linear, linear_gelu
-rows = []
-for arch in (80, 90, 100):
-    for tiling in TILINGS:
-        for call in (linear_gelu, gelu_linear)[: 1 if arch == 100 else 2]:
-            width, out_width = (768, 3072) if call is linear_gelu else (3072, 768)
-            x, weight = (torch.empty(n, width, dtype=torch.bfloat16, requires_grad=True) for n in (4096, out_width))
-            with compiled_kernels(arch) as found:
-                y = call(x, weight, torch.empty(3072, requires_grad=True), tiling=tiling)
-                if call is gelu_linear:
-                    y.backward(torch.empty_like(y))
-            (r,) = [kernel for kernel in found if kernel.name in ("linear_gelu_forward", "gelu_linear_backward")]
-            rows.append(
-                {
-                    "name": r.name, "arch": arch, "tiling": tiling, "tma": r.constants["TMA"], "spills": r.spill_bytes,
-                    "product": r.count({80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[arch]),
-                    "fits": r.shared_bytes <= LIMITS[arch][2], "blocks": r.blocks_per_multiprocessor,
-                    "by_descriptor": r.count("UTMALDG"), "stored": r.count("UTMASTG"),
-                    "loads": r.count_wide("LDG"), "stores": r.count_wide("STG"),
-                }
-            )
-print(json.dumps(rows))
+CALL = """
+import torch
+from fusebert.bench.operators.gelu_epilogue_kernels import gelu_linear, linear_gelu
+
+def call(op, tiling):
+    width, out_width = (768, 3072) if op == "linear_gelu" else (3072, 768)
+    x, weight = (torch.empty(n, width, dtype=torch.bfloat16, requires_grad=True) for n in (4096, out_width))
+    bias = torch.empty(3072, requires_grad=True)
+    if op == "linear_gelu":
+        linear_gelu(x, weight, bias, tiling=tiling)
+    else:
+        y = gelu_linear(x, weight, bias, tiling=tiling)
+        y.backward(torch.empty_like(y))
 """
 
 
-def test_compiled_they_multiply_on_tensor_cores_without_spills(tmp_path: Path) -> None:
+def test_compiled_they_multiply_on_tensor_cores_without_spills() -> None:
     """Two programs of a pair fit a multiprocessor; TMA moves tiles where it exists.
 
     gelu_linear on sm_100 compiles slowly and is left to `fusebert.bench.aot`.
     """
     pytest.importorskip("triton")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE]
-    ran = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    rows = json.loads(ran.stdout)
-    assert len(rows) == 10
-    for row in rows:
-        assert row["spills"] == 0, row
-        assert row["fits"], row
-        assert row["blocks"] >= {"pair": 2, "wide": 1}[row["tiling"]], row
-        assert row["product"] >= 4, row
-        assert row["tma"] == (row["arch"] >= 90), row
-        if row["tma"]:  # gelu_linear also loads each slice of x by descriptor
-            assert row["by_descriptor"] >= (4 if row["name"] == "gelu_linear_backward" else 2), row
-            assert row["stored"] >= 2, row
+    cases = [
+        {"arch": arch, "op": op, "tiling": tiling}
+        for arch in LIMITS
+        for tiling in TILINGS
+        for op in ("linear_gelu", "gelu_linear")
+        if (arch, op) != (100, "gelu_linear")
+    ]
+    for case, kernels in zip(cases, compile_kernels(CALL, *cases), strict=True):
+        arch = case["arch"]
+        (r,) = [k for k in kernels if k.name in ("linear_gelu_forward", "gelu_linear_backward")]
+        assert r.spill_bytes == 0, r
+        assert r.shared_bytes <= LIMITS[arch].shared_bytes, r
+        assert r.blocks_per_multiprocessor >= {"pair": 2, "wide": 1}[case["tiling"]], r
+        assert r.count(MATRIX[arch]) >= 4, r
+        assert r.constants["TMA"] == (arch >= 90), r
+        if arch >= 90:  # gelu_linear also loads each slice of x by descriptor
+            assert r.count("UTMALDG") >= (4 if case["op"] == "gelu_linear" else 2), r
+            assert r.count("UTMASTG") >= 2, r
         else:
-            assert row["loads"] >= 16, row
-            assert row["stores"] >= 16, row
+            assert r.count_wide("LDG") >= 16, r
+            assert r.count_wide("STG") >= 16, r
