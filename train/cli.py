@@ -6,15 +6,20 @@ where ``app`` is a `typer.Typer`. ``fusebert bench`` is one. Heavy modules are i
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import shlex
+import signal
 import sys
+import time
+import warnings
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
 
-from . import cli_prepare
+from .corpus.settings import PrepareSettings
 from .errors import UserError
 from .options import command
 from .run.settings import PretrainSettings
@@ -32,7 +37,6 @@ app = typer.Typer(
         "[bold]fusebert pretrain[/bold] --data data/pydocs --out runs/first --minutes 5    token ids → model"
     ),
 )
-app.command("prepare")(cli_prepare.command)
 
 
 def _print_version(wanted: bool) -> None:
@@ -47,6 +51,51 @@ def _common(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None: ...
+
+
+def _prepare(settings: PrepareSettings) -> None:
+    """Turn text into a corpus to pretrain on: learn a vocabulary, split sentences, write token ids.
+
+    Memory stays bounded however large the text is, and the folder appears only when the corpus is complete.
+
+    Examples:
+
+        fusebert prepare --corpus pydocs --out data/pydocs --vocab-size 8192
+
+        fusebert prepare wiki/ 'news/*.jsonl.zst' --text-field body --out data/mine
+
+        zcat books.gz | fusebert prepare - --out data/books --tokenizer bert-base-uncased/tokenizer.json
+    """
+    from .corpus.prepare import prepare
+
+    started = time.perf_counter()
+    with _exit_on_sigterm(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        made = prepare(settings, show_progress=True)
+    for warning in caught:
+        typer.echo(f"fusebert: warning: {warning.message}", err=True)
+    for name in ("train", "heldout"):
+        split = made.split(name)
+        typer.echo(
+            f"{name:8} {split.num_documents:>12,} documents {split.num_sentences:>14,} sentences "
+            f"{split.num_tokens:>16,} tokens"
+        )
+    typer.echo(f"vocabulary of {made.vocab_size:,} tokens; unigram entropy {made.unigram_entropy:.3f} nats a token")
+    typer.echo(f"corpus in {settings.out}, made in {time.perf_counter() - started:.0f} s")
+    typer.echo(f"next: fusebert pretrain --data {settings.out}")
+
+
+@contextlib.contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Turns SIGTERM, which a batch system sends, into SystemExit, so that temporary files are removed."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+app.command("prepare")(command(PrepareSettings, _prepare))
 
 
 # Paragraphs are joined here because typer keeps the line breaks within a docstring's paragraph.

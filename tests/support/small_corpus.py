@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 from fusebert.train.corpus.prepare import prepare
+from fusebert.train.corpus.settings import PrepareSettings
 
 ANIMALS = ["fox", "owl", "hare", "crab", "wolf", "toad", "lynx", "mole", "seal", "wren"]
 PLACES = ["forest", "tower", "meadow", "harbour", "valley", "swamp", "mountain", "garden", "island", "hedge"]
@@ -34,5 +35,6 @@ def write_text(path: Path, documents: int = 400, seed: int = 0) -> Path:
 def make_corpus(directory: Path, seed: int = 0, vocab_size: int = 240) -> Path:
     """The text of ``seed``, prepared in ``directory``/corpus."""
     text = write_text(directory / "text.txt", seed=seed)
-    prepare([str(text)], directory / "corpus", vocab_size=vocab_size, heldout=0.1, workers=1)
-    return directory / "corpus"
+    out = directory / "corpus"
+    prepare(PrepareSettings(out, [str(text)], vocab_size=vocab_size, heldout=0.1, workers=1))
+    return out

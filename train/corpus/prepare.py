@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,60 +31,30 @@ from ..text.workers import available_cores, ordered_map
 from .encode import encode_documents, start_encoding
 from .format import TOKENIZER
 from .reader import Corpus
+from .settings import PrepareSettings
 from .survey import survey_documents
 from .writer import CorpusWriter, check_destination
 
-CORPORA = ("pydocs",)
 SAMPLE_CHARS = 32 << 20  # enough for a vocabulary of 30,000; training on it takes ten seconds of a core
 BATCH_CHARS = 1 << 19  # of the documents that a worker encodes at once
 _SMALL_INPUT = 4 << 20  # bytes; below this, starting workers takes longer than the work
 
 
-def prepare(
-    inputs: Sequence[str],
-    out: str | Path,
-    *,
-    corpus: str | None = None,
-    vocab_size: int | None = None,
-    tokenizer: str | Path | None = None,
-    lowercase: bool | None = None,
-    text_field: str = "text",
-    sentences: str = "auto",
-    max_bytes: int | None = None,
-    heldout: float = 0.01,
-    workers: int | None = None,
-    seed: int = 0,
-    overwrite: bool = False,
-    show_progress: bool = False,
-) -> Corpus:
+def prepare(settings: PrepareSettings, *, show_progress: bool = False) -> Corpus:
     """Makes a corpus of text. Warns when the text is too small to fill the vocabulary.
 
     Args:
-        inputs: files, folders and globs as `find_files` and `read_documents` take them; "-" is standard input, as .txt.
-        out: the corpus's directory. It appears when the corpus is complete.
-        corpus: "pydocs", the docstrings of the installed Python packages, instead of inputs.
-        vocab_size: tokens of the WordPiece vocabulary to learn; 30522 unless given.
-        tokenizer: a tokenizer.json or vocab.txt to use instead of learning one.
-        lowercase: fold case and accents. None: yes when learning a vocabulary; for a vocab.txt, unless it has capitals.
-        text_field: the field of a .jsonl object that holds the text.
-        sentences: "blingfire", "lines" (one a line), or "auto", which is blingfire.
-        max_bytes: take no more text than this (UTF-8).
-        heldout: fraction of the documents held out, in (0, 1); but at least `MIN_HELDOUT` documents, or a tenth of them
-            where that is fewer, and at least one.
-        workers: processes; None: one a core, or this one alone for a few MB.
-        seed: 0 … 2⁶⁴ − 1; another holds out other documents.
-        overwrite: replace a corpus that is at ``out``.
-        show_progress: progress bars on standard error.
+        settings: the options of ``fusebert prepare``.
+        show_progress: show progress bars on standard error.
 
     Raises:
-        UserError, CorpusError, ValueError: an argument, an input or the place is wrong; the message is one line.
-        OSError: reading or writing failed (no space left, no permission).
+        UserError, CorpusError: an option, an input or the destination is wrong; the message is one line.
+        OSError: reading or writing failed, for example because the disk is full.
     """
-    out = Path(out)
-    _check_arguments(inputs, corpus, vocab_size, tokenizer, heldout, max_bytes, workers, seed)
-    check_destination(out, overwrite)
-    sentence_splitter(sentences)
-    given = None if tokenizer is None else load_tokenizer(Path(tokenizer), lowercase)
+    inputs, out, max_bytes, lowercase = settings.inputs or [], settings.out, settings.max_bytes, settings.lowercase
+    check_destination(out, settings.overwrite)
+    sentence_splitter(settings.sentences)
+    tokenizer = None if settings.tokenizer is None else load_tokenizer(settings.tokenizer, lowercase)
     files = find_files([name for name in inputs if name != "-"])
 
     with contextlib.ExitStack() as stack, _name_in_errors(out):
@@ -94,89 +64,61 @@ def prepare(
         scratch = Path(tempfile.mkdtemp(prefix=f"{place.name}.scratch-", dir=place.parent))
         stack.callback(shutil.rmtree, scratch, ignore_errors=True)
 
-        described: dict[str, Any] = {"inputs": list(inputs)}
-        if corpus == "pydocs":
-            copy, found = _copy_docstrings(scratch, workers or available_cores(), max_bytes, show_progress)
-            files, described = [copy], {"corpus": corpus, **found._asdict()}
+        source: dict[str, Any] = {"inputs": inputs}
+        if settings.corpus == "pydocs":
+            copy, found = _copy_docstrings(scratch, settings.workers or available_cores(), max_bytes, show_progress)
+            files, source = [copy], {"corpus": settings.corpus, **found._asdict()}
         elif "-" in inputs:
             files.append(_copy_stdin(scratch, max_bytes))
-        source = _Source(files, text_field, max_bytes)
-        workers = workers or (1 if source.total_bytes < _SMALL_INPUT else available_cores())
+        text = _Text(files, settings.text_field, max_bytes)
+        workers = settings.workers or (1 if text.total_bytes < _SMALL_INPUT else available_cores())
 
-        with _bar("reading", source.total_bytes, show_progress) as bar:
-            sample_chars = SAMPLE_CHARS if given is None else 0
-            survey = survey_documents(source.documents(bar.update), heldout, seed, sample_chars)
+        with _bar("reading", text.total_bytes, show_progress) as bar:
+            sample_chars = SAMPLE_CHARS if tokenizer is None else 0
+            survey = survey_documents(text.documents(bar.update), settings.heldout, settings.seed, sample_chars)
         if not survey.num_documents:
-            raise UserError(f"there is no text in {' '.join(inputs) or corpus}: give files that are not empty")
+            raise UserError(f"there is no text in {' '.join(inputs) or settings.corpus}: give files that are not empty")
         if survey.heldout_below is None:
             raise UserError(
                 "no document can be held out, because the text is a single one: a blank line ends a document in .txt, "
                 "a line end in .jsonl; give at least two different documents"
             )
 
-        if given is None:
-            size = VOCAB_SIZE if vocab_size is None else vocab_size
+        if tokenizer is None:
             lowercase = lowercase is not False
-            given = _learn_tokenizer(survey.sample, size, lowercase, show_progress)
+            tokenizer = _learn_tokenizer(survey.sample, settings.vocab_size or VOCAB_SIZE, lowercase, show_progress)
         tokenizer_file = scratch / TOKENIZER
-        if tokenizer is not None and Path(tokenizer).suffix == ".json":
-            shutil.copyfile(tokenizer, tokenizer_file)  # unchanged, so that its hash identifies it
+        if settings.tokenizer is not None and settings.tokenizer.suffix == ".json":
+            shutil.copyfile(settings.tokenizer, tokenizer_file)  # unchanged, so that its hash identifies it
         else:
-            given.save(str(tokenizer_file))
+            tokenizer.save(str(tokenizer_file))
         survey.sample.clear()
 
-        described |= {
-            "tokenizer": "learned" if tokenizer is None else str(tokenizer),
+        source |= {
+            "tokenizer": "learned" if settings.tokenizer is None else str(settings.tokenizer),
             "lowercase": lowercase,
-            "text_field": text_field,
-            "sentences": "blingfire" if sentences == "auto" else sentences,
+            "text_field": settings.text_field,
+            "sentences": "blingfire" if settings.sentences == "auto" else settings.sentences,
             "max_bytes": max_bytes,
-            "heldout": heldout,
-            "seed": seed,
+            "heldout": settings.heldout,
+            "seed": settings.seed,
         }
-        writer = stack.enter_context(CorpusWriter(out, tokenizer_file, overwrite=overwrite))
-        bar = stack.enter_context(_bar("encoding", source.total_bytes, show_progress))
+        writer = stack.enter_context(CorpusWriter(out, tokenizer_file, overwrite=settings.overwrite))
+        bar = stack.enter_context(_bar("encoding", text.total_bytes, show_progress))
         encoded = ordered_map(
             encode_documents,
-            _batches(source.documents(bar.update)),
+            _batches(text.documents(bar.update)),
             workers=workers,
             initializer=start_encoding,
-            initargs=(tokenizer_file, sentences, survey.heldout_below, seed, writer.vocab_size),
+            initargs=(tokenizer_file, settings.sentences, survey.heldout_below, settings.seed, writer.vocab_size),
         )
         for blocks in stack.enter_context(contextlib.closing(encoded)):
             for block in blocks:
                 writer.add_block(*block)
-        return writer.finish(described)
+        return writer.finish(source)
 
 
-def _check_arguments(
-    inputs: Sequence[str],
-    corpus: str | None,
-    vocab_size: int | None,
-    tokenizer: str | Path | None,
-    heldout: float,
-    max_bytes: int | None,
-    workers: int | None,
-    seed: int,
-) -> None:
-    if corpus is not None and corpus not in CORPORA:
-        raise UserError(f"there is no corpus {corpus!r}: choose one of {', '.join(CORPORA)}, or give files")
-    if bool(inputs) == (corpus is not None):
-        raise UserError(
-            "give either inputs (files, folders, globs, -) or --corpus, " + ("not both" if inputs else "one")
-        )
-    if vocab_size is not None and tokenizer is not None:
-        raise UserError("give either --vocab-size, to learn a vocabulary, or --tokenizer, which has one, not both")
-    if not 0 < heldout < 1:
-        raise UserError(f"--heldout must be a fraction between 0 and 1; got {heldout}")
-    if not 0 <= seed < 1 << 64:
-        raise UserError(f"--seed must be in [0, 2^64); got {seed}")
-    for name, value, least in (("vocab-size", vocab_size, 16), ("max-bytes", max_bytes, 1), ("workers", workers, 1)):
-        if value is not None and value < least:
-            raise UserError(f"--{name} must be at least {least}; got {value}")
-
-
-class _Source:
+class _Text:
     """The documents of some files, up to ``max_bytes`` of UTF-8 text; they can be read several times."""
 
     def __init__(self, files: list[TextFile], text_field: str, max_bytes: int | None) -> None:

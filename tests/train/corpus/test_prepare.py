@@ -12,18 +12,18 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-import typer
 import zstandard
 from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
-from fusebert.train.cli_prepare import command, parse_size
+from fusebert.train.cli import app
 from fusebert.train.corpus import prepare as prepare_module
 from fusebert.train.corpus.format import CorpusError
-from fusebert.train.corpus.prepare import prepare
 from fusebert.train.corpus.reader import Corpus
+from fusebert.train.corpus.settings import PrepareSettings, parse_size
 from fusebert.train.corpus.survey import document_hashes, survey_documents
 from fusebert.train.corpus.writer import CorpusWriter
 from fusebert.train.errors import UserError
@@ -33,6 +33,10 @@ SAYING = "the quick brown fox jumps over one lazy dog while seven small birds si
 WORDS = SAYING.split()
 
 pytestmark = pytest.mark.filterwarnings("ignore:the text repeats too little")
+
+
+def prepare(inputs, out, **options):
+    return prepare_module.prepare(PrepareSettings(out, inputs, **options))
 
 
 def some_documents(count, seed=0):
@@ -221,8 +225,8 @@ def test_a_vocabulary_the_text_cannot_fill(tmp_path):
         ({"corpus": "pydocs"}, "not both"),
         ({"inputs": [], "corpus": "wikipedia"}, "no corpus 'wikipedia'"),
         ({"vocab_size": 15}, "--vocab-size must be at least 16"),
-        ({"vocab_size": 100, "tokenizer": "t.json"}, "not both"),
-        ({"tokenizer": "t.json"}, "t.json does not exist"),
+        ({"vocab_size": 100, "tokenizer": Path("t.json")}, "not both"),
+        ({"tokenizer": Path("t.json")}, "t.json does not exist"),
         ({"heldout": 0.0}, "--heldout"),
         ({"heldout": float("nan")}, "--heldout"),
         ({"max_bytes": 0}, "--max-bytes"),
@@ -295,14 +299,10 @@ def test_a_crash_half_way_leaves_nothing(tmp_path, monkeypatch, error):
         assert str(tmp_path / "out") in str(caught.value)
 
 
-app = typer.Typer()
-app.command()(command)
-
-
 def test_the_command(tmp_path):
     text = write_text(tmp_path / "a.txt", some_documents(100))
     out = tmp_path / "out"
-    result = CliRunner().invoke(app, [text, "--out", str(out), "--vocab-size", "900", "--max-bytes", "10kB"])
+    result = CliRunner().invoke(app, ["prepare", text, "--out", str(out), "--vocab-size", "900", "--max-bytes", "10kB"])
     assert result.exit_code == 0, result.output
     assert "fusebert: warning: the text repeats too little" in result.output
     made = Corpus.open(out)
@@ -313,7 +313,7 @@ def test_the_command(tmp_path):
 
 
 def test_help_teaches():
-    result = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "120"})
+    result = CliRunner().invoke(app, ["prepare", "--help"], env={"COLUMNS": "120"})
     assert result.exit_code == 0
     for word in ("--corpus pydocs", "--tokenizer", ".jsonl", "blank line", "30522"):
         assert word in result.output
@@ -323,18 +323,14 @@ def test_sizes():
     given = {"48MB": 48_000_000, "1.5 GiB": 3 << 29, "7": 7, "2k": 2000, "3mib": 3 << 20, "10B": 10}
     assert {text: parse_size(text) for text in given} == given
     for text in ("", "MB", "-1", "48XB", "1e6", "4 8"):
-        with pytest.raises(UserError, match="is no size"):
+        with pytest.raises(UserError, match="is not a size"):
             parse_size(text)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_cleans_up(tmp_path, number):
-    program = (
-        "import typer; from fusebert.train.cli_prepare import command\n"
-        "app = typer.Typer(); app.command()(command); app()"
-    )
     running = subprocess.Popen(
-        [sys.executable, "-c", program, "-", "--out", str(tmp_path / "out")],
+        [sys.executable, "-m", "fusebert.train", "prepare", "-", "--out", str(tmp_path / "out")],
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -1,0 +1,126 @@
+"""The options of ``fusebert prepare``. This module imports nothing heavy, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Annotated
+
+from ..errors import UserError
+from ..options import Option
+
+CORPORA = ("pydocs",)
+_UNITS = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "ki": 1 << 10,
+    "mi": 1 << 20,
+    "gi": 1 << 30,
+    "ti": 1 << 40,
+}
+
+
+def parse_size(text: str) -> int:
+    """A number of bytes: "48MB" is 48·10⁶, "48MiB" 48·2²⁰, "48000000" itself.
+
+    Raises:
+        UserError: ``text`` is not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)
+    if not match:
+        raise UserError(f"{text!r} is not a size: write 48MB, 1.5GiB or a number of bytes")
+    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareSettings:
+    """The options of ``fusebert prepare``: each field is one option, and its help text documents it.
+
+    Raises:
+        UserError: an option is out of range, or two options exclude each other.
+    """
+
+    out: Annotated[Path, Option("Where the corpus goes: a folder that does not exist yet.")]
+    inputs: Annotated[
+        list[str] | None,
+        Option(
+            "Text: files, folders (searched below too), quoted globs, or - for standard input. "
+            ".txt: a blank line ends a document. .jsonl: one JSON object a line, a document each. "
+            "Either may be compressed: .gz, .zst.",
+            positional=True,
+            metavar="INPUT...",
+            show_default=False,
+        ),
+    ] = None
+    corpus: Annotated[
+        str | None,
+        Option(
+            "Instead of INPUT: 'pydocs' collects the docstrings of the Python packages installed on this machine "
+            "(parsed, never imported; nothing is downloaded)."
+        ),
+    ] = None
+    vocab_size: Annotated[
+        int | None,
+        Option("Size of the WordPiece vocabulary to learn from the text.", show_default="30522, BERT's"),
+    ] = None
+    tokenizer: Annotated[
+        Path | None,
+        Option(
+            "Use this vocabulary instead of learning one: a WordPiece tokenizer.json or vocab.txt, for instance "
+            "that of a model to go on training."
+        ),
+    ] = None
+    lowercase: Annotated[
+        bool | None,
+        Option(
+            "Fold case and accents, or keep them.",
+            flags="--lowercase/--cased",
+            show_default="lowercase; for a vocab.txt, whatever it looks like",
+        ),
+    ] = None
+    text_field: Annotated[str, Option("The field of a .jsonl object that holds the text.")] = "text"
+    sentences: Annotated[
+        str,
+        Option(
+            "How sentences are found: 'blingfire' (a rule-based splitter), 'lines' (the text has one a line), or "
+            "'auto', which is blingfire."
+        ),
+    ] = "auto"
+    max_bytes: Annotated[
+        int | None, Option("Take no more text than this: 48MB, 1.5GiB, ...", metavar="SIZE", parser=parse_size)
+    ] = None
+    heldout: Annotated[
+        float,
+        Option(
+            "Fraction of the documents kept out of training, to measure on. At least 16 documents are, or a tenth "
+            "of them if that is fewer."
+        ),
+    ] = 0.01
+    workers: Annotated[
+        int | None, Option("Processes. The corpus does not depend on it.", show_default="one a core")
+    ] = None
+    seed: Annotated[int, Option("Another seed holds out other documents.")] = 0
+    overwrite: Annotated[
+        bool, Option("Replace a corpus that is at --out, once the new one is complete.", flags="--overwrite")
+    ] = False
+
+    def __post_init__(self) -> None:
+        if self.corpus is not None and self.corpus not in CORPORA:
+            raise UserError(f"there is no corpus {self.corpus!r}: choose one of {', '.join(CORPORA)}, or give files")
+        if bool(self.inputs) == (self.corpus is not None):
+            what = "not both" if self.inputs else "one"
+            raise UserError(f"give either inputs (files, folders, globs, -) or --corpus, {what}")
+        if self.vocab_size is not None and self.tokenizer is not None:
+            raise UserError("give either --vocab-size, to learn a vocabulary, or --tokenizer, which has one, not both")
+        if not 0 < self.heldout < 1:
+            raise UserError(f"--heldout must be a fraction between 0 and 1; got {self.heldout}")
+        if not 0 <= self.seed < 1 << 64:
+            raise UserError(f"--seed must be in [0, 2^64); got {self.seed}")
+        for name, least in (("vocab_size", 16), ("max_bytes", 1), ("workers", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"--{name.replace('_', '-')} must be at least {least}; got {value}")
