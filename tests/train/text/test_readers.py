@@ -1,8 +1,7 @@
-"""Documents from files: the kinds of file, streaming, and what each bad file is told."""
+"""Documents from files: the kinds of file, streaming, and the error for each bad file."""
 
 import gzip
 import json
-import sys
 
 import pytest
 import zstandard
@@ -10,7 +9,6 @@ import zstandard
 from fusebert.train.errors import UserError
 from fusebert.train.text import readers as readers
 from fusebert.train.text.readers import DOCUMENT_CHARS, TextFile, find_files, read_documents
-from fusebert.train.text.sentences import sentence_splitter
 
 
 def read(path, **options):
@@ -176,25 +174,3 @@ def test_inputs_that_name_nothing(tmp_path, given, message):
         find_files([str(tmp_path / given)])
     assert given.removeprefix("*") in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_sentences():
-    split = sentence_splitter("auto")
-    # A line end within a paragraph is a space; a blank line ends a sentence even without a full stop.
-    assert split("Dr. Smith went\nhome. He   slept.\n \nA title\n\nThe text.") == [
-        "Dr. Smith went home.",
-        "He slept.",
-        "A title",
-        "The text.",
-    ]
-    assert sentence_splitter("lines")("One. Two.\n\n  three   four\n") == ["One. Two.", "three four"]
-    long = "word " * 5000 + "end"
-    assert split(long) == [long]
-    with pytest.raises(UserError, match="choose one of auto, blingfire, lines"):
-        sentence_splitter("nltk")
-
-
-def test_without_blingfire(monkeypatch):
-    monkeypatch.setitem(sys.modules, "blingfire", None)
-    with pytest.raises(UserError, match=r"pip install blingfire.*--sentences lines"):
-        sentence_splitter("auto")
