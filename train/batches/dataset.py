@@ -52,7 +52,7 @@ class PackedExamples(Dataset[list[PackedBatch]]):
         self._maker = maker
         self._seed = seed
 
-        # Chunks of about CHUNK_TOKENS whose number of batches exceeds what the epoch's text needs by the least.
+        # Among chunks of about CHUNK_TOKENS, choose those that round the batches of an epoch up by the least.
         needed = (1 + SPARE) * passages.num_tokens / self._text_per_batch()
         least, most = CHUNK_BATCHES
         most = min(math.ceil(needed), max(least, min(most, CHUNK_TOKENS // maker.shape.tokens)))

@@ -3,8 +3,8 @@
 The order of the stream does not depend on the number of workers or ranks, and a stream can start at any batch:
 
     lanes    L chunks are read in parallel, a batch from each in turn: batch g is from a chunk of lane g mod L
-    ranks    rank r of R takes the batches g ≡ r (mod R). If R divides L, they are those of L / R lanes, whose chunks no
-             other rank makes. If not, some chunks are made by several ranks; the order is the same.
+    ranks    rank r of R takes the batches g ≡ r (mod R). If R divides L, they come from L / R lanes, and no other rank
+             makes the chunks of these lanes. If not, several ranks make some of the chunks; the order is the same.
 """
 
 from __future__ import annotations
