@@ -19,24 +19,6 @@ def num_to_mask(tokens: np.ndarray, probability: float) -> np.ndarray:
     return np.where(tokens > 0, np.maximum(1, np.rint(tokens * probability)), 0).astype(np.int64)
 
 
-def corrupt(
-    input_ids: np.ndarray, positions: np.ndarray, mask: int, replacements: np.ndarray, rng: np.random.Generator
-) -> None:
-    """Replaces the chosen tokens in place: 80 % by [MASK], 10 % by a random token; 10 % stay.
-
-    Args:
-        input_ids: int64 [n].
-        positions: int64 [m], the tokens to predict.
-        mask: the id of [MASK].
-        replacements: int64 [V'], the ids of random tokens, all equally likely.
-        rng: decides.
-    """
-    action = rng.random(len(positions))
-    input_ids[positions[action < 0.8]] = mask
-    replaced = positions[(action >= 0.8) & (action < 0.9)]
-    input_ids[replaced] = replacements[rng.integers(len(replacements), size=len(replaced))]
-
-
 class Masker:
     """Chooses and replaces the tokens to predict.
 
@@ -88,7 +70,10 @@ class Masker:
             chosen = _whole_words(candidates, segment, self._continues_word[input_ids[candidates]], wanted, rng)
         positions = candidates[chosen]
         labels = input_ids[positions]
-        corrupt(input_ids, positions, self._mask, self._replacements, rng)
+        action = rng.random(len(positions))
+        input_ids[positions[action < 0.8]] = self._mask
+        replaced = positions[(action >= 0.8) & (action < 0.9)]
+        input_ids[replaced] = self._replacements[rng.integers(len(self._replacements), size=len(replaced))]
         return positions, labels
 
 
