@@ -1,12 +1,12 @@
-"""Fused operators for bidirectional encoders. Each name below stands alone: no model is needed to use it."""
+"""Fused operators for bidirectional encoders. Each can be called on its own, without a model."""
 
 from .attn import attention, attention_dropout_mask, attention_varlen, attention_varlen_separate
 from .backend import use_backend
 from .dropout import dropout_mask
-from .embedding.api import embed_layernorm
+from .embedding import embed_layernorm
 from .gelu import FusedLinearGELU, bias_gelu
 from .mlm import cross_entropy, masked_lm_loss
-from .norm.api import FusedDropoutAddLayerNorm, FusedLayerNorm, FusedRMSNorm, dropout_add_layernorm, layernorm, rmsnorm
+from .norm import FusedDropoutAddLayerNorm, FusedLayerNorm, FusedRMSNorm, dropout_add_layernorm, layernorm, rmsnorm
 
 __all__ = [
     "FusedDropoutAddLayerNorm",

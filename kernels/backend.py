@@ -1,12 +1,12 @@
-"""Which implementation an operator runs: the Triton kernel or the plain PyTorch reference.
+"""Whether an operator runs its Triton kernels or the PyTorch reference.
 
-``auto`` takes Triton for CUDA tensors of a dtype the kernels support and the reference for everything else (CPU
-tensors, float64, a machine without Triton). ``use_backend`` or the environment variable ``FUSEBERT_BACKEND``
-override the choice, for comparisons and for tests: ``triton`` on CPU tensors runs Triton's interpreter.
-The choice is made once a call, in the forward; the backward follows it.
+``auto`` selects Triton for CUDA tensors of a dtype the kernels support, and the reference otherwise (CPU tensors,
+float64, a machine without Triton). ``use_backend`` or the environment variable ``FUSEBERT_BACKEND`` override the
+choice, for comparisons and tests; ``triton`` on CPU tensors runs Triton's interpreter. The forward chooses once a call,
+and the backward follows it.
 
-``triton`` and ``tl`` are imported from here: where Triton does not exist (macOS, Windows) they are stand-ins, and only
-the reference runs.
+Import ``triton`` and ``tl`` from here. Where Triton does not exist (macOS, Windows) they are placeholders, and only the
+reference runs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ except ImportError:
     HAVE_TRITON = False
 
     class _MissingTriton:
-        """Lets kernel files be imported without Triton; launching a kernel is what fails."""
+        """Makes kernel files importable without Triton. Launching a kernel fails."""
 
         def __getattr__(self, name: str) -> Any:
             return self
@@ -51,12 +51,12 @@ except ImportError:
 
     triton = tl = _MissingTriton()  # type: ignore[assignment]
 
-# Read once, as Triton itself does where it decorates a kernel; a constant to torch.compile.
+# Read once, as Triton does when it decorates a kernel. torch.compile treats it as a constant.
 _INTERPRETING = HAVE_TRITON and bool(triton.knobs.runtime.interpret)
 
 
 def interpreting() -> bool:
-    """True when kernels run in Triton's CPU interpreter (``TRITON_INTERPRET=1`` before the first import)."""
+    """Whether kernels run in Triton's CPU interpreter (``TRITON_INTERPRET=1`` before the first import)."""
     return _INTERPRETING
 
 
@@ -72,7 +72,8 @@ check_choice("FUSEBERT_BACKEND", _override, BACKENDS)
 def use_backend(name: str) -> Iterator[None]:
     """Within the block, run every fusebert operator on ``name``: ``"auto"``, ``"triton"`` or ``"reference"``.
 
-    Process-wide (autograd runs backwards on threads of its own), so not for two threads that want different ones.
+    The setting is process-wide, because autograd runs backwards on its own threads. Two threads cannot use different
+    backends.
 
     Raises:
         ValueError: ``name`` is none of the three.
@@ -88,7 +89,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 @functools.cache
 def architecture() -> int:
-    """Compute capability of the current GPU, 90 for 9.0; where there is none, Hopper's."""
+    """Compute capability of the current GPU, 90 for 9.0. Without a GPU it is 90, Hopper."""
     if not torch.cuda.is_available():
         return 90
     major, minor = torch.cuda.get_device_capability()
@@ -96,8 +97,8 @@ def architecture() -> int:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """``input_precision`` of ``tl.dot`` for operands of ``dtype``: float32 is multiplied in TF32 where torch would."""
-    # Not allow_tf32: reading that raises where the program has set fp32_precision, which follows either.
+    """``input_precision`` of ``tl.dot`` for operands of ``dtype``: TF32 for float32 where torch would use it."""
+    # fp32_precision reflects allow_tf32 too. Reading allow_tf32 raises where the program has set fp32_precision.
     allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if dtype == torch.float32 and allowed else "ieee"
 
@@ -106,8 +107,8 @@ def choose_backend(x: torch.Tensor) -> str:
     """``"triton"`` or ``"reference"`` for an operator whose main input is ``x``.
 
     Raises:
-        TypeError: ``triton`` was asked for and ``x`` has a dtype the kernels do not take.
-        RuntimeError: ``triton`` was asked for and cannot run where ``x`` is; or inside a torch.func transform.
+        TypeError: ``triton`` is selected and the kernels do not support x's dtype.
+        RuntimeError: ``triton`` is selected and cannot run on x's device, or the call is inside a torch.func transform.
     """
     backend = _choose(x)
     transformed = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
@@ -125,14 +126,12 @@ def _choose(x: torch.Tensor) -> str:
     if _override == "auto":
         return "triton" if x.is_cuda and HAVE_TRITON and x.dtype in KERNEL_DTYPES else "reference"
     if not HAVE_TRITON:
-        raise RuntimeError(
-            "backend 'triton' was asked for, but triton is not installed (pip install triton, Linux only)"
-        )
+        raise RuntimeError("backend 'triton' is selected, but triton is not installed: pip install triton (Linux only)")
     if x.dtype not in KERNEL_DTYPES:
-        raise TypeError(f"the Triton kernels take bfloat16, float16 and float32; got {x.dtype}")
+        raise TypeError(f"the Triton kernels support bfloat16, float16 and float32; got {x.dtype}")
     if not x.is_cuda and not interpreting():
         raise RuntimeError(
-            f"backend 'triton' was asked for, but the tensors are on {x.device.type}: move them to a CUDA device, or "
+            f"backend 'triton' is selected, but the tensors are on {x.device.type}: move them to a CUDA device, or "
             "set TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter"
         )
     return "triton"

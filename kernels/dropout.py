@@ -1,17 +1,16 @@
-"""Dropout without a stored mask: every element's fate is a pure function of (seed, position).
+"""Dropout without a stored mask: whether an element is kept is a function of (seed, position).
 
-Random words come from Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; seven
-rounds are the fewest that they find to pass BigCrush), keyed by the seed, so the backward draws the forward's mask
-again, and a seed names the same mask on every GPU, grid and tile size. Drawing is what dropout costs, so a word is two
-draws of 16 bits, eight a call: draw r is word r // 2, its low half where r is even. An element is kept when its draw
-reaches round(p · 2¹⁶): p is met to within 2⁻¹⁷.
+Random words come from Philox4x32-7, keyed by the seed (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+SC 2011; seven rounds are the fewest they found to pass BigCrush). The backward draws the forward's mask again, and a
+seed gives the same mask on every GPU, grid and tile size.
 
-Which elements share a call depends on which a thread holds. Operators that work row by row: eight adjacent columns,
+Random words are the cost of dropout, so each 32-bit word makes two draws of 16 bits: a Philox call makes eight. Draw r
+is word r // 2, its low half where r is even. An element is kept when its draw is at least round(p · 2¹⁶), so p is exact
+to 2⁻¹⁷. The elements of one call should lie in one thread. In operators that work row by row they are eight columns:
 
     element (row i, column j)    draw j mod 8 of counter (j // 8, i, 0, 0)
 
-and `attention_dropout` for attention's tiles. ``dropout_mask`` materialises the mask in plain PyTorch, to check
-kernels exactly and to see what was dropped.
+attn/dropout_tile.py has the layout for attention's tiles. `dropout_mask` computes the mask in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -44,26 +43,26 @@ def philox(seed, c0, c1, c2):
 
 @triton.jit
 def halves(words):
-    """The two draws of each word, in its upper half and joined as a last axis; what is below them does not matter."""
+    """The two draws of each word, as a new last axis. Each is in the upper 16 bits; the lower bits are arbitrary."""
     return tl.join(words << 16, words)
 
 
 @triton.jit
 def dropout_keep(seed, p_threshold, rows, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, first_column=0):
-    """[BLOCK_M, BLOCK_N] booleans: which elements of rows, from first_column on, survive.
+    """[BLOCK_M, BLOCK_N] booleans: whether each element is kept, in columns from first_column on.
 
     rows: [BLOCK_M] int32 row numbers; p_threshold: `keep_threshold`; BLOCK_N and first_column: multiples of 8.
     """
     zeros = tl.zeros((BLOCK_M, BLOCK_N // 8), dtype=tl.int32)
-    groups = first_column // 8 + tl.arange(0, BLOCK_N // 8)
-    a, b, c, d = philox(seed, zeros + groups[None, :], zeros + rows[:, None], zeros)
-    # join adds a last axis of 2: joined twice and flattened the order is a, b, c, d.
-    words = tl.join(tl.join(a, c), tl.join(b, d))
+    groups = first_column // 8 + tl.arange(0, BLOCK_N // 8)  # [BLOCK_N / 8]
+    a, b, c, d = philox(seed, zeros + groups[None, :], zeros + rows[:, None], zeros)  # [BLOCK_M, BLOCK_N / 8] each
+    # join adds a last axis of 2. Joined twice and flattened, the order is a, b, c, d.
+    words = tl.join(tl.join(a, c), tl.join(b, d))  # [BLOCK_M, BLOCK_N / 8, 2, 2]
     return tl.reshape(halves(words), (BLOCK_M, BLOCK_N)) >= p_threshold
 
 
 def keep_threshold(p: float) -> int:
-    """The uint32 that a draw, in the upper half of a word, must reach to be kept.
+    """The smallest draw, a uint32 with the 16 bits in its upper half, that keeps an element.
 
     Raises:
         ValueError: ``p`` is not in [0, 1).
@@ -73,14 +72,14 @@ def keep_threshold(p: float) -> int:
 
 
 def resolve_seed(seed: int | torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """The int64 tensor of one element on ``device`` from which the kernels read the seed.
+    """The seed as an int64 tensor of one element on ``device``, where the kernels read it.
 
-    ``None`` draws one from torch's generator on that device: ``torch.manual_seed`` governs it, nothing synchronises,
-    and a captured CUDA graph draws a new one at each replay.
+    ``None`` draws a seed from torch's generator on that device, which ``torch.manual_seed`` controls. That does not
+    synchronise, and a captured CUDA graph draws a new seed at each replay.
 
     Raises:
-        TypeError: a tensor seed is not int64, or not an int, tensor or None.
-        ValueError: a tensor seed has more than one element or lies on another device, or an int exceeds 64 bits.
+        TypeError: the seed is not an int, an int64 tensor or None.
+        ValueError: a tensor seed has more than one element or is on another device, or an int exceeds 64 bits.
     """
     check_seed(seed, device)
     if seed is None:
@@ -94,16 +93,16 @@ _MASK32 = 0xFFFFFFFF
 
 
 def _multiply_32(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low words of the 64-bit product of two uint32 held in int64 (split, so that nothing overflows)."""
+    """High and low words of the product of two uint32 held in int64, in halves so that int64 does not overflow."""
     low, high = a * (b & 0xFFFF), a * (b >> 16)
     high = high + (low >> 16)
     return (high >> 16) & _MASK32, ((high << 16) | (low & 0xFFFF)) & _MASK32
 
 
 def philox_words(seed: int | torch.Tensor, c0: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor) -> torch.Tensor:
-    """`philox` in PyTorch: words as int64, a last axis of 4; counter (c0, c1, c2, 0), broadcast."""
+    """`philox` in PyTorch: int64 words, a new last axis of 4, for counters (c0, c1, c2, 0), broadcast."""
     if isinstance(seed, torch.Tensor):
-        seed = seed.reshape(())  # stays a tensor: reading it would wait for the device, and break a compiled graph
+        seed = seed.reshape(())  # stays a tensor: reading it would synchronise, and break a compiled graph
     c0, c1, c2 = torch.broadcast_tensors(c0, c1, c2)
     c3 = torch.zeros_like(c0)
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
@@ -116,31 +115,19 @@ def philox_words(seed: int | torch.Tensor, c0: torch.Tensor, c1: torch.Tensor, c
 
 
 def draws_kept(words: torch.Tensor, p: float) -> torch.Tensor:
-    """bool, a last axis of 2 more than ``words``: which of their draws are kept."""
+    """bool [*words.shape, 2]: whether each word's two draws keep their element."""
     return torch.stack([words & 0xFFFF, words >> 16], dim=-1) >= keep_threshold(p) >> 16
 
 
 def dropout_mask(
     p: float, seed: int | torch.Tensor, rows: int, columns: int, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
-    """What the row by row operators keep for (p, seed): bool [rows, columns], True where an element is kept.
+    """The mask of the operators that work row by row: bool [rows, columns], True where an element is kept.
 
-    Kept elements are scaled by 1 / (1 − p) in the operators; the mask itself is not scaled. For inspection and
-    tests: it takes some hundreds of bytes an element while it works. `attention_dropout_mask` is attention's.
+    The operators scale kept elements by 1 / (1 − p); the mask is not scaled. For inspection and tests: it needs some
+    hundreds of bytes an element while it runs. `attention_dropout_mask` gives attention's masks.
     """
     groups = torch.arange(math.ceil(columns / 8), device=device)
     zero = torch.zeros((), dtype=torch.int64, device=device)
     words = philox_words(seed, groups[None, :], torch.arange(rows, device=device)[:, None], zero)
     return draws_kept(words, p).reshape(rows, 8 * groups.numel())[:, :columns]
-
-
-__all__ = [
-    "draws_kept",
-    "dropout_keep",
-    "dropout_mask",
-    "halves",
-    "keep_threshold",
-    "philox",
-    "philox_words",
-    "resolve_seed",
-]

@@ -1,37 +1,32 @@
 """GELU(x + bias) over the last axis, forward and backward: the step between a feed-forward's two matrix products.
 
-A row has I elements, z = x + bias, Φ is the standard normal's distribution function and φ its density:
+A row has I elements, z = x + bias, Φ is the normal distribution function and φ its density (Hendrycks and Gimpel 2016):
 
     forward     y = z Φ(z)
     backward    dx = dy (Φ(z) + z φ(z))     dbias = Σ_rows dx
-    "none"      Φ(z) = ½ (1 + erf(z / √2))
-    "tanh"      Φ(z) = ½ (1 + tanh w) = σ(2w),  φ(z) = Φ'(z) = 2w' σ(2w) σ(−2w),  w = √(2/π) (z + 0.044715 z³)
+    "none"      Φ(z) = ½ (1 + erf(z / √2)), which BERT uses
+    "tanh"      Φ(z) = ½ (1 + tanh u) = σ(2u),  φ(z) = Φ'(z) = 2u' σ(2u) σ(−2u),  u = √(2/π) (z + 0.044715 z³)
 
-(Hendrycks and Gimpel 2016, the exact GELU and its first approximation; BERT's is the exact one.) All of it is float32
-in registers, and z is never rounded to the activations' dtype. Both Φ satisfy Φ(z) = 1 − Φ(−z), so with a = |z|
+Everything is float32 in registers; z is not rounded to x's dtype. Both Φ satisfy Φ(z) = 1 − Φ(−z), so with a = |z|
 
     z Φ(z) = max(z, 0) − a Φ(−a)            Φ(z) + z φ(z) = t where z < 0, else 1 − t,   t = Φ(−a) − a φ(a)
 
-and only the tail Φ(−a) is computed: nothing cancels where z is very negative, as in 1 + erf, and nothing overflows.
+Only the tail Φ(−a) is computed: nothing cancels where z is very negative, as 1 + erf does, and nothing overflows.
 
-The linear before this step need not add its bias, and its backward need not read dx again to sum it. Kept for the
-backward: x, the linear's own result, and nothing else; z, Φ and φ are computed again, since y alone does not give them.
-
-Bytes through HBM a row of e-byte elements, which are also the fewest possible, and FLOPs:
+Saved for the backward: x. z, Φ and φ are recomputed, since y does not determine them. Bytes through HBM a row of e-byte
+elements, which are the fewest possible, and FLOPs:
 
                                         read            written         bytes         FLOPs, "none"   "tanh"
-    forward                             x               y               2 eI          27 I            14 I
-    backward                            dy x            dx              3 eI          33 I            22 I
-    F.linear with bias, F.gelu, both    x, dy x, dx     y, dx           6 eI          the last read is dbias's
+    forward                             x               y               2 e I         27 I            14 I
+    backward                            dy x            dx              3 e I         33 I            22 I
+    F.linear with bias, F.gelu, both    x, dy x, dx     y, dx           6 e I         (the last read is dbias's)
 
-Beside them 4 I bytes of bias, and in the backward 8 PI: each of P programs a column adds up its own rows in registers
-and leaves a float32 row of partial sums, which a second small kernel adds in a fixed order: no atomics, so the same
-inputs give the same bits.
+The bias adds 4 I bytes, and its gradient 8 P I for P programs a column tile (`rows`).
 
-Near ten operations a byte arithmetic begins to show. An H200 issues about 30 T instructions a second (132
-multiprocessors, 128 lanes, 1.75 GHz) and copies at 4.3 TB/s. With libdevice's erf the forward is 35 instructions an
-element of bf16, at most 3.4 TB/s; with the tail below 20, and the backward's loop 30, each at most 6 TB/s: the memory
-sets the time again. (Counted in sm_90 code; not yet measured on a GPU.)
+At ten operations a byte arithmetic begins to limit. An H200 issues about 30 T instructions a second (132
+multiprocessors × 128 lanes × 1.75 GHz) and copies at 4.3 TB/s. With libdevice's erf the forward takes 35 instructions a
+bf16 element, at most 3.4 TB/s. With the tail it takes less than 20 and the backward 30, at most 6 TB/s: memory sets the
+time again. (Counted in sm_90 code, not measured.)
 """
 
 from __future__ import annotations
@@ -46,47 +41,54 @@ from torch.autograd.function import once_differentiable
 
 from . import reference
 from .backend import choose_backend, tl, triton
-from .rows import as_rows, launch_sum_partials, num_programs_for, row_stride
+from .checks import check_choice, check_dtype, check_has_columns, check_vector
+from .library import register
+from .rows import (
+    Config,
+    as_rows,
+    contiguous,
+    empty_gradient,
+    empty_partials,
+    launch_sum_partials,
+    num_programs_for,
+    row_stride,
+)
 
 APPROXIMATIONS = ("none", "tanh")
 
 
-# ------------------------------------------------------------------------------------------------------------- kernels
-#
-# A program works on tiles of BLOCK_M rows by BLOCK_I columns. Offsets are 64 bits: row · stride may pass 2³¹.
-
-
 @triton.jit
-def _tile(row_tile, column_tile, stride, num_rows, I: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr):
-    """(offsets, mask) of a tile in a tensor whose rows are stride elements apart (None: I), each [BLOCK_M, BLOCK_I]."""
-    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = column_tile * BLOCK_I + tl.arange(0, BLOCK_I)
-    row_offsets = tl.cast(rows, tl.int64) * (I if stride is None else stride)
-    mask = rows[:, None] < num_rows
+def gelu_tile(tile_m, tile_i, stride, num_rows, I: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr):
+    """(offsets, mask) of a tile in a tensor with rows stride elements apart (None: I), each [BLOCK_M, BLOCK_I]."""
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    columns = tile_i * BLOCK_I + tl.arange(0, BLOCK_I)  # [BLOCK_I]
+    row_offsets = tl.cast(rows, tl.int64) * (I if stride is None else stride)  # [BLOCK_M], 64 bits: may exceed 2³¹
+    mask = rows[:, None] < num_rows  # [BLOCK_M, 1]
     if I % BLOCK_I != 0:
         mask = mask & (columns[None, :] < I)
     return row_offsets[:, None] + columns[None, :], mask
 
 
 @triton.jit
-def _bias(bias_ptr, column_tile, I: tl.constexpr, BLOCK_I: tl.constexpr):
-    columns = column_tile * BLOCK_I + tl.arange(0, BLOCK_I)
+def load_bias(bias_ptr, tile_i, I: tl.constexpr, BLOCK_I: tl.constexpr):
+    """[1, BLOCK_I] float32."""
+    columns = tile_i * BLOCK_I + tl.arange(0, BLOCK_I)  # [BLOCK_I]
     return tl.load(bias_ptr + columns, mask=columns < I, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
-def _distance(z):
-    # |z|, up to where the tail is 0 in float32: an infinity must not meet that 0. NaN stays NaN.
+def capped_distance(z):
+    """min(|z|, 16). The tail is 0 in float32 at 16, and ∞ · 0 would be NaN. NaN stays NaN."""
     return tl.minimum(tl.abs(z), 16.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _tail(a, TANH: tl.constexpr):
+def normal_tail(a, TANH: tl.constexpr):
     """Φ(−a) for 0 ≤ a ≤ 16."""
     if TANH:
         return 1.0 / (1.0 + tl.exp2((a + 0.044715 * a * a * a) * 2.302208198))  # 2 √(2/π) log₂ e
-    # 2^(a P(a) − 1), P of degree 9 fitted to log₂(2 Φ(−a)) / a, errors weighted by √Φ(−a): within 3.5e-8 of Φ(−a) with
-    # float32's own rounding, within 1.5e-4 Φ(−a) as far as a = 6, where it is 1e-9; beyond it falls faster than Φ.
+    # 2^(a P(a) − 1), P of degree 9 fitted to log₂(2 Φ(−a)) / a with errors weighted by √Φ(−a). The error with float32's
+    # rounding is ≤ 3.5e-8, and ≤ 1.5e-4 Φ(−a) up to a = 6, where Φ(−a) = 1e-9. Beyond, the fit falls faster than Φ.
     p = -3.09242232e-08 * a + 9.00011401e-07
     p = p * a - 1.12612861e-05
     p = p * a + 7.72678468e-05
@@ -100,31 +102,31 @@ def _tail(a, TANH: tl.constexpr):
 
 
 @triton.jit
-def _density(a, tail, TANH: tl.constexpr):
-    """φ(a), the tail's rate of fall, for 0 ≤ a ≤ 16."""
+def normal_density(a, tail, TANH: tl.constexpr):
+    """φ(a) for 0 ≤ a ≤ 16; tail = Φ(−a)."""
     if TANH:
-        return tail * (1.0 - tail) * (1.595769122 + 0.2140644488 * a * a)  # 2w' = 2 √(2/π) (1 + 3 · 0.044715 a²)
+        return tail * (1.0 - tail) * (1.595769122 + 0.2140644488 * a * a)  # 2u' = 2 √(2/π) (1 + 3 · 0.044715 a²)
     return tl.exp2(-0.7213475204 * a * a - 1.325748065)  # e^(−a²/2) / √(2π)
 
 
 @triton.jit
-def gelu(z, TANH: tl.constexpr):
+def gelu_value(z, TANH: tl.constexpr):
     """z Φ(z), float32."""
-    a = _distance(z)
-    return tl.maximum(z, 0.0) - a * _tail(a, TANH)
+    a = capped_distance(z)
+    return tl.maximum(z, 0.0) - a * normal_tail(a, TANH)
 
 
 @triton.jit
 def gelu_slope(z, TANH: tl.constexpr):
     """Φ(z) + z φ(z), float32."""
-    a = _distance(z)
-    tail = _tail(a, TANH)
-    t = tail - a * _density(a, tail, TANH)
+    a = capped_distance(z)
+    tail = normal_tail(a, TANH)
+    t = tail - a * normal_density(a, tail, TANH)
     return tl.where(z < 0.0, t, 1.0 - t)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _forward(
+def bias_gelu_forward(
     x_ptr,  # [M, I]
     bias_ptr,  # [I] or None
     y_ptr,  # [M, I] contiguous
@@ -135,17 +137,17 @@ def _forward(
     BLOCK_M: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    row_tile, column_tile = tl.program_id(0) // tl.cdiv(I, BLOCK_I), tl.program_id(0) % tl.cdiv(I, BLOCK_I)
-    offsets, mask = _tile(row_tile, column_tile, stride_x, num_rows, I, BLOCK_M, BLOCK_I)
-    z = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    tile_m, tile_i = tl.program_id(0) // tl.cdiv(I, BLOCK_I), tl.program_id(0) % tl.cdiv(I, BLOCK_I)
+    offsets, mask = gelu_tile(tile_m, tile_i, stride_x, num_rows, I, BLOCK_M, BLOCK_I)  # [BLOCK_M, BLOCK_I]
+    z = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_I]
     if bias_ptr is not None:
-        z += _bias(bias_ptr, column_tile, I, BLOCK_I)
-    offsets, mask = _tile(row_tile, column_tile, None, num_rows, I, BLOCK_M, BLOCK_I)
-    tl.store(y_ptr + offsets, gelu(z, TANH).to(y_ptr.dtype.element_ty), mask=mask)
+        z += load_bias(bias_ptr, tile_i, I, BLOCK_I)
+    offsets, mask = gelu_tile(tile_m, tile_i, None, num_rows, I, BLOCK_M, BLOCK_I)
+    tl.store(y_ptr + offsets, gelu_value(z, TANH).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _backward(
+def bias_gelu_backward(
     dy_ptr,  # [M, I]
     x_ptr,  # [M, I]
     bias_ptr,  # [I] or None
@@ -161,61 +163,60 @@ def _backward(
     STAGES: tl.constexpr,
 ):
     column_tiles: tl.constexpr = (I + BLOCK_I - 1) // BLOCK_I
-    program, column_tile = tl.program_id(0) // column_tiles, tl.program_id(0) % column_tiles
+    program, tile_i = tl.program_id(0) // column_tiles, tl.program_id(0) % column_tiles
     num_programs = tl.num_programs(0) // column_tiles
     if bias_ptr is not None:
-        bias = _bias(bias_ptr, column_tile, I, BLOCK_I)
-    # Summed over the tile's rows only at the end: until then no thread waits for another.
+        bias = load_bias(bias_ptr, tile_i, I, BLOCK_I)  # [1, BLOCK_I]
+    # Reduced over the tile's rows after the loop: a reduction in the loop would synchronise the warps at each tile.
     dbias = tl.zeros((BLOCK_M, BLOCK_I), dtype=tl.float32)
 
-    # The few programs that this grid has must keep the memory busy by themselves: STAGES tiles are in flight.
-    for row_tile in tl.range(program, tl.cdiv(num_rows, BLOCK_M), num_programs, num_stages=STAGES):
-        offsets, mask = _tile(row_tile, column_tile, stride_dy, num_rows, I, BLOCK_M, BLOCK_I)
-        dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        offsets, mask = _tile(row_tile, column_tile, stride_x, num_rows, I, BLOCK_M, BLOCK_I)
-        z = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    # The grid has two programs a multiprocessor, too few to hide the latency of loads: STAGES tiles are in flight.
+    for tile_m in tl.range(program, tl.cdiv(num_rows, BLOCK_M), num_programs, num_stages=STAGES):
+        offsets, mask = gelu_tile(tile_m, tile_i, stride_dy, num_rows, I, BLOCK_M, BLOCK_I)
+        dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_I]
+        offsets, mask = gelu_tile(tile_m, tile_i, stride_x, num_rows, I, BLOCK_M, BLOCK_I)
+        z = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_I]
         if bias_ptr is not None:
             z += bias
-        dx = dy * gelu_slope(z, TANH)
-        offsets, mask = _tile(row_tile, column_tile, None, num_rows, I, BLOCK_M, BLOCK_I)
+        dx = dy * gelu_slope(z, TANH)  # [BLOCK_M, BLOCK_I]
+        offsets, mask = gelu_tile(tile_m, tile_i, None, num_rows, I, BLOCK_M, BLOCK_I)
         tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         if dbias_ptr is not None:
             dbias += dx
 
     if dbias_ptr is not None:
-        columns = column_tile * BLOCK_I + tl.arange(0, BLOCK_I)
+        columns = tile_i * BLOCK_I + tl.arange(0, BLOCK_I)  # [BLOCK_I]
         tl.store(dbias_ptr + program * I + columns, tl.sum(dbias, axis=0), mask=columns < I)
 
 
-# ------------------------------------------------------------------------------------------------------------ launcher
+def _config(width: int, num_warps: int) -> Config:
+    """4096 elements a tile; columns a power of two up to 512, which divides BERT's widths, or 256.
 
-
-def _blocks(width: int) -> tuple[int, int]:
-    """(BLOCK_M, BLOCK_I): 4096 elements; columns a power of two up to 512, which divides BERT's widths, or 256."""
-    block_i = min(triton.next_power_of_2(width), max(256, min(512, width & -width)))
-    return min(64, 4096 // block_i), block_i
+    Eight rows and more share one read of the bias: with two, a third of L2's traffic would be bias.
+    """
+    columns = min(triton.next_power_of_2(width), max(256, min(512, width & -width)))
+    return Config(min(64, 4096 // columns), columns, num_warps)
 
 
 def _launch_forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = x.new_empty(x.shape)
     if x.numel() == 0:
         return y
     width = x.shape[-1]
     rows = as_rows(x, width)
-    # 32 elements a thread. Eight rows share one read of the bias: with two, a third of the L2's traffic would be bias.
-    block_m, block_i = _blocks(width)
+    config = _config(width, num_warps=4)
     with torch.cuda.device_of(x):
-        _forward[(triton.cdiv(rows.shape[0], block_m) * triton.cdiv(width, block_i),)](
+        bias_gelu_forward[(triton.cdiv(rows.shape[0], config.rows) * triton.cdiv(width, config.columns),)](
             rows,
-            None if bias is None else bias.contiguous(),
+            contiguous(bias),
             y,
             row_stride(rows),
             rows.shape[0],
             I=width,
             TANH=approximate == "tanh",
-            BLOCK_M=block_m,
-            BLOCK_I=block_i,
-            num_warps=4,
+            BLOCK_M=config.rows,
+            BLOCK_I=config.columns,
+            num_warps=config.num_warps,
         )
     return y
 
@@ -223,23 +224,21 @@ def _launch_forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
 def _launch_backward(
     dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str, bias_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dbias = _empty_bias_gradient(x, bias if bias_grad else None)
+    dx, dbias = _empty_backward(dy, x, bias, approximate, bias_grad)
     if x.numel() == 0:
         return dx, dbias.zero_()
     width = x.shape[-1]
     dy_rows, x_rows = as_rows(dy, width), as_rows(x, width)
     num_rows = x_rows.shape[0]
-    block_m, block_i = _blocks(width)
-    num_warps = 8
-    row_tiles, column_tiles = triton.cdiv(num_rows, block_m), triton.cdiv(width, block_i)
-    num_programs = max(1, num_programs_for(x.device, row_tiles * column_tiles, num_warps) // column_tiles)
-    partial = torch.empty((num_programs, width), dtype=torch.float32, device=x.device) if bias_grad else None
+    config = _config(width, num_warps=8)
+    row_tiles, column_tiles = triton.cdiv(num_rows, config.rows), triton.cdiv(width, config.columns)
+    num_programs = max(1, num_programs_for(x.device, row_tiles * column_tiles, config.num_warps) // column_tiles)
+    partial = empty_partials(num_programs, width, bias_grad, x.device)
     with torch.cuda.device_of(x):
-        _backward[(num_programs * column_tiles,)](
+        bias_gelu_backward[(num_programs * column_tiles,)](
             dy_rows,
             x_rows,
-            None if bias is None else bias.contiguous(),
+            contiguous(bias),
             dx,
             partial,
             row_stride(dy_rows),
@@ -247,48 +246,28 @@ def _launch_backward(
             num_rows,
             I=width,
             TANH=approximate == "tanh",
-            BLOCK_M=block_m,
-            BLOCK_I=block_i,
+            BLOCK_M=config.rows,
+            BLOCK_I=config.columns,
             STAGES=3,
-            num_warps=num_warps,
+            num_warps=config.num_warps,
         )
         launch_sum_partials([(partial, dbias)])
     return dx, dbias
 
 
-def _empty_bias_gradient(x: Tensor, bias: Tensor | None) -> Tensor:
-    shape, dtype = ((0,), x.dtype) if bias is None else (bias.shape, bias.dtype)
-    return torch.empty(shape, dtype=dtype, device=x.device)
+def _empty_backward(dy: Tensor, x: Tensor, bias: Tensor | None, _: str, bias_grad: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), empty_gradient(x, bias, bias_grad)
 
 
-# ------------------------------------------------------------------------------------------------------------ operator
-#
-# define/impl with the autograd.Function outside, as `layernorm`'s: one boundary a call.
-
-_library = torch.library.Library("fusebert", "FRAGMENT")
-_library.define("bias_gelu(Tensor x, Tensor? bias, str approximate) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_library.define(
+_forward_op = register(
+    "bias_gelu(Tensor x, Tensor? bias, str approximate) -> Tensor", _launch_forward, lambda x, *_: x.new_empty(x.shape)
+)
+_backward_op = register(
     "bias_gelu_backward(Tensor dy, Tensor x, Tensor? bias, str approximate, bool bias_grad) "
     "-> (Tensor dx, Tensor dbias)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    _launch_backward,
+    _empty_backward,
 )
-for _device in ("CPU", "CUDA"):
-    _library.impl("bias_gelu", _launch_forward, _device)
-    _library.impl("bias_gelu_backward", _launch_backward, _device)
-_forward_op = torch.ops.fusebert.bias_gelu.default
-_backward_op = torch.ops.fusebert.bias_gelu_backward.default
-
-
-@torch.library.register_fake("fusebert::bias_gelu", lib=_library)
-def _fake_forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@torch.library.register_fake("fusebert::bias_gelu_backward", lib=_library)
-def _fake_backward(
-    dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str, bias_grad: bool
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), _empty_bias_gradient(x, bias if bias_grad else None)
 
 
 class _BiasGELU(torch.autograd.Function):
@@ -307,47 +286,30 @@ class _BiasGELU(torch.autograd.Function):
         return dx, dbias if bias_grad else None, None
 
 
-# -------------------------------------------------------------------------------------------------------- public names
-
-
-def _check_approximate(approximate: str) -> None:
-    if approximate not in APPROXIMATIONS:
-        raise ValueError(f"approximate must be 'none' (erf) or 'tanh'; got {approximate!r}")
-
-
 def _check(x: Tensor, bias: Tensor | None, approximate: str) -> None:
-    _check_approximate(approximate)
-    if x.dim() == 0:
-        raise ValueError("x must have at least one dimension, [.., I]; got a scalar")
-    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        raise TypeError(f"x must be bfloat16, float16, float32 or float64; got {x.dtype}")
-    if bias is None:
-        return
-    if bias.shape != x.shape[-1:]:
-        raise ValueError(f"bias must have shape {tuple(x.shape[-1:])}, x's last; got {tuple(bias.shape)}")
-    if bias.dtype not in (x.dtype, torch.float32):
-        raise TypeError(f"bias must have x's dtype {x.dtype} or float32; got {bias.dtype}")
-    if bias.device != x.device:
-        raise ValueError(f"bias must be on x's device {x.device}; got {bias.device}")
+    check_choice("approximate", approximate, APPROXIMATIONS)
+    check_has_columns("x", x, "I")
+    check_dtype("x", x)
+    check_vector("bias", bias, x.shape[-1], "x's last axis", "x", x)
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None, *, approximate: Literal["none", "tanh"] = "none") -> Tensor:
     """GELU(x + bias) over the last axis (Hendrycks and Gimpel 2016).
 
-    The sum is float32 and the result has x's dtype, under autocast too. Autograd keeps x and bias and nothing else.
-    Differentiable once: asking for second derivatives of the Triton path raises RuntimeError.
+    The sum is float32 and the result has x's dtype, under autocast too. Autograd saves x and bias only. A second
+    derivative of the Triton path raises RuntimeError.
 
     Args:
-        x: [.., I], any strides, bfloat16, float16 or float32; float64 and tensors on the CPU run the reference.
-        bias: [I], x's dtype or float32; or None: 0.
-        approximate: "none" is z Φ(z) by the error function, which BERT uses; "tanh" its approximation by tanh.
+        x: [.., I], any strides, bfloat16, float16 or float32. float64 and CPU tensors run the reference.
+        bias: [I] of x's dtype or float32, or None for 0.
+        approximate: "none" uses the error function, as BERT does; "tanh" approximates it.
 
     Returns:
-        [.., I], contiguous.
+        [.., I] of x's dtype, contiguous.
 
     Raises:
-        ValueError: a shape, a device, or another ``approximate``.
-        TypeError: a dtype.
+        ValueError: a shape or a device does not fit, or ``approximate`` is neither.
+        TypeError: a dtype is not allowed.
     """
     _check(x, bias, approximate)
     if choose_backend(x) == "reference":
@@ -358,7 +320,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None, *, approximate: Literal["none", "t
 
 
 class FusedLinearGELU(nn.Linear):
-    """GELU(Linear(input)): cuBLAS's product, then `bias_gelu`; parameters and ``state_dict`` of `nn.Linear`.
+    """GELU(Linear(input)): cuBLAS's matrix product, then `bias_gelu`; parameters and ``state_dict`` of `nn.Linear`.
 
     Raises:
         ValueError: ``approximate`` is neither "none" nor "tanh".
@@ -373,18 +335,15 @@ class FusedLinearGELU(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check_approximate(approximate)
+        check_choice("approximate", approximate, APPROXIMATIONS)
         super().__init__(in_features, out_features, bias, device, dtype)
         self.approximate = approximate
-        self.linear: Callable[..., Tensor] = F.linear  # an fp8 product may stand in for it
+        self.linear: Callable[..., Tensor] = F.linear  # model/fp8.py replaces it with an fp8 product
 
     def forward(self, input: Tensor) -> Tensor:
-        if choose_backend(input) == "reference":  # a CPU's product adds the bias in passing
+        if choose_backend(input) == "reference":  # F.linear on a CPU adds the bias for free
             return F.gelu(self.linear(input, self.weight, self.bias), approximate=self.approximate)
         return bias_gelu(self.linear(input, self.weight), self.bias, approximate=self.approximate)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, approximate={self.approximate!r}"
-
-
-__all__ = ["FusedLinearGELU", "bias_gelu", "gelu", "gelu_slope"]

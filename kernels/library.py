@@ -17,8 +17,8 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
         schema: ``"name(Tensor x, ...) -> Tensor"``, in the syntax of torch.library. The only place where the
             operator's arguments are listed.
         implementation: launches the kernels.
-        fake: allocates the outputs without computing them, for torch.compile and fake tensors. It reads few of the
-            arguments: take the rest as ``*_``.
+        fake: allocates the outputs without computing them, for torch.compile and fake tensors. Collect the arguments
+            that it does not read in ``*_``.
 
     The autograd formula is a ``torch.autograd.Function`` around the operator. One call with gradients then costs 5 µs
     on a CPU core (torch 2.13); ``custom_op`` with ``register_autograd`` costs 10 µs.

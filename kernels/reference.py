@@ -1,14 +1,16 @@
-"""Every operator as plain, differentiable PyTorch: the specification, the oracle, and the path CPU tensors take.
+"""The specification of every operator, in plain, differentiable PyTorch.
 
-Run in float64 these functions are what the kernels are checked against; run in float32 on a CPU they are what
-`fusebert.kernels` calls there, so each is written with PyTorch's fast operators where they say the same thing.
-Where an operator drops elements, ``dropout_mask`` (bool, True = kept) replaces PyTorch's own draw, so that a kernel's
-mask (`fusebert.kernels.dropout_mask`, and `attention_dropout_mask`) can be replayed exactly.
+In float64 these functions are the oracle that the kernels are checked against. They also serve CPU tensors, so they use
+PyTorch's fused operators where those compute the same thing.
+
+Where an operator drops elements, ``dropout_mask`` (bool, True = kept) replaces PyTorch's own draw. With the mask of
+`fusebert.kernels.dropout_mask` or `attention_dropout_mask` a function here replays a kernel's dropout exactly.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +19,23 @@ from torch.utils.checkpoint import checkpoint
 
 
 def dropout(x: Tensor, p: float, dropout_mask: Tensor | None = None) -> Tensor:
-    """Inverted dropout: kept elements scaled by 1 / (1 − p)."""
+    """Inverted dropout (Srivastava et al. 2014): kept elements are scaled by 1 / (1 − p), dropped ones are 0.
+
+    Args:
+        x: any shape. dropout_mask: bool, x's shape.
+    """
     if p == 0.0:
         return x
     return F.dropout(x, p) if dropout_mask is None else x * dropout_mask / (1.0 - p)
+
+
+def widest(x: Tensor, *parameters: Tensor | None) -> tuple[Any, ...]:
+    """The tensors in the widest of their dtypes: float32 parameters with bfloat16 activations compute in float32."""
+    dtype = x.dtype
+    for parameter in parameters:
+        if parameter is not None:
+            dtype = torch.promote_types(dtype, parameter.dtype)
+    return (x.to(dtype), *(None if parameter is None else parameter.to(dtype) for parameter in parameters))
 
 
 def attention(
@@ -34,14 +49,14 @@ def attention(
     dropout_mask: Tensor | None = None,
     window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(QKᵀ · scale)V and its log-sum-exp, per head (Vaswani et al. 2017, eq. 1; no causal mask).
+    """softmax(QKᵀ · scale)V and its log-sum-exp for each head (Vaswani et al. 2017, eq. 1), without a causal mask.
 
     Args:
         q: [B, H, N_q, D]. k, v: [B, H_k, N_k, D], H a multiple of H_k (grouped queries share a key head).
-        key_padding_mask: bool [B, N_k], True where a key is real. A query whose keys are all padding gives zeros.
+        key_padding_mask: bool [B, N_k], True where a key is real. A query without a real key gives zeros.
         scale: 1/√D when None.
         dropout_mask: bool [B, H, N_q, N_k].
-        window: query i attends to key j only where |i − j| ≤ window; None: no limit.
+        window: query i attends to key j only where |i − j| ≤ window. None: no limit.
 
     Returns:
         (out [B, H, N_q, D], lse [B, H, N_q]: natural log of the softmax denominator, −inf where no key is real).
@@ -50,19 +65,19 @@ def attention(
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    scores = (q * scale) @ k.transpose(-1, -2)  # (B, H, N_q, N_k)
+    scores = (q * scale) @ k.transpose(-1, -2)  # [B, H, N_q, N_k]
     if key_padding_mask is None and window is None and k.shape[2] > 0:
-        lse = torch.logsumexp(scores, dim=-1)
-        probabilities = torch.softmax(scores, dim=-1)
+        lse = torch.logsumexp(scores, dim=-1)  # [B, H, N_q]
+        probabilities = torch.softmax(scores, dim=-1)  # [B, H, N_q, N_k]
     else:
-        real = torch.ones_like(scores, dtype=torch.bool)
+        real = torch.ones_like(scores, dtype=torch.bool)  # [B, H, N_q, N_k]
         if key_padding_mask is not None:
             real = real & key_padding_mask[:, None, None, :]
         if window is not None:
             i, j = (torch.arange(n, device=q.device) for n in scores.shape[-2:])
             real = real & ((i[:, None] - j).abs() <= window)
         lse = torch.logsumexp(scores.masked_fill(~real, -math.inf), dim=-1)
-        # A finite fill, then zeros: a row without a real key has neither NaN nor gradient.
+        # Fill with a finite number first, then with zeros: a row without a real key has no NaN and no gradient.
         finite = scores.masked_fill(~real, torch.finfo(scores.dtype).min)
         probabilities = torch.softmax(finite, dim=-1).masked_fill(~real, 0.0)
     return dropout(probabilities, dropout_p, dropout_mask) @ v, lse
@@ -84,20 +99,20 @@ def attention_varlen(
 
     Args:
         q: [T_q, H, D]. k, v: [T_k, H_k, D]. cu_seqlens_q, cu_seqlens_k: int32 [S + 1], from 0, never falling.
-        dropout_masks: for each segment a bool [H, n_q, n_k].
+        dropout_masks: bool [H, n_q, n_k] for each segment.
 
     Returns:
-        (out [T_q, H, D], lse [H, T_q]); rows behind the last segment are zeros, their lse −inf.
+        (out [T_q, H, D], lse [H, T_q]). Rows after the last segment are zeros, their lse −inf.
     """
     bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # (H, T, D)
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # [H, T, D]
     outs, lses = [], []
     for s in range(len(bounds_q) - 1):
-        of_q, of_k = slice(bounds_q[s], bounds_q[s + 1]), slice(bounds_k[s], bounds_k[s + 1])
+        rows_q, rows_k = slice(bounds_q[s], bounds_q[s + 1]), slice(bounds_k[s], bounds_k[s + 1])
         out, lse = attention(
-            q[None, :, of_q],
-            k[None, :, of_k],
-            v[None, :, of_k],
+            q[None, :, rows_q],
+            k[None, :, rows_k],
+            v[None, :, rows_k],
             scale=scale,
             dropout_p=dropout_p,
             dropout_mask=None if dropout_masks is None else dropout_masks[s][None],
@@ -112,13 +127,37 @@ def attention_varlen(
 
 
 def layernorm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float) -> Tensor:
-    """(x − mean) / √(var + eps) · weight + bias over the last axis (Ba et al. 2016). x: [.., H]; weight, bias: [H]."""
+    """(x − mean) / √(var + eps) · weight + bias over the last axis, var the mean squared deviation (Ba et al. 2016).
+
+    Args:
+        x: [.., H]. weight, bias: [H], or None for 1 and 0.
+
+    Returns:
+        [.., H] of the widest of the dtypes.
+    """
+    x, weight, bias = widest(x, weight, bias)
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def rmsnorm(x: Tensor, weight: Tensor | None, *, eps: float) -> Tensor:
-    """x / √(⟨x²⟩ + eps) · weight over the last axis (Zhang and Sennrich 2019). x: [.., H]; weight: [H]."""
+    """x / √(⟨x²⟩ + eps) · weight over the last axis (Zhang and Sennrich 2019). Args, Returns: as in `layernorm`."""
+    x, weight = widest(x, weight)
     return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def dropout_add(
+    x: Tensor,
+    residual: Tensor | None,
+    *,
+    linear_bias: Tensor | None = None,
+    p: float = 0.0,
+    dropout_mask: Tensor | None = None,
+) -> Tensor:
+    """residual + Dropout(x + linear_bias), in x's dtype. x, residual: [.., H]; linear_bias: [H]."""
+    if linear_bias is not None:
+        x = (x + linear_bias).to(x.dtype)
+    x = dropout(x, p, dropout_mask)
+    return x if residual is None else residual + x
 
 
 def dropout_add_layernorm(
@@ -132,24 +171,25 @@ def dropout_add_layernorm(
     p: float = 0.0,
     dropout_mask: Tensor | None = None,
 ) -> Tensor:
-    """LayerNorm(residual + Dropout(x + linear_bias)), the end of each BERT sub-layer. x, residual: [.., H]; the rest:
-    [H]."""
-    if linear_bias is not None:
-        x = x + linear_bias
-    return layernorm(residual + dropout(x, p, dropout_mask), weight, bias, eps=eps)
+    """LayerNorm(residual + Dropout(x + linear_bias)), the end of each BERT sub-layer (Devlin et al. 2018).
+
+    Args:
+        x, residual: [.., H]. weight, bias, linear_bias: [H]. dropout_mask: bool [.., H].
+    """
+    s = dropout_add(x, residual, linear_bias=linear_bias, p=p, dropout_mask=dropout_mask)
+    return layernorm(s, weight, bias, eps=eps)
 
 
 def cross_entropy_rows(
     logits: Tensor, labels: Tensor, *, ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0
 ) -> Tensor:
-    """Per-row −Σ_w y_w log p(w) + z_loss · lse², y = (1 − label_smoothing)·onehot + label_smoothing/V.
+    """−Σ_w y_w log p(w) + z_loss · lse² for each row, y = (1 − label_smoothing) · onehot + label_smoothing / V.
 
     Args:
         logits: [M, V]. labels: int64 [M].
 
     Returns:
-        [M], 0 where the label is ``ignore_index``; float32 where logits are narrower: in bf16 a loss of 10 would have
-        steps of 0.06.
+        [M], 0 where the label is ``ignore_index``. float32 or wider: bfloat16 near 10 has steps of 0.06.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(
@@ -173,26 +213,26 @@ def masked_lm_loss(
     z_loss: float = 0.0,
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Cross entropy of hidden @ weightᵀ + bias over the rows whose label is not ``ignore_index``.
+    """Cross entropy of hidden @ weightᵀ + bias over the rows with a label other than ``ignore_index``.
 
     Args:
         hidden: [T, H]. weight: [V, H]. bias: [V] or None. labels: int64 [T].
         reduction: "mean" over the labelled rows (0 when there are none), "sum", or "none" ([T], 0 where ignored).
-        chunk_rows: with more labelled rows than this, logits of so many at a time; the backward makes them again. None,
-            and under torch.compile: all at once.
+        chunk_rows: compute the logits of at most so many labelled rows at a time, and recompute them in the backward.
+            None, and always under torch.compile: all at once.
 
     Returns:
-        (loss, number of labelled rows whose arg max, the first of equals, is the label: int64 scalar).
+        (loss, int64 scalar: number of labelled rows with the label as arg max, ties going to the first column).
     """
     labelled = labels != ignore_index
     if torch.compiler.is_compiling():
         rows = torch.arange(labels.shape[0], device=labels.device)  # every row: a compiled graph has constant shapes
     else:
-        rows = torch.nonzero(labelled).squeeze(-1)
-    hidden, targets = hidden[rows], labels[rows]  # only labelled rows meet the vocabulary
+        rows = torch.nonzero(labelled).squeeze(-1)  # [M]: only labelled rows are multiplied by weight
+    hidden, targets = hidden[rows], labels[rows]  # [M, H], [M]
 
     def rows_loss(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = F.linear(hidden, weight, bias)  # (M, V)
+        logits = F.linear(hidden, weight, bias)  # [M, V]
         losses = cross_entropy_rows(
             logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss
         )
@@ -229,22 +269,19 @@ def embed_layernorm(
     """Dropout(LayerNorm(word + token type + position)), BERT's input (Devlin et al. 2018, figure 2).
 
     Args:
-        input_ids, token_type_ids, position_ids: integers [..]. Weights: [V, H], [token types, H], [positions, H].
-        padding_idx: the row of word_weight that gets no gradient. out_dtype: the tables' when None.
+        input_ids, token_type_ids, position_ids: integers [..].
+        word_weight, token_type_weight, position_weight: [V, H], [token types, H], [positions, H].
+        norm_weight, norm_bias: [H], or None for 1 and 0.
+        padding_idx: the row of word_weight that gets no gradient.
+        out_dtype: the dtype of the result; the tables' when None.
         dropout_mask: bool [.., H].
     """
-    x = F.embedding(input_ids, word_weight, padding_idx) + F.embedding(token_type_ids, token_type_weight)  # (.., H)
-    x = x + F.embedding(position_ids, position_weight)
-    dtype = x.dtype
-    for parameter in (norm_weight, norm_bias):
-        dtype = dtype if parameter is None else torch.promote_types(dtype, parameter.dtype)
-    norm_weight, norm_bias = (
-        None if parameter is None else parameter.to(dtype) for parameter in (norm_weight, norm_bias)
-    )
-    y = layernorm(x.to(dtype), norm_weight, norm_bias, eps=eps)
+    s = F.embedding(input_ids, word_weight, padding_idx) + F.embedding(token_type_ids, token_type_weight)  # [.., H]
+    s = s + F.embedding(position_ids, position_weight)
+    y = layernorm(s, norm_weight, norm_bias, eps=eps)
     return dropout(y.to(word_weight.dtype if out_dtype is None else out_dtype), p, dropout_mask)
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None, *, approximate: str = "none") -> Tensor:
-    """GELU(x + bias), by erf or by tanh (Hendrycks and Gimpel 2016). x: [.., I]; bias: [I] or None."""
+    """GELU(x + bias) by the error function or by tanh (Hendrycks and Gimpel 2016). x: [.., I]; bias: [I] or None."""
     return F.gelu(x if bias is None else x + bias, approximate=approximate)

@@ -1,15 +1,17 @@
-"""What operators that work row by row share: tiles of rows, how many programs, and the sum of their partial sums.
+"""What the operators that work row by row share: tiles of rows, and sums over all rows.
 
-A program works on tiles of BLOCK_M rows by BLOCK_H ≥ H columns. Offsets are 64 bits: row · stride may pass 2³¹.
+A program works on tiles of BLOCK_M rows and BLOCK_H columns. Offsets are 64 bits: row · stride may exceed 2³¹.
 
-A backward that sums over all rows (the gradient of a weight or a bias) gives each program some rows, which leaves a
-float32 row of partial sums; `sum_partials` adds these in a fixed order. No atomics: the same inputs give the same bits.
+The gradient of a weight or a bias is a sum over all rows. Each program of the backward adds up its own rows in
+registers and writes one float32 row of partial sums; `rows_sum_partials` adds these in a fixed order. There are no
+atomics, so the same inputs give the same bits.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,36 +20,50 @@ from .backend import tl, triton
 from .dropout import dropout_keep
 
 
+class Config(NamedTuple):
+    """Tile and warps of one kernel."""
+
+    rows: int  # BLOCK_M
+    columns: int  # BLOCK_H, a power of two
+    num_warps: int
+
+
 @triton.jit
 def row_tile(tile, stride, num_rows, H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, first_column=0):
-    """(offsets, mask) of a tile in a tensor whose rows are stride elements apart, each [BLOCK_M, BLOCK_H]."""
-    rows, columns = tile * BLOCK_M + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_H)
-    # A stride of None is H, known when compiling: rows of H = 1000 elements still begin at multiples of 16 bytes.
-    row_offsets = tl.cast(rows, tl.int64) * (H if stride is None else stride)
+    """(offsets, mask) of a tile in a tensor with rows stride elements apart, each [BLOCK_M, BLOCK_H].
+
+    A stride of None is H, a constant of the compiler: rows of H = 1000 elements still start at multiples of 16 bytes.
+    """
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    columns = first_column + tl.arange(0, BLOCK_H)  # [BLOCK_H]
+    row_offsets = tl.cast(rows, tl.int64) * (H if stride is None else stride)  # [BLOCK_M]
     return row_offsets[:, None] + columns[None, :], (rows[:, None] < num_rows) & (columns[None, :] < H)
 
 
 @triton.jit
 def row_keep(seed, p_threshold, tile, H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, first_column=0):
-    rows, columns = tile * BLOCK_M + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_H)
-    keep = dropout_keep(seed, p_threshold, rows, BLOCK_M, BLOCK_H, first_column)
+    """`dropout_keep` of a tile, [BLOCK_M, BLOCK_H] booleans."""
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    columns = first_column + tl.arange(0, BLOCK_H)  # [BLOCK_H]
+    keep = dropout_keep(seed, p_threshold, rows, BLOCK_M, BLOCK_H, first_column)  # [BLOCK_M, BLOCK_H]
     if H % BLOCK_H != 0:
-        keep = keep & (columns[None, :] < H)  # so that no word is drawn for a register that holds no column
+        keep = keep & (columns[None, :] < H)  # lets the compiler drop the random words of registers without a column
     return keep
 
 
 @triton.jit
-def _sum_columns(partial_ptr, columns, num_programs, H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+def sum_of_programs(partial_ptr, columns, num_programs, H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """[BLOCK_C]: the sum of partial [P, H] over its rows, in these columns."""
     acc = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
     for start in range(0, num_programs, BLOCK_P):
-        programs = start + tl.arange(0, BLOCK_P)
-        mask = (programs[:, None] < num_programs) & (columns[None, :] < H)
+        programs = start + tl.arange(0, BLOCK_P)  # [BLOCK_P]
+        mask = (programs[:, None] < num_programs) & (columns[None, :] < H)  # [BLOCK_P, BLOCK_C]
         acc += tl.load(partial_ptr + programs[:, None] * H + columns[None, :], mask=mask, other=0.0)
     return tl.sum(acc, axis=0)
 
 
 @triton.jit(do_not_specialize=["num_programs"])
-def sum_partials(
+def rows_sum_partials(
     a_partial_ptr,  # [P, H] float32, or None
     b_partial_ptr,
     c_partial_ptr,
@@ -59,16 +75,21 @@ def sum_partials(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     if a_partial_ptr is not None:
-        total = _sum_columns(a_partial_ptr, columns, num_programs, H, BLOCK_P, BLOCK_C)
+        total = sum_of_programs(a_partial_ptr, columns, num_programs, H, BLOCK_P, BLOCK_C)  # [BLOCK_C]
         tl.store(a_ptr + columns, total.to(a_ptr.dtype.element_ty), mask=columns < H)
     if b_partial_ptr is not None:
-        total = _sum_columns(b_partial_ptr, columns, num_programs, H, BLOCK_P, BLOCK_C)
+        total = sum_of_programs(b_partial_ptr, columns, num_programs, H, BLOCK_P, BLOCK_C)  # [BLOCK_C]
         tl.store(b_ptr + columns, total.to(b_ptr.dtype.element_ty), mask=columns < H)
     if c_partial_ptr is not None:
-        total = _sum_columns(c_partial_ptr, columns, num_programs, H, BLOCK_P, BLOCK_C)
+        total = sum_of_programs(c_partial_ptr, columns, num_programs, H, BLOCK_P, BLOCK_C)  # [BLOCK_C]
         tl.store(c_ptr + columns, total.to(c_ptr.dtype.element_ty), mask=columns < H)
+
+
+def empty_partials(num_programs: int, columns: int, wanted: bool, device: torch.device) -> Tensor | None:
+    """[P, columns] float32 for the programs' partial sums, or None where the gradient is not wanted."""
+    return torch.empty((num_programs, columns), dtype=torch.float32, device=device) if wanted else None
 
 
 def launch_sum_partials(sums: Sequence[tuple[Tensor | None, Tensor]]) -> None:
@@ -78,10 +99,10 @@ def launch_sum_partials(sums: Sequence[tuple[Tensor | None, Tensor]]) -> None:
     if not partials:
         return
     num_programs, hidden_size = partials[0].shape
-    none = [None] * (3 - len(partials))
+    absent = [None] * (3 - len(partials))
     block_c = 16
-    sum_partials[(triton.cdiv(hidden_size, block_c),)](
-        *partials, *none, *totals, *none, num_programs, H=hidden_size, BLOCK_P=256, BLOCK_C=block_c, num_warps=8
+    rows_sum_partials[(triton.cdiv(hidden_size, block_c),)](
+        *partials, *absent, *totals, *absent, num_programs, H=hidden_size, BLOCK_P=256, BLOCK_C=block_c, num_warps=8
     )
 
 
@@ -91,31 +112,32 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def num_programs_for(device: torch.device, num_tiles: int, num_warps: int) -> int:
-    """Programs of the backward. More hide latency better, and each leaves a row of partial sums to write and to read.
+    """How many programs a backward has: 16 warps a multiprocessor, and no more than there are tiles.
 
-    A function of the device and the shape alone, so that the order of summation is too.
+    More programs hide latency better, but each writes a row of partial sums. The number depends on the device and the
+    shape only, so the order of summation does too.
     """
     limit = multiprocessors(device) * (16 // num_warps) if device.type == "cuda" else 4
     return min(num_tiles, limit)
 
 
 def as_rows(x: Tensor, hidden_size: int) -> Tensor:
-    """[.., H] as [M, H] with adjacent columns, copied only where no view is that."""
+    """[.., H] as [M, H] with adjacent columns; a view where one exists, else a copy."""
     rows = x.reshape(-1, hidden_size)
     return rows if rows.stride(1) == 1 or hidden_size == 1 else rows.contiguous()
 
 
 def row_stride(rows: Tensor | None) -> int | None:
-    """None, which compiles to H, where rows are end to end."""
+    """Elements from row to row of [M, H]; None, which stands for H, where the rows are contiguous."""
     return None if rows is None or rows.shape[0] == 1 or rows.stride(0) == rows.shape[1] else rows.stride(0)
 
 
-__all__ = [
-    "as_rows",
-    "launch_sum_partials",
-    "multiprocessors",
-    "num_programs_for",
-    "row_keep",
-    "row_stride",
-    "row_tile",
-]
+def contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def empty_gradient(like: Tensor, parameter: Tensor | None, wanted: bool) -> Tensor:
+    """An uninitialised gradient for ``parameter``, or [0] of like's dtype where it is not wanted."""
+    if parameter is None or not wanted:
+        return like.new_empty(0)
+    return parameter.new_empty(parameter.shape)

@@ -39,7 +39,7 @@ from torch.autograd.function import once_differentiable
 from ...kernels import backend
 from ...kernels.backend import tl, triton
 from ...kernels.checks import check_choice, check_dtype, check_same_dtype, check_vector
-from ...kernels.gelu import APPROXIMATIONS, gelu, gelu_slope
+from ...kernels.gelu import APPROXIMATIONS, gelu_slope, gelu_value
 from ...kernels.rows import as_rows, launch_sum_partials, multiprocessors, row_stride
 
 
@@ -173,7 +173,7 @@ def linear_gelu_forward(
             bias = tl.load(bias_ptr + columns, mask=columns < I, other=0.0).to(tl.float32)  # [SLICE]
             store_matrix_tile(pre, parts[i], row * BLOCK_M, start, num_rows, I, TMA, BLOCK_M, SLICE)
             z = parts[i] + bias[None, :]  # [BLOCK_M, SLICE]
-            store_matrix_tile(y, gelu(z, TANH), row * BLOCK_M, start, num_rows, I, TMA, BLOCK_M, SLICE)
+            store_matrix_tile(y, gelu_value(z, TANH), row * BLOCK_M, start, num_rows, I, TMA, BLOCK_M, SLICE)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

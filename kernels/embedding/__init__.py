@@ -1,1 +1,5 @@
-"""Three embeddings, LayerNorm and dropout in one pass: README.md has the equations."""
+"""Three embeddings, LayerNorm and dropout in one kernel. README.md has the equations."""
+
+from .api import embed_layernorm
+
+__all__ = ["embed_layernorm"]

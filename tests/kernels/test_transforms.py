@@ -1,6 +1,6 @@
 """Every operator compiled and exported for any length, under vmap and torch.func.grad, and differentiated twice.
 
-The operators' own tests have opcheck, autocast and compile at one shape.
+opcheck, autocast and compilation at one shape are in the operators' own tests.
 """
 
 import subprocess
@@ -93,7 +93,7 @@ class Module(torch.nn.Module):
 
 
 def test_these_are_all_the_operators():
-    """What is called here, forward and backward, is what is registered: a new one must come into the table."""
+    """OPERATORS calls every registered operator, forward and backward. Add a new operator to it."""
     called = set()
 
     class Record(TorchDispatchMode):
@@ -105,9 +105,9 @@ def test_these_are_all_the_operators():
     with use_backend("triton"), Record():
         for function in OPERATORS.values():
             function(sample()).square().sum().backward()
-    # Asked in a process of its own: a test beside this one may have imported bench, which registers contestants.
-    ask = "import torch, fusebert.kernels; print(*torch._C._dispatch_get_all_op_names())"
-    names = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True).stdout.split()
+    # In a process of its own: another test may have imported bench, which registers operators too.
+    code = "import torch, fusebert.kernels; print(*torch._C._dispatch_get_all_op_names())"
+    names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert {name.split(".")[0] for name in names if name.startswith("fusebert::")} == called
 
 
@@ -149,13 +149,13 @@ def test_exported(name, backend, dynamic):
 @OPERATOR
 @pytest.mark.parametrize("transform", ["vmap", "grad"])
 def test_transforms_of_torch_func(name, transform):
-    """The kernels say no; the definitions say what a loop, or autograd, says."""
+    """The Triton path raises; the reference gives what a loop over the batch, or autograd, gives."""
     function, x = OPERATORS[name], torch.stack([sample(length=5), sample(length=5) + 1]).detach()
     total = lambda x: function(x).square().sum()  # noqa: E731
     transformed = torch.vmap(function) if transform == "vmap" else torch.vmap(torch.func.grad(total))
     with use_backend("triton"), pytest.raises(RuntimeError, match=r'inside torch\.vmap.*use_backend\("reference"\)'):
         transformed(x)
-    if name == "embed_layernorm":  # its definition checks the ids, which vmap cannot
+    if name == "embed_layernorm":  # it reads the ids to check them, which vmap does not allow
         return
     with use_backend("reference"):
         if transform == "vmap":

@@ -1,7 +1,7 @@
-"""bfloat16 in Triton's interpreter as GPUs have it.
+"""Makes Triton's interpreter treat bfloat16 as GPUs do.
 
-It narrows float32 to bfloat16 by cutting bits off, where GPUs round to nearest, ties to even, and multiplies bit
-patterns.
+The interpreter converts float32 to bfloat16 by truncation, where GPUs round to nearest, ties to even. Its tl.dot
+multiplies bfloat16 operands as integers.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def round_bfloat16(monkeypatch) -> None:
-    """For one test, give the interpreter the hardware's rounding: an error bound on bf16 results is then meaningful."""
+    """Round to nearest within one test, so that error bounds for bfloat16 hold."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -26,7 +26,7 @@ def round_bfloat16(monkeypatch) -> None:
 
 
 def multiply_bfloat16(monkeypatch) -> None:
-    """For one test, let the interpreter's tl.dot read bfloat16 as numbers, not as bit patterns (triton #11584)."""
+    """Make tl.dot multiply bfloat16 numbers within one test, not their bit patterns (triton #11584)."""
     import triton.language as tl
     from triton.runtime import interpreter
 

@@ -1,11 +1,11 @@
-"""How every kernel is judged: ‖out − float64 oracle‖ at most twice the error PyTorch itself makes at that dtype."""
+"""The tolerance of every kernel test: at most twice the error that PyTorch makes at the same dtype, against float64."""
 
 from __future__ import annotations
 
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter multiplies bf16 bit patterns in tl.dot (triton #11584): kernels with tl.dot take bf16 on a GPU only.
+# Kernels with tl.dot are tested in bf16 on a GPU only: the interpreter multiplies bit patterns (triton #11584).
 DOT_DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
