@@ -1,6 +1,6 @@
 """A linear with GELU on one side: is GELU faster in the product's epilogue or in a separate pass?
 
-Least work over T rows, H hidden and I intermediate elements, e bytes an element (the bias is negligible):
+Least work over T rows, H hidden and I intermediate elements, e bytes per element (the bias is negligible):
 
     linear_gelu    y = GELU(x Wᵀ + b)   x [T, H], y [T, I]
     gelu_linear    y = GELU(x + b) Wᵀ   x [T, I], y [T, H]

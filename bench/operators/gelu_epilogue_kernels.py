@@ -1,6 +1,6 @@
 """GELU in the epilogue of a Triton matrix product: two experiments, not yet measured on a GPU.
 
-T rows, H hidden and I intermediate elements, e bytes an element; dy is the gradient of the result:
+T rows, H hidden and I intermediate elements, e bytes per element; dy is the gradient of the result:
 
     linear_gelu   y = GELU(x Wᵀ + b)   x [T, H], W [I, H], b [I]   GELU in the epilogue of the forward's product
     gelu_linear   y = GELU(x + b) Wᵀ   x [T, I], W [H, I], b [I]   GELU' in the epilogue of a product of the backward:
@@ -15,11 +15,11 @@ The model computes cuBLAS's product, then `bias_gelu` or its backward, with as m
 Both ways of linear_gelu keep pre = x Wᵀ for the backward, which is the same. docs/step.md says what the saved bytes are
 worth and how much slower than cuBLAS the products may be.
 
-The epilogue is about 20 instructions an element, GELU' 30 (counted in sm_90 code). A Hopper multiprocessor has 128
-lanes for them and does 4096 FLOPs a clock in 16 bits: at H = 768, 42 % and 63 % of the product's own time. There is a
+The epilogue is about 20 instructions per element, GELU' 30 (counted in sm_90 code). A Hopper multiprocessor has 128
+lanes for them and does 4096 FLOPs per clock in 16 bits: at H = 768, 42 % and 63 % of the product's own time. There is a
 gain only if one tile's epilogue overlaps another tile's product, so there are two tilings to compare:
 
-    "pair"  tiles of 128 × 128, two programs a multiprocessor: one multiplies while the other computes GELU
+    "pair"  tiles of 128 × 128, two programs per multiprocessor: one multiplies while the other computes GELU
     "wide"  tiles of 128 × 256, one program: 3/4 of the bytes through L2, (1/128 + 1/256) e H an element, but only the
             next tile's loads overlap the epilogue
 
@@ -232,7 +232,7 @@ def gelu_linear_backward(
 
 
 def _choose(tilings: dict[int, dict[str, Tiling]], tiling: str, *matrices: Tensor) -> tuple[Tiling, bool]:
-    """The tiling, and whether TMA can address the matrices: 16 bits an element, rows at multiples of 16 bytes."""
+    """The tiling, and whether TMA can address the matrices: 16 bits per element, rows at multiples of 16 bytes."""
     if matrices[0].element_size() != 2:
         return _FLOAT32, False
     tma = backend.architecture() >= 90 and all(x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 for x in matrices)

@@ -1,6 +1,6 @@
 """The masked-LM loss: cross entropy of hidden @ weightᵀ + bias, mean over the labelled rows.
 
-Least work over M rows of H, a vocabulary of V, e bytes an element:
+Least work over M rows of H, a vocabulary of V, e bytes per element:
 
     pass        FLOPs     bytes
     inference   2 M H V   (M H + V H + V) e            hidden, weight and bias read

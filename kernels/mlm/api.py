@@ -66,7 +66,7 @@ def masked_lm_loss(
     """Cross entropy of the decoder's logits, hidden @ weightᵀ + bias, over the rows that have a label.
 
     Devlin et al. 2018, §3.1: L = −(1/M) Σ log p(token), in nats. The result is that of
-    ``F.cross_entropy(F.linear(hidden, weight, bias), labels)`` plus ``z_loss`` · lse² a row, but the logits exist in
+    ``F.cross_entropy(F.linear(hidden, weight, bias), labels)`` plus ``z_loss`` · lse² per row, but the logits exist in
     hidden's dtype only and at most 2 GiB at a time, or not at all (``lean``).
 
     Args:
@@ -84,7 +84,7 @@ def masked_lm_loss(
         max_labels: an upper bound M on the number of labelled rows. If given, only those rows are multiplied with the
             vocabulary. They are gathered without synchronizing the device, and every shape is constant, so a CUDA graph
             can capture the call. None: all rows are used, which is right if the caller has gathered them.
-        lean: use the least memory, a few bytes a row beside the gradients, instead of the least time: two thirds more
+        lean: use the least memory, a few bytes per row beside the gradients, instead of the least time: two thirds more
             matrix work. The result is the same to rounding. The reference computes 128 rows of logits at a time.
         skip_tolerance: with ``lean`` on a GPU, skip nearly zero tiles of the logits' gradient G in the backward's
             products. At most this much of each row's Σ|G| is skipped (Σ|G| ≤ 2 without z-loss). With u a row's upstream
@@ -166,7 +166,7 @@ def cross_entropy(
     """``F.cross_entropy`` over the last axis, plus z-loss, for a model that has its logits in memory.
 
     The forward reads the logits once. The backward reads them once and writes their gradient, in their dtype, to a new
-    tensor. 8 bytes a row are saved beside the logits.
+    tensor. 8 bytes per row are saved beside the logits.
 
     Args:
         logits: [.., V], bfloat16, float16 or float32; float64 runs the reference. Rows that start at multiples of

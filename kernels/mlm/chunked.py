@@ -16,8 +16,8 @@ from ..backend import tl, triton
 from ..library import register
 from .softmax_rows import launch_gradient, launch_statistics, refuse_second_derivative, relative_to_largest
 
-# Most bytes of logits at once. Adding up dW costs 12 VH bytes a chunk of C rows, 367 / C of an H200's time: with 2 GiB
-# nothing for BERT's vocabulary up to 35k rows, 11 % for 256k words.
+# Most bytes of logits at once. Summing dweight costs 12 VH bytes per chunk of C rows, 367 / C of an H200's time: with
+# 2 GiB nothing for BERT's vocabulary up to 35k rows, 11 % for 256k words.
 LOGITS_BYTES = 2 * 2**30
 CHUNK_TILE = 128  # rows of a matrix product's tile
 

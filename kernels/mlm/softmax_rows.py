@@ -213,7 +213,7 @@ def launch_statistics(
     correct = labels.new_empty(rows, dtype=torch.int32)
     num_warps = 8
     if rows:
-        # 64 lanes a warp: each thread has two loads of 16 bytes in flight.
+        # 64 lanes per warp: each thread has two loads of 16 bytes in flight.
         cross_entropy_forward[(rows,)](
             logits, labels, losses, row_max, row_sum, correct, logits.stride(0), vocab_size, logits.shape[1],
             ignore_index, label_smoothing, z_loss, SMOOTHING=label_smoothing > 0, LANES=64 * num_warps,
