@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument(
         "--arch", type=int, nargs="+", default=[90], choices=sorted(LIMITS), help="compute capabilities, 90 for Hopper"
     )
-    parser.add_argument("--only", default="", help="only the cases whose name contains this")
+    parser.add_argument("--only", default="", help="only the cases with this in their name")
     parser.add_argument(
         "--heaviest", action="store_true", help="of attention, one variant for each entry of its tables"
     )

@@ -86,7 +86,7 @@ class StepSettings:
     )
     compiled: Annotated[
         bool,
-        Option("Also race the models under torch.compile (minutes to compile).", flags="--compile/--no-compile"),
+        Option("Also the models under torch.compile (minutes to compile).", flags="--compile/--no-compile"),
     ] = False
     dropout: Dropout = 0.1
     vocab_size: VocabSize = 30522

@@ -6,7 +6,7 @@ Least work over segments of lengths n, with H heads of D, e bytes an element, T 
     forward     4 D H Σ n²       4 T H D e  q, k, v read, the result written
     backward    10 D H Σ n²      7 T H D e  q, k, v and the result's gradient read, three gradients written
 
-Only real tokens count, so a padded contestant pays for its padding.
+Only real tokens count, so the work on padding lowers a padded contestant's share of the roofline.
 
 Each contestant gets q, k and v in the layout that suits it best: ours and flash-attn one packed [T, 3, H, D]; SDPA
 three tensors that are [B, N, H, D] in memory and seen as [B, H, N, D]; nested tensors and xformers three packed ones.

@@ -1,7 +1,7 @@
 """Dropout(LayerNorm(word + token type + position)), BERT's input, with the gradients of its three tables.
 
 The tables are float32 and the result has the case's dtype, as in a training step under autocast. Ids follow Zipf's law
-and 12 % of them are [MASK], so that a backward which adds up rows by id meets frequent ids as often as in training.
+and 12 % of them are [MASK], so that ids repeat as often as in training: the backward adds up the rows of each id.
 Least work over T tokens of H elements, e = 4 bytes in a table, o in the result, V rows in all tables:
 
     pass        FLOPs   bytes

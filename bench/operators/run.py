@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from ...train.errors import UserError
-from ..measure.case import OURS, PEER, Case, Contestant, Floor, Run, Tensors, matches, with_peers
+from ..measure.case import OURS, PEER, Case, Contestant, Run, Tensors, matches, with_peers
 from ..measure.ceilings import Ceilings, measure_ceilings, measure_drift
 from ..measure.correctness import FAILED, Verdict
 from ..measure.machine import Clocks, environment, nvidia_smi
 from ..measure.memory import PeakMemory, release_memory
 from ..measure.result import KernelContestant, KernelsResult, KernelTime, PassResult, write_result
 from ..measure.settings import KernelsOptions, KernelsSettings, settings_of
-from ..measure.statistics import Ratio, Timing, ratio
+from ..measure.statistics import ratio
 from ..measure.timing import Work, interleave, l2_bytes
 from ..measure.verify import Judge, one_line, verify
 from . import attention, bias_gelu, embed_layernorm, gelu_epilogue, layernorm, mlm_loss
@@ -43,14 +43,14 @@ GRAPHS_BYTES, MOST_GRAPHS = 12 << 30, 24
 
 
 @dataclasses.dataclass(frozen=True)
-class _Effort:
+class Effort:
     """How long to measure one pass of a case."""
 
     seconds_per_contestant: float
     max_rounds: int
 
 
-FULL, QUICK = _Effort(0.35, 60), _Effort(0.02, 7)
+FULL, QUICK = Effort(0.35, 60), Effort(0.02, 7)
 
 
 def select_cases(
@@ -148,71 +148,67 @@ def _peak_bytes(timed: Work, device: torch.device) -> int | None:
     return memory.bytes
 
 
-def _time(timing: Timing, against: Ratio | None, peak_bytes: int | None, floor: Floor) -> KernelTime:
-    seconds = 1e-3 * timing.median_ms
-    return KernelTime(
-        timing=timing,
-        ratio_to_ours=against,
-        peak_bytes=peak_bytes,
-        flops_per_s=floor.flops / seconds,
-        bytes_per_s=floor.bytes / seconds,
-        roofline=floor.floor_ms / timing.median_ms,
-    )
-
-
-def run_case(case: Case, ceilings: Ceilings, *, effort: _Effort = FULL) -> list[PassResult]:
-    """Verify a case's contestants, time those that are right, pass by pass; a result for each pass."""
+def run_case(case: Case, ceilings: Ceilings, *, effort: Effort = FULL) -> list[PassResult]:
+    """Verify a case's contestants and time those that are right, pass by pass; a result for each pass."""
     torch.compiler.reset()  # compiled peers count their recompilations per function, over all cases
     inputs = case.inputs(12345)
     judges = {p: Judge(case, inputs, p) for p in sorted({0.0, case.dropout_p})}
     verdicts = {contestant.name: verify(case, contestant, judges) for contestant in case.contestants}
     del judges, inputs
     sets = input_sets(case)
+    return [_run_pass(case, which, sets, verdicts, ceilings, effort) for which in case.passes]
+
+
+def _run_pass(
+    case: Case, which: str, sets: list[Tensors], verdicts: dict[str, Verdict], ceilings: Ceilings, effort: Effort
+) -> PassResult:
+    """Time one pass. A contestant that raises gets another verdict, in ``verdicts``."""
     max_graphs = max(1, min(MOST_GRAPHS, GRAPHS_BYTES // (3 * _input_bytes(case))))
-    results = []
-    for name, cost in case.passes.items():
-        works: dict[str, Work] = {}
-        peaks: dict[str, int | None] = {}
-        for contestant in case.contestants:
-            if not verdicts[contestant.name].may_be_timed:
-                continue
-            try:
-                runs = [contestant.bind(inputs, case.dropout_p) for inputs in sets]
-                timed = work(name, contestant, runs, max_graphs=max_graphs)
-                with timed.context():
-                    timed.run(timed.prepare(0))  # compiles
-                peaks[contestant.name] = _peak_bytes(timed, case.device)
-                works[contestant.name] = timed
-            except Exception as error:  # for example: out of memory
-                verdicts[contestant.name] = Verdict(FAILED, detail=one_line(error))
+    works: dict[str, Work] = {}
+    peaks: dict[str, int | None] = {}
+    for contestant in case.contestants:
+        name = contestant.name
+        if not verdicts[name].may_be_timed:
+            continue
+        try:
+            runs = [contestant.bind(inputs, case.dropout_p) for inputs in sets]
+            timed = work(which, contestant, runs, max_graphs=max_graphs)
+            with timed.context():
+                timed.run(timed.prepare(0))  # compiles
+            peaks[name] = _peak_bytes(timed, case.device)
+            works[name] = timed
+        except Exception as error:  # for example: out of memory
+            verdicts[name] = Verdict(FAILED, detail=one_line(error))
+    timings = {}
+    if works:
         seconds = effort.seconds_per_contestant * len(works)
-        timings = {}
-        if works:
-            rounds = effort.max_rounds
-            timings = interleave(works, case.device, seconds=seconds, max_rounds=rounds, device_time=True)
-        ours = next((c.name for c in case.contestants if c.role == OURS and c.name in timings), None)
-        floor = cost.floor(ceilings)
-        rows = []
-        for contestant in case.contestants:
-            timing, found = timings.get(contestant.name), None
-            if timing is not None:
-                against = ratio(timing.samples_ms, timings[ours].samples_ms) if ours else None
-                found = _time(timing, against, peaks[contestant.name], floor)
-            rows.append(KernelContestant(contestant.name, contestant.role, verdicts[contestant.name], found))
-        results.append(
-            PassResult(
-                op=case.op,
-                case=case.name,
-                pass_name=name,
-                dtype=str(case.dtype).removeprefix("torch."),
-                shape=dict(case.shape),
-                dropout=case.dropout_p,
-                floor=floor,
-                contestants=tuple(rows),
-                missing=case.missing,
+        timings = interleave(works, case.device, seconds=seconds, max_rounds=effort.max_rounds, device_time=True)
+    ours = next((c.name for c in case.contestants if c.role == OURS and c.name in timings), None)
+    floor = case.passes[which].floor(ceilings)
+    rows = []
+    for contestant in case.contestants:
+        timing, found = timings.get(contestant.name), None
+        if timing is not None:
+            found = KernelTime(
+                timing=timing,
+                ratio_to_ours=ratio(timing.samples_ms, timings[ours].samples_ms) if ours else None,
+                peak_bytes=peaks[contestant.name],
+                flops_per_s=floor.flops / (1e-3 * timing.median_ms),
+                bytes_per_s=floor.bytes / (1e-3 * timing.median_ms),
+                roofline=floor.floor_ms / timing.median_ms,
             )
-        )
-    return results
+        rows.append(KernelContestant(contestant.name, contestant.role, verdicts[contestant.name], found))
+    return PassResult(
+        op=case.op,
+        case=case.name,
+        pass_name=which,
+        dtype=str(case.dtype).removeprefix("torch."),
+        shape=dict(case.shape),
+        dropout=case.dropout_p,
+        floor=floor,
+        contestants=tuple(rows),
+        missing=case.missing,
+    )
 
 
 def run(options: KernelsOptions, device: torch.device, *, show: Callable[[Any], None] = print) -> KernelsResult:
@@ -234,8 +230,7 @@ def run(options: KernelsOptions, device: torch.device, *, show: Callable[[Any], 
     show(where)
     limits = measure_ceilings(device, dtype, quick=quick)
     show(limits)
-    settings = settings_of(KernelsSettings, options)
-    result = KernelsResult(where, settings, limits)
+    result = KernelsResult(where, settings_of(KernelsSettings, options), limits)
     longest: dict[str, float] = {}  # seconds a case of an operator has taken at most
     with Clocks(device) as clocks:
         for i, case in enumerate(selected):

@@ -18,11 +18,12 @@ from typing import Any
 import pytest
 import torch
 
-from ..measure.case import OURS, Case
-from ..measure.correctness import RIGHT
-from ..measure.serialise import to_json
-from ..measure.verify import Judge, verify
-from . import run as kernels
+# Absolute, because pytest imports this file as bench.operators.test_operators.
+from fusebert.bench.measure.case import OURS, Case
+from fusebert.bench.measure.correctness import RIGHT
+from fusebert.bench.measure.serialise import to_json
+from fusebert.bench.measure.verify import Judge, verify
+from fusebert.bench.operators import run as kernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32

@@ -52,7 +52,7 @@ Step = Callable[[int], Any]  # takes the number of the batch
 
 @dataclasses.dataclass(frozen=True)
 class _Contestant:
-    """``check`` judges its gradient; ``prepare`` builds its step, untimed, and says how many micro-batches it has."""
+    """``check`` judges its gradient; ``prepare`` builds its step, untimed: (step, micro-batches)."""
 
     name: str
     role: str

@@ -168,10 +168,10 @@ def _turn(trainer: _Trainer, steps: int, lr: float, device: torch.device, *, tim
 def _train(trainers: list[_Trainer], minutes: float, lr: float, device: torch.device) -> None:
     """All untimed steps, then the turns. A contestant that raises is out; the others go on."""
     steps: dict[str, int] = {}
-    racing = list(trainers)
-    turn_seconds = 60 * minutes / (TURNS * len(racing))
+    running = list(trainers)
+    turn_seconds = 60 * minutes / (TURNS * len(running))
     for turn in range(-1, TURNS):
-        for trainer in list(racing if turn % 2 else reversed(racing)):
+        for trainer in list(running if turn % 2 else reversed(running)):
             try:
                 if turn < 0:
                     _turn(trainer, UNTIMED_STEPS - 1, lr, device, timed=False)
@@ -182,7 +182,7 @@ def _train(trainers: list[_Trainer], minutes: float, lr: float, device: torch.de
             except Exception as error:  # for example: out of memory
                 trainer.verdict = Verdict(FAILED, detail=one_line(error))
                 trainer.us_per_token.clear()
-                racing.remove(trainer)
+                running.remove(trainer)
         release_memory(device)
 
 

@@ -42,7 +42,7 @@ def test_bad_arguments(args, message, tmp_path):
 
 
 def test_stages_fail_and_the_others_go_on(tmp_path):
-    """A Python whose pip does not work and whose benchmarks fail: sources on the path, five statuses, exit status 1."""
+    """Without a working pip and with failing benchmarks: sources on the path, five statuses, exit status 1."""
     python = tmp_path / "python"
     python.write_text(
         f"""#!/bin/sh

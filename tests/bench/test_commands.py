@@ -166,7 +166,7 @@ def test_step(tmp_path):
     assert 0 < result["profile"]["operator_ms"] <= result["profile"]["ms"]
 
 
-def test_step_races_fp8_where_it_runs(monkeypatch):
+def test_step_times_fp8_where_it_runs(monkeypatch):
     """As one more of ours, never the one that the others are compared with."""
     pytest.importorskip("transformers")
     monkeypatch.setattr(step, "fp8_obstacle", lambda device: None)  # a CPU multiplies it too, slowly
@@ -176,11 +176,11 @@ def test_step_races_fp8_where_it_runs(monkeypatch):
     multiplied = []
     scaled_mm = torch._scaled_mm
     monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **kw: multiplied.append(1) or scaled_mm(*args, **kw))
-    for dtype, raced in (("float32", False), ("bfloat16", True)):
+    for dtype, timed in (("float32", False), ("bfloat16", True)):
         options = StepOptions(**sizes, compute_dtype=dtype, quick=True)
         result = step.run(options, torch.device(DEVICE), show=lambda _: None)
         rows = {row.name: row for row in result.contestants}
-        assert ("fusebert, fp8" in rows) == bool(multiplied) == raced
+        assert ("fusebert, fp8" in rows) == bool(multiplied) == timed
     row = rows["fusebert, fp8"]
     assert row.verdict.status == "unchecked"
     assert row.time.timing.median_ms > 0
