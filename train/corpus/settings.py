@@ -11,17 +11,6 @@ from ..errors import UserError
 from ..options import Option
 
 CORPORA = ("pydocs",)
-_UNITS = {
-    "": 1,
-    "k": 10**3,
-    "m": 10**6,
-    "g": 10**9,
-    "t": 10**12,
-    "ki": 1 << 10,
-    "mi": 1 << 20,
-    "gi": 1 << 30,
-    "ti": 1 << 40,
-}
 
 
 def parse_size(text: str) -> int:
@@ -30,10 +19,12 @@ def parse_size(text: str) -> int:
     Raises:
         UserError: ``text`` is not a size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i)?)?b?\s*", text, re.IGNORECASE)
     if not match:
         raise UserError(f"{text!r} is not a size: write 48MB, 1.5GiB or a number of bytes")
-    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
+    number, prefix, binary = match.groups()
+    power = "kmgt".index(prefix.lower()) + 1 if prefix else 0
+    return int(float(number) * (1024 if binary else 1000) ** power)
 
 
 @dataclasses.dataclass(frozen=True)
