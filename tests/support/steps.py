@@ -30,8 +30,8 @@ def random_batch(
     slots: int | None = None,
     max_seqlen: int | None = None,
 ) -> PackedBatch:
-    """A batch without slack: ``masked`` labels in ``slots`` (by default two to spare), a label for the first ``pairs``
-    segments."""
+    """A batch without slack: ``masked`` labels in ``slots`` slots (default: two more than labels), NSP labels for the
+    first ``pairs`` segments."""
     tokens, spare = sum(lengths), 2 if slots is None else slots - masked
     positions = torch.randperm(tokens, generator=generator)[:masked].sort().values
     labels = torch.randint(0, 50, (masked,), generator=generator)

@@ -1,4 +1,4 @@
-"""The command line: quick to help, one line for every mistake."""
+"""The command line: help without PyTorch, one line for every mistake."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ from fusebert.train import cli
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a corpus, one half written, and a model of another vocabulary."""
+    """A folder with a corpus, an incomplete corpus, and a model with another vocabulary."""
     place = tmp_path_factory.mktemp("cli")
     make_corpus(place)
     (place / "half").mkdir()
@@ -107,7 +107,7 @@ def test_a_mistake_is_one_line(
     name: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     words, expected = MISTAKES[name]
-    # What comes later on the command line replaces what came before.
+    # Later options on the command line replace earlier ones.
     given = ["--data", "{place}/corpus", "--out", str(tmp_path / "run"), "--device", "cpu", "--steps", "1", *words]
     assert call(monkeypatch, "pretrain", *(word.format(place=place) for word in given)) in (1, 2)
     captured = capsys.readouterr()

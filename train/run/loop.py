@@ -30,8 +30,8 @@ from .signals import Interrupted, StopSignal
 class RunAheadLimit:
     """Keeps the host at most ``steps`` steps ahead of the device.
 
-    That is enough for the device never to wait for the host, and few enough that a signal, the end of the time or a
-    loss that is not finite takes effect soon.
+    Enough that the device always has work queued, and few enough that a signal, the end of the time or a loss that is
+    not finite takes effect soon.
     """
 
     def __init__(self, device: torch.device, steps: int = 8) -> None:

@@ -17,11 +17,11 @@ from ..step.sharding import PARALLEL
 from .settings import PretrainSettings
 
 DEVICES = ("auto", "cpu", "cuda")
-# Devlin et al. 2018 for base and large; the small ones by measurement: short runs want the highest rate that is stable.
+# base and large: Devlin et al. 2018. The others are the highest stable rates measured, which suit short runs.
 LEARNING_RATES = {"tiny": 2e-3, "mini": 1e-3, "small": 5e-4, "base": 1e-4, "large": 1e-4}
 CPU_MODEL, GPU_MODEL = "tiny", "base"
-CPU_TOKENS_PER_BATCH = 2048  # many small steps: on a CPU a bigger batch is hardly faster
-GPU_TOKENS_PER_BATCH = 65536  # at most; fewer where the memory is small
+CPU_TOKENS_PER_BATCH = 2048  # a larger batch is hardly faster on a CPU
+GPU_TOKENS_PER_BATCH = 65536  # at most; fewer if the memory is small
 GPU_BATCH_TOKENS = 131072  # BERT's 256 sequences of 512 tokens
 
 

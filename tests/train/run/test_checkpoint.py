@@ -1,4 +1,4 @@
-"""Checkpoints: what is read is what was written, what is damaged is said to be, what is half written is not there."""
+"""Checkpoints: what is read is what was written, damage is detected, an incomplete checkpoint is not listed."""
 
 import errno
 import json
@@ -24,7 +24,7 @@ from fusebert.train.step.optim import make_optimizer
 
 
 def trained(seed: int, hidden_size: int = 16) -> tuple[BertForPreTraining, torch.optim.AdamW]:
-    """A model and an optimiser with moments: two steps on random gradients."""
+    """A model and an optimiser after two steps on random gradients."""
     torch.manual_seed(seed)
     config = BertConfig(
         vocab_size=20,
@@ -146,7 +146,7 @@ def test_leftovers_of_a_crash_are_removed_and_never_listed(tmp_path: Path) -> No
 
 
 def test_versions(tmp_path: Path) -> None:
-    """The first had no lanes (one was read), and generators' states that nothing depends on any more."""
+    """Version 1 has no lanes (it used one), and generator states that are no longer needed."""
     path = save_checkpoint(tmp_path, *trained(seed=0), TrainerState(step=1, lanes=4))
     content = json.loads((path / "trainer.json").read_text())
     content["version"] = 1

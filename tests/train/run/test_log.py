@@ -1,4 +1,4 @@
-"""The log: appended line by line, cut back to the step a run goes on from, mirrored to TensorBoard where it is."""
+"""The log: appended line by line, cut back to the step that a run continues from, copied to TensorBoard."""
 
 import sys
 import types
@@ -10,7 +10,7 @@ import pytest
 from fusebert.train.run.log import RunLog, read_log
 
 
-def test_going_on_forgets_what_comes_after_the_step(tmp_path: Path) -> None:
+def test_resuming_removes_later_records(tmp_path: Path) -> None:
     log = RunLog(tmp_path, resume_step=None, tensorboard=False)
     for step in (0, 1, 2, 3):
         log.write("train", step, mlm_loss=float(step))

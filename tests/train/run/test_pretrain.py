@@ -98,42 +98,45 @@ def test_a_run_learns_and_leaves_everything(corpus: Path, tmp_path: Path, capsys
     assert (out / "hf" / "tokenizer.json").is_file()
 
 
+def without_last_checkpoint(corpus: Path, tmp_path: Path, **settings: Any) -> tuple[Path, Path]:
+    """A complete run, and a copy of it that has lost its last checkpoint."""
+    complete, cut = tmp_path / "complete", tmp_path / "cut"
+    run(corpus, complete, **settings)
+    shutil.copytree(complete, cut)
+    shutil.rmtree(checkpoint.list_checkpoints(cut / "checkpoints")[0])
+    return complete, cut
+
+
 def test_continuing_is_bit_identical(corpus: Path, tmp_path: Path) -> None:
     """Six steps, and the same run continued after its third; with dropout and two micro-batches a step."""
     settings = {"steps": 6, "save_every": 3, "batch_tokens": 512}
-    run(corpus, tmp_path / "straight", **settings)
-    shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
-    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-00000006")
+    complete, cut = without_last_checkpoint(corpus, tmp_path, **settings)
     torch.rand(1)  # another process has another generator state
-    run(corpus, tmp_path / "resumed", resume=True, **settings)
-    assert_same_run(tmp_path / "straight", tmp_path / "resumed", steps=6)
-    state = json.loads((tmp_path / "resumed" / "checkpoints" / "step-00000006" / "trainer.json").read_text())["state"]
-    assert state["batches"] == 12
+    run(corpus, cut, resume=True, **settings)
+    assert_same_run(complete, cut, steps=6)
+    assert checkpoint.read_state(cut / "checkpoints" / "step-00000006").batches == 12
 
 
 def test_continuing_in_fp16_with_lamb_is_bit_identical(corpus: Path, tmp_path: Path) -> None:
     """The checkpoint holds the loss scale and LAMB's state; the optimiser cannot change."""
     settings = {"steps": 4, "save_every": 2, "precision": "fp16", "optimizer": "lamb", "checkpoint_activations": True}
-    run(corpus, tmp_path / "straight", **settings)
-    shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
-    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-00000004")
+    complete, cut = without_last_checkpoint(corpus, tmp_path, **settings)
     with pytest.raises(UserError, match=r"another --optimizer \(lamb there, adamw here\)"):
-        run(corpus, tmp_path / "resumed", resume=True, **{**settings, "optimizer": "adamw"})
-    saved = tmp_path / "resumed" / "checkpoints" / "step-00000002" / "trainer.json"
-    content = json.loads(saved.read_text())
-    assert content["state"]["loss_scale"]["_growth_tracker"] == 2
-    content["state"]["loss_scale"]["scale"] /= 4  # shows that the saved scale is used
-    saved.write_text(json.dumps(content))
-    run(corpus, tmp_path / "resumed", resume=True, **settings)
-    state = json.loads((tmp_path / "resumed" / "checkpoints" / "step-00000004" / "trainer.json").read_text())["state"]
-    assert state["loss_scale"]["scale"] == content["state"]["loss_scale"]["scale"]
-    assert state["loss_scale"]["_growth_tracker"] == 4
-    assert [step for step, _, _ in losses(tmp_path / "resumed")] == [1, 2, 3, 4]
-    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-00000004")
-    content["state"]["loss_scale"]["scale"] *= 4
-    saved.write_text(json.dumps(content))
-    run(corpus, tmp_path / "resumed", resume=True, **settings)
-    assert_same_run(tmp_path / "straight", tmp_path / "resumed", steps=4)
+        run(corpus, cut, resume=True, **{**settings, "optimizer": "adamw"})
+    saved, last = (cut / "checkpoints" / f"step-0000000{step}" for step in (2, 4))
+    content = json.loads((saved / "trainer.json").read_text())
+    scale = content["state"]["loss_scale"]
+    assert scale["_growth_tracker"] == 2
+    scale["scale"] /= 4  # shows that the saved scale is used
+    (saved / "trainer.json").write_text(json.dumps(content))
+    run(corpus, cut, resume=True, **settings)
+    assert checkpoint.read_state(last).loss_scale == {**scale, "_growth_tracker": 4}
+    assert [step for step, _, _ in losses(cut)] == [1, 2, 3, 4]
+    shutil.rmtree(last)
+    scale["scale"] *= 4
+    (saved / "trainer.json").write_text(json.dumps(content))
+    run(corpus, cut, resume=True, **settings)
+    assert_same_run(complete, cut, steps=4)
 
 
 # Holds step 4 until the signal has come, however slow the machine is.

@@ -1,4 +1,4 @@
-"""The step under torch.compile: the same losses and gradients, one graph, and no other for batches of other lengths."""
+"""The step under torch.compile: eager's losses and gradients, one graph, no recompilation for other lengths."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from fusebert.model.batch import PackedBatch
 from fusebert.train.step.optim import make_optimizer
 from fusebert.train.step.step import TrainingStep
 
-LENGTHS = ([9, 4, 3], [5, 10, 1], [8, 8, 0], [10, 6, 0])  # 16 tokens in three segments, whatever their lengths
+LENGTHS = ([9, 4, 3], [5, 10, 1], [8, 8, 0], [10, 6, 0])  # 16 tokens in three segments each
 
 
 @pytest.fixture(autouse=True)
 def _a_compiler() -> Iterator[None]:
-    """On a CPU Inductor writes C++; nothing that was compiled before counts."""
+    """Skips without a C++ compiler, which Inductor needs on a CPU, and clears what was compiled before."""
     if DEVICE == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("torch.compile on a CPU needs a C++ compiler: install g++, or name one in CXX")
     torch.compiler.reset()
@@ -32,7 +32,7 @@ def _a_compiler() -> Iterator[None]:
 
 
 def windows(steps: int) -> list[list[PackedBatch]]:
-    """Two micro-batches a step, with other lengths, labels and pairs in each, all of one shape."""
+    """Two micro-batches a step, of one shape, with other lengths, labels and pairs in each."""
     generator = torch.Generator().manual_seed(7)
     found = []
     for i in range(2 * steps):
@@ -47,7 +47,7 @@ def make(dtype: torch.dtype, **options: bool) -> TrainingStep:
 
 
 def gradients(step: TrainingStep, window: list[PackedBatch]) -> dict[str, Tensor]:
-    """Of every parameter, and the window's losses and right answers, before anything is updated."""
+    """The gradients of all parameters, and the sums of the window, before the update."""
     for i, batch in enumerate(window):
         step.micro_batch(batch, first=i == 0)
     found = {name: p.grad for name, p in step.model.named_parameters() if p.grad is not None}

@@ -1,4 +1,4 @@
-"""Parameter groups, schedule, and the optimisation step: exactly the gradient of the mean over all labels."""
+"""Parameter groups, schedule, and the step's gradient: that of the mean over all labels."""
 
 import math
 
@@ -12,15 +12,15 @@ from fusebert.train.step.step import TrainingStep
 
 def test_biases_and_layernorms_do_not_decay() -> None:
     model = small_model()
-    decay, spared = parameter_groups(model, 0.01)
+    decay, vectors = parameter_groups(model, 0.01)
     assert decay["weight_decay"] == 0.01
-    assert spared["weight_decay"] == 0.0
+    assert vectors["weight_decay"] == 0.0
     names = {id(p): name for name, p in model.named_parameters()}
     decays = {names[id(p)] for p in decay["params"]}
-    spares = {names[id(p)] for p in spared["params"]}
-    assert decays | spares == set(names.values())
-    assert not decays & spares
-    assert spares == {n for n in names.values() if n.endswith("bias") or "norm" in n}
+    others = {names[id(p)] for p in vectors["params"]}
+    assert decays | others == set(names.values())
+    assert not decays & others
+    assert others == {n for n in names.values() if n.endswith("bias") or "norm" in n}
 
 
 def test_a_step_of_the_optimizer_is_adamw() -> None:
@@ -58,7 +58,7 @@ def test_micro_batches_give_the_gradient_of_the_mean_over_all_labels() -> None:
     expected = torch.autograd.grad(mean, list(model.parameters()))
     norm = math.sqrt(sum(float(g.square().sum()) for g in expected))
 
-    # With plain gradient descent at rate 1, what a step takes away is the gradient.
+    # With plain gradient descent at rate 1, the weights change by minus the gradient.
     before = [p.detach().clone() for p in model.parameters()]
     step = TrainingStep(model, torch.optim.SGD(model.parameters(), lr=0.0), clip=10 * norm, compute_dtype=torch.float32)
     result = step(window, lr=1.0)
