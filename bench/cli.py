@@ -244,7 +244,5 @@ def main(args: list[str] | None = None) -> Any:
         sys.exit(2)
 
 
-__all__ = ["app", "main"]
-
 if __name__ == "__main__":
     main()

@@ -140,15 +140,18 @@ def triton_functions() -> dict[str, list[str]]:
 
 
 def launched_names() -> set[str]:
-    """Names in ``name[grid](...)``; and of functions that are handed to a launcher: any use that is not a call."""
+    """Functions in ``name[grid](...)`` or handed to a launcher: where a module has the function, any use but a call."""
     found: set[str] = set()
     for tree in TREES.values():
-        called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        nodes = list(ast.walk(tree))
+        called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
+        imported = {alias.asname or alias.name for n in nodes if isinstance(n, ast.ImportFrom) for alias in n.names}
+        there = imported | {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
         found |= {
             node.id
-            for node in ast.walk(tree)
+            for node in nodes
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and id(node) not in called
-        }
+        } & there
     return found
 
 
