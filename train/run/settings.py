@@ -73,11 +73,7 @@ class PretrainSettings:
     ] = None
     nsp: Annotated[
         bool,
-        Option(
-            "Sentence pairs with next-sentence prediction (BERT), or full sentences (RoBERTa).",
-            BATCH,
-            flags="--nsp/--no-nsp",
-        ),
+        Option("Sentence pairs with next-sentence prediction (BERT), or full sentences (RoBERTa).", BATCH),
     ] = True
     mlm_probability: Annotated[float, Option("Share of the tokens that are masked and predicted.", BATCH)] = 0.15
     whole_word: Annotated[bool, Option("Mask all pieces of a word together.", BATCH, flags="--whole-word")] = False
@@ -115,11 +111,7 @@ class PretrainSettings:
     ] = None
     tensorboard: Annotated[
         bool | None,
-        Option(
-            "Write TensorBoard files to OUT/tensorboard. Default: if TensorBoard is installed.",
-            RECORD,
-            flags="--tensorboard/--no-tensorboard",
-        ),
+        Option("Write TensorBoard files to OUT/tensorboard. Default: if TensorBoard is installed.", RECORD),
     ] = None
 
     device: Annotated[str, Option("auto, cpu or cuda; auto takes a GPU if there is one.", MACHINE)] = "auto"
@@ -131,12 +123,8 @@ class PretrainSettings:
             MACHINE,
         ),
     ] = "auto"
-    graph: Annotated[
-        bool, Option("On a GPU: capture the step as CUDA graphs.", MACHINE, flags="--graph/--no-graph")
-    ] = True
-    compile: Annotated[bool, Option("Run the model under torch.compile.", MACHINE, flags="--compile/--no-compile")] = (
-        False
-    )
+    graph: Annotated[bool, Option("On a GPU: capture the step as CUDA graphs.", MACHINE)] = True
+    compile: Annotated[bool, Option("Run the model under torch.compile.", MACHINE)] = False
     checkpoint_activations: Annotated[
         bool,
         Option(
