@@ -14,8 +14,7 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
     """Defines ``fusebert::<name>`` for CPU and CUDA tensors and returns its default overload.
 
     Args:
-        schema: ``"name(Tensor x, ...) -> Tensor"``, in the syntax of torch.library. The only place where the
-            operator's arguments are listed.
+        schema: ``"name(Tensor x, ...) -> Tensor"``, in the syntax of torch.library.
         implementation: launches the kernels.
         fake: allocates the outputs without computing them, for torch.compile and fake tensors. Collect the arguments
             that it does not read in ``*_``.

@@ -206,7 +206,7 @@ def test_opcheck(has_bias: bool, approximate: str) -> None:
 
 @BACKENDS
 def test_autocast(backend: str) -> None:
-    """The product is bfloat16; in the kernel the bias stays float32 and joins it in float32."""
+    """The product is bfloat16; the kernel adds the float32 bias in float32."""
     module, x = FusedLinearGELU(24, 40, device=DEVICE), make(9, 24)
     with use_backend(backend):
         with torch.autocast(DEVICE, dtype=torch.bfloat16):

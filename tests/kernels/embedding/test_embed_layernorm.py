@@ -213,7 +213,7 @@ def test_rows_of_absent_ids_are_zero() -> None:
 
 @pytest.mark.parametrize("padding_idx", [0, 7, 19])
 def test_padding_row_has_no_gradient(padding_idx: int) -> None:
-    """Most tokens padding, as in a padded batch; the other rows and tables do not notice."""
+    """Most tokens are padding, as in a padded batch; the other gradients are unchanged."""
     inputs, dy = problem(80, 24), torch.randn(80, 24, device=DEVICE)
     inputs["input_ids"][20:] = padding_idx
     without, found = run(inputs, dy), run(inputs, dy, padding_idx=padding_idx)
@@ -260,7 +260,7 @@ def test_seeds(backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("bounds", [[0, 30], [0, 5, 6, 30], [0, 0, 7, 7, 7, 20], [0, 1, 2]], ids=str)
 def test_positions_from_cu_seqlens(bounds: list[int], dtype: torch.dtype, backend: str) -> None:
-    """Empty segments, segments of one, and tokens behind the last segment, which count from 0 again."""
+    """Empty segments, segments of one, and tokens after the last segment, which count from 0 again."""
     inputs = problem(30, 24, num_positions=30)
     starts = [*bounds, 30]
     inputs["position_ids"] = torch.cat([torch.arange(b - a) for a, b in itertools.pairwise(starts)]).to(DEVICE)
@@ -272,7 +272,7 @@ def test_positions_from_cu_seqlens(bounds: list[int], dtype: torch.dtype, backen
 
 
 def test_any_layout() -> None:
-    """[B, N] ids, int32 ids, views of every kind, a gradient whose rows lie apart."""
+    """[B, N] ids, int32 ids, views of every kind, a gradient with rows apart."""
     inputs = problem((4, 12), 24)
     dy = torch.randn(4, 12, 24, device=DEVICE)
     expected = run({k: v.reshape(-1) if k in IDS else v for k, v in inputs.items()}, dy.view(48, 24))
@@ -405,7 +405,7 @@ def test_double_precision_runs_the_reference() -> None:
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 def test_captured_in_a_cuda_graph() -> None:
-    """Replays with other ids and another seed are what a fresh call gives: no size and no branch was frozen."""
+    """A replay with other ids and another seed equals a fresh call: no size and no branch is frozen."""
     inputs, other = problem(500, 64), problem(500, 64)
     seed = torch.tensor([1], device=DEVICE)
     run(inputs, p=0.1, seed=seed)
