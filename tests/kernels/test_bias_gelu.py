@@ -86,7 +86,7 @@ def test_without_bias(dtype: torch.dtype, approximate: str) -> None:
 
 @APPROXIMATION
 @EVERY_DTYPE
-@pytest.mark.parametrize("scale", [1e-6, 1e-3, 30.0, 1e4])
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 30.0, 5e3])
 def test_magnitudes(scale: float, dtype: torch.dtype, approximate: str) -> None:
     check(lambda: (make(40, 200, dtype=dtype, scale=scale), make(200, scale=scale)), approximate)
 
