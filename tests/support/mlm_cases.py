@@ -75,12 +75,14 @@ def gradients(loss_of, inputs, labels, upstream):
     return [loss.detach(), *(x.grad for x in leaves if x is not None)]
 
 
-def assert_matches(ours, oracle, native, names=("loss", "hidden", "weight", "bias")):
+def assert_matches(ours, oracle, native, names=("loss", "hidden", "weight", "bias"), *, roundings=1):
     for name, a, o, n in zip(names, ours, oracle, native, strict=False):
-        assert_as_good_as_torch(a, o, n.to(a.dtype), name)
+        assert_as_good_as_torch(a, o, n.to(a.dtype), name, roundings=roundings)
 
 
-def compare(inputs, labels, reduction, *, upstream=None, max_labels=None, lean=False, skip_tolerance=0.0, **options):
+def compare(
+    inputs, labels, reduction, *, upstream=None, max_labels=None, lean=False, skip_tolerance=0.0, roundings=1, **options
+):
     """Our loss and gradients against the reference in float64, by PyTorch's own error in the inputs' dtype."""
     if upstream is None:
         upstream = torch.randn(labels.shape, device=DEVICE) if reduction == "none" else 3.0
@@ -99,7 +101,7 @@ def compare(inputs, labels, reduction, *, upstream=None, max_labels=None, lean=F
     found, exact, theirs = (
         gradients(f, x, labels, upstream) for f, x in ((ours, inputs), (oracle, wide), (native, inputs))
     )
-    assert_matches(found[1:], exact[1:], theirs[1:], ("hidden", "weight", "bias"))
+    assert_matches(found[1:], exact[1:], theirs[1:], ("hidden", "weight", "bias"), roundings=roundings)
     # PyTorch's scalar may be exact by chance, so compare the rows, and then their sum.
     rows = ours(*inputs, labels, reduction="none")
     assert_matches([rows], [oracle(*wide, labels, reduction="none")], [native(*inputs, labels, reduction="none")])

@@ -30,6 +30,7 @@ def test_cross_entropy_matches_float64(vocab_size, dtype):
         gradients(lambda x, y: cross_entropy(x, y, reduction="none", **options), [logits], labels, upstream),
         gradients(lambda x, y: reference.cross_entropy_rows(x, y, **options), [logits.double()], labels, upstream),
         gradients(native, [logits], labels, upstream),
+        roundings=2,  # PyTorch's error over one word is chance
     )
     assert torch.equal(logits, kept)
 
