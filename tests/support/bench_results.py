@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from fusebert.bench.measure.result import ALL_KINDS, Result
-from fusebert.bench.measure.serialise import from_json
+from fusebert.bench.measure.serialise import from_json, to_json
+from fusebert.bench.measure.statistics import Timing
 
 COPY, MATMUL = 1e12, 1e14  # bytes/s, FLOP/s
 
@@ -51,22 +52,6 @@ def verdict(status: str = "right", detail: str = "") -> dict[str, Any]:
     return {"status": status, "errors": errors, "error_versus_torch": 1.5 if errors else None, "detail": detail}
 
 
-def timing(samples: Any) -> dict[str, Any]:
-    low, high = np.quantile(samples, (0.1, 0.9))
-    median = float(np.median(samples))
-    return {
-        "median_ms": median,
-        "p10_ms": float(low),
-        "p90_ms": float(high),
-        "spread": float((high - low) / median),
-        "rounds": len(samples),
-        "calls_per_round": 3,
-        "host_median_ms": 0.1,
-        "host_bound": False,
-        "samples_ms": [float(x) for x in samples],
-    }
-
-
 def contestant(name: str, role: str, samples: Any, ours_ms: float = 1.0, *, peak_bytes: int | None = None) -> Any:
     """Timed with ``samples``; None for one that is wrong."""
     if samples is None:
@@ -76,7 +61,7 @@ def contestant(name: str, role: str, samples: Any, ours_ms: float = 1.0, *, peak
         "name": name,
         "role": role,
         "verdict": verdict("unchecked" if role == "bound" else "right"),
-        "timing": timing(samples),
+        "timing": to_json(Timing.of([float(x) for x in samples], [0.1] * len(samples), 3)),
         "ratio_to_ours": {"median": ratio, "low": 0.95 * ratio, "high": 1.05 * ratio},
         "peak_bytes": peak_bytes,
     }

@@ -37,4 +37,3 @@ def assert_as_good_as_torch(
     allowed = RIGHT_FACTOR * allowance(torch_result, oracle, roundings=roundings)
     error = relative_error(actual, oracle)
     assert error <= allowed, f"{name}: relative error {error:.3g}, allowed {allowed:.3g}"
-
