@@ -31,6 +31,9 @@ LONG = 512  # tokens of a segment: more than a tile of any table holds
 HEADS = 4
 MATRIX_ROWS = 64  # of the left factor, for Hopper's and Blackwell's matrix instructions; fewer rows take Ampere's
 
+# Files of attention that do not decide what is compiled.
+NOT_COMPILED = ("__init__", "api", "op", "torch_path")
+
 
 def _code_words(node: ast.AST) -> Iterator[str]:
     """The code without comments, docstrings and messages (f-strings): the same words in every version of Python."""
@@ -45,9 +48,10 @@ def _code_words(node: ast.AST) -> Iterator[str]:
 
 
 def sources() -> str:
-    """A digest of attention's files and of the dropout it draws: other sources may compile to something else."""
+    """A digest of attention's kernels, tables and launcher: other sources may compile to something else."""
     folder = Path(attention_config.__file__).parent
-    files = [folder.parent / "dropout.py", *sorted(folder.glob("*.py"))]
+    compiled = [path for path in sorted(folder.glob("*.py")) if path.stem not in NOT_COMPILED]
+    files = [folder.parent / "dropout.py", *compiled]
     words = "\n".join(word for file in files for word in _code_words(ast.parse(file.read_text(encoding="utf-8"))))
     return hashlib.sha256(words.encode()).hexdigest()
 
