@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import BertConfig
+from ..json_file import read_json
 from ..pretraining import BertForPreTraining
 from .format import CONFIG_FILE, FIELDS, MLM_BIAS, WEIGHTS_FILE, WORD_EMBEDDINGS, import_safetensors, parameter_names
 
@@ -80,17 +80,12 @@ def from_hf(source: str | Path | PreTrainedModel) -> BertForPreTraining:
     else:
         raise TypeError(f"source must be a folder or a Transformers model; got {type(source).__name__}")
 
+    tensors, absent = _checked(_renamed(tensors), config, where)
+    if absent:
+        warnings.warn(f"{where} has no {' and no '.join(absent)}: initialised at random", stacklevel=2)
     model = BertForPreTraining(config)
     parameters = dict(model.named_parameters())
     names = parameter_names(config.num_hidden_layers)
-    shapes = {
-        part: (parameters[ours].shape[0] // len(theirs), *parameters[ours].shape[1:])
-        for ours, theirs in names.items()
-        for part in theirs
-    }
-    tensors, absent = _checked(_renamed(tensors), shapes, where)
-    if absent:
-        warnings.warn(f"{where} has no {' and no '.join(absent)}: initialised at random", stacklevel=2)
     with torch.no_grad():
         for ours, theirs in names.items():
             if theirs[0] in tensors:
@@ -100,10 +95,10 @@ def from_hf(source: str | Path | PreTrainedModel) -> BertForPreTraining:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: is the folder a Hugging Face model?") from None
-    except ValueError as error:  # not UTF-8, or not JSON
+    except ValueError as error:  # not a file, not UTF-8, or not JSON
         raise ValueError(f"{path} is damaged: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged: expected a JSON object")
@@ -172,16 +167,36 @@ def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _checked(
-    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: str
-) -> tuple[dict[str, Tensor], list[str]]:
-    """(The tensors named in ``shapes``, the heads that are absent as a whole).
+def _expected_shapes(tensors: Mapping[str, Tensor], config: BertConfig, where: str) -> dict[str, tuple[int, ...]]:
+    """The shape of every Transformers parameter of a BertForPreTraining. Allocates nothing, whatever the sizes."""
+    if config.num_hidden_layers > len(tensors):
+        raise ValueError(
+            f"{where} does not hold a BertForPreTraining: the configuration has {config.num_hidden_layers} layers, and "
+            f"there are only {len(tensors)} tensors"
+        )
+    try:
+        with torch.device("meta"):
+            parameters = dict(BertForPreTraining(config).named_parameters())
+    except (RuntimeError, OverflowError, TypeError) as error:  # sizes beyond PyTorch's integers
+        raise ValueError(
+            f"{where} has a configuration that PyTorch cannot build: {str(error).splitlines()[0]}"
+        ) from None
+    return {
+        part: (parameters[ours].shape[0] // len(theirs), *parameters[ours].shape[1:])
+        for ours, theirs in parameter_names(config.num_hidden_layers).items()
+        for part in theirs
+    }
+
+
+def _checked(tensors: Mapping[str, Tensor], config: BertConfig, where: str) -> tuple[dict[str, Tensor], list[str]]:
+    """(The tensors that ``config`` needs, the heads that are absent as a whole).
 
     Raises:
         ValueError: a tensor is unknown, missing, of another shape, not floating point, or a tied copy that differs.
     """
     absent = [head for head, prefixes in HEADS.items() if not any(name.startswith(prefixes) for name in tensors)]
     absent_prefixes = tuple(prefix for head in absent for prefix in HEADS[head])
+    shapes = _expected_shapes(tensors, config, where)
     expected = {name: shape for name, shape in shapes.items() if not name.startswith(absent_prefixes)}
 
     problems = [f"{name} is missing" for name in expected if name not in tensors]

@@ -98,6 +98,15 @@ MISTAKES = {
     "another vocabulary": (["--init-from", "{place}/model"], "a vocabulary of 300 tokens"),
     "no model": (["--init-from", "{place}/nowhere"], "nowhere is not a folder"),
     "model twice": (["--init-from", "{place}/model", "--model", "tiny"], "contradict each other"),
+    "batch of 10⁹": (["--tokens-per-batch", "1000000000"], "--tokens-per-batch must be at most 1048576"),
+    "step of 10¹²": (["--batch-tokens", "1000000000000"], "--batch-tokens must be at most"),
+    "segment of 10⁹": (["--seqlen", "1000000000"], "--seqlen must be at most"),
+    "10⁹ threads": (["--threads", "1000000000"], "--threads must be at most 512; got 1000000000"),
+    "10⁹ workers": (["--workers", "1000000000"], "--workers must be at most 256"),
+    "seed of 2⁶⁴": (["--seed", str(1 << 64)], "--seed must be at most 18446744073709551615"),
+    "steps of 400 digits": (["--steps", "9" * 400], "--steps must be at most"),
+    "steps of 5,000 digits": (["--steps", "9" * 5000], "--steps"),
+    "minutes of 400 digits": (["--minutes", "9" * 400], "--minutes"),
     "out is a file": (["--out", "{place}/file"], "file"),
 }
 

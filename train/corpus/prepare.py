@@ -37,6 +37,7 @@ from .writer import CorpusWriter, check_destination
 
 SAMPLE_CHARS = 32 << 20  # enough for a vocabulary of 30,000; training on it takes ten seconds of a core
 BATCH_CHARS = 1 << 19  # of the documents that a worker encodes at once
+BATCH_DOCUMENTS = 1 << 13  # at most
 _SMALL_INPUT = 4 << 20  # bytes; below this, starting workers takes longer than the work
 
 
@@ -119,19 +120,39 @@ def prepare(settings: PrepareSettings, *, show_progress: bool = False) -> Corpus
 
 
 class _Text:
-    """The documents of some files, up to ``max_bytes`` of UTF-8 text; they can be read several times."""
+    """The documents of some files, up to ``max_bytes`` of UTF-8 text; they can be read several times.
+
+    Reading raises UserError if a file has changed since this object was made.
+    """
 
     def __init__(self, files: list[TextFile], text_field: str, max_bytes: int | None) -> None:
         self._files, self._text_field, self._max_bytes = files, text_field, max_bytes
-        self.total_bytes = sum(file.path.stat().st_size for file in files)
+        self._versions = [_version(file) for file in files]
+        self.total_bytes = sum(size for size, *_ in self._versions)
 
     def documents(self, progress: Progress) -> Iterator[str]:
         left = self._max_bytes
-        for file in self._files:
+        for file, version in zip(self._files, self._versions, strict=True):
+            _check_version(file, version)
             for document in read_documents(file, self._text_field, progress):
                 if left is not None and (left := left - len(document.encode())) < 0:
+                    _check_version(file, version)
                     return
                 yield document
+            _check_version(file, version)
+
+
+def _version(file: TextFile) -> tuple[int, ...]:
+    """(size, …): equal unless the file was written or replaced."""
+    state = file.path.stat()
+    return state.st_size, state.st_mtime_ns, state.st_dev, state.st_ino
+
+
+def _check_version(file: TextFile, version: tuple[int, ...]) -> None:
+    if _version(file) != version:
+        raise UserError(
+            f"{file.name} has changed while it was read, and the text is read twice: start again when it is complete"
+        )
 
 
 def _copy_stdin(scratch: Path, max_bytes: int | None) -> TextFile:
@@ -162,7 +183,7 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
     for document in documents:
         batch.append(document)
         length += len(document)
-        if length >= BATCH_CHARS:
+        if length >= BATCH_CHARS or len(batch) == BATCH_DOCUMENTS:
             yield batch
             batch, length = [], 0
     if batch:

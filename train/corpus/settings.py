@@ -9,8 +9,11 @@ from typing import Annotated
 
 from ..errors import UserError
 from ..options import Option
+from ..text.special_tokens import MAX_VOCAB_SIZE
 
 CORPORA = ("pydocs",)
+MAX_BYTES = 1 << 62
+MAX_WORKERS = 256
 
 
 def parse_size(text: str) -> int:
@@ -24,7 +27,10 @@ def parse_size(text: str) -> int:
         raise UserError(f"{text!r} is not a size: write 48MB, 1.5GiB or a number of bytes")
     number, prefix, binary = match.groups()
     power = "kmgt".index(prefix.lower()) + 1 if prefix else 0
-    return int(float(number) * (1024 if binary else 1000) ** power)
+    size = float(number) * (1024 if binary else 1000) ** power
+    if size > MAX_BYTES:
+        raise UserError(f"a size of over {MAX_BYTES} bytes is too large: leave the option out")
+    return int(size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +117,12 @@ class PrepareSettings:
             raise UserError(f"--heldout must be a fraction between 0 and 1; got {self.heldout}")
         if not 0 <= self.seed < 1 << 64:
             raise UserError(f"--seed must be in [0, 2^64); got {self.seed}")
-        for name, least in (("vocab_size", 16), ("max_bytes", 1), ("workers", 1)):
+        for name, least, most in (
+            ("vocab_size", 16, MAX_VOCAB_SIZE),
+            ("max_bytes", 1, MAX_BYTES),
+            ("workers", 1, MAX_WORKERS),
+        ):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"--{name.replace('_', '-')} must be at least {least}; got {value}")
+            if value is not None and not least <= value <= most:
+                bound = f"at least {least}" if value < least else f"at most {most}"
+                raise UserError(f"--{name.replace('_', '-')} must be {bound}; got {value}")

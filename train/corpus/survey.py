@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 MIN_HELDOUT = 16  # documents
+SAMPLE_DOCUMENTS = 1 << 18  # at most: a text of a few letters takes as much memory for its objects as one of 300
 
 
 class Survey(NamedTuple):
@@ -64,7 +65,7 @@ def survey_documents(documents: Iterable[str], heldout: float, seed: int, sample
         if rank < rank_below:
             heapq.heappush(sample, (-rank, side, text))
             sampled += len(text)
-            while sampled > sample_chars:
+            while sampled > sample_chars or len(sample) > SAMPLE_DOCUMENTS:
                 # From now on skip all hashes above a dropped one, else the sample would depend on the order.
                 dropped, _, text = heapq.heappop(sample)
                 sampled, rank_below = sampled - len(text), -dropped

@@ -36,6 +36,7 @@ from .format import (
 from .reader import Corpus
 
 SHARD_TOKENS = 1 << 25  # 64 MiB of uint16: bounds the writer's memory, and gives few files even at 10⁹ tokens
+SENTENCE_COST = 4  # a sentence counts as at least so many tokens, because its offset takes their memory
 
 
 class CorpusWriter:
@@ -53,7 +54,8 @@ class CorpusWriter:
         directory: destination of the corpus; missing parent folders are made.
         tokenizer_file: a WordPiece tokenizer.json with the five special tokens, copied into the corpus.
         overwrite: replace an existing corpus once the new one is complete.
-        shard_tokens: a shard ends with the document (the block, in `add_block`) that brings it to this many tokens.
+        shard_tokens: a shard ends with the document (the block, in `add_block`) that brings it to this many tokens, or
+            to a quarter as many sentences.
 
     Raises:
         CorpusError: the destination exists (and is no corpus, or ``overwrite`` is False), or tokenizer_file is not
@@ -153,9 +155,10 @@ class CorpusWriter:
         pending.sentences.append(per_sentence[kept])
         pending.documents.append(per_document[per_document > 0])
         pending.num_tokens += len(tokens)
+        pending.num_sentences += len(pending.sentences[-1])
         if split == "train":
             self._frequency += np.bincount(tokens, minlength=self.vocab_size)
-        if pending.num_tokens >= self._shard_tokens:
+        if max(pending.num_tokens, SENTENCE_COST * pending.num_sentences) >= self._shard_tokens:
             self._write_shard(split)
 
     def finish(self, source: Mapping[str, Any]) -> Corpus:
@@ -235,6 +238,7 @@ class _Pending:
         self.sentences: list[np.ndarray] = []  # lengths in tokens
         self.documents: list[np.ndarray] = []  # lengths in sentences
         self.num_tokens = 0
+        self.num_sentences = 0
 
 
 def check_destination(directory: Path, overwrite: bool) -> None:

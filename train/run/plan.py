@@ -23,6 +23,16 @@ CPU_MODEL, GPU_MODEL = "tiny", "base"
 CPU_TOKENS_PER_BATCH = 2048  # a larger batch is hardly faster on a CPU
 GPU_TOKENS_PER_BATCH = 65536  # at most; fewer if the memory is small
 GPU_BATCH_TOKENS = 131072  # BERT's 256 sequences of 512 tokens
+# Larger values are mistakes, and would fill the memory or start that many threads.
+LARGEST = {
+    "seqlen": 1 << 20,
+    "tokens_per_batch": 1 << 20,  # several batches of the host, and all activations of a batch, are in memory at once
+    "batch_tokens": 1 << 28,
+    "workers": 256,
+    "threads": 512,
+    "seed": (1 << 64) - 1,  # of torch's generators
+}
+LARGEST_INTEGER = 1 << 62  # of the others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +131,11 @@ def _check(settings: PretrainSettings) -> None:
     if (settings.steps is None) == (settings.minutes is None):
         given = "neither was given" if settings.steps is None else "both were given"
         raise UserError(f"say how long to train: --steps 100000 or --minutes 5, one of the two; {given}")
+    for field in dataclasses.fields(settings):
+        value, most = getattr(settings, field.name), LARGEST.get(field.name, LARGEST_INTEGER)
+        if isinstance(value, int) and value > most:
+            advice = ": give --batch-tokens for a larger step" if field.name == "tokens_per_batch" else ""
+            raise UserError(f"{_option(field.name)} must be at most {most}; got {value}{advice}")
     positive = ("steps", "minutes", "seqlen", "tokens_per_batch", "batch_tokens", "lr", "clip")
     for name in (*positive, "eval_every", "save_every", "log_every", "threads"):
         value = getattr(settings, name)

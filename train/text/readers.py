@@ -8,10 +8,15 @@ is one, else at a space. So memory stays bounded, and a book is not one unit of 
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fnmatch
 import glob
 import gzip
 import json
+import os
 import re
+import stat
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +27,8 @@ from ..errors import UserError
 SUFFIXES = tuple(kind + compression for kind in (".txt", ".jsonl") for compression in ("", ".gz", ".zst"))
 DOCUMENT_CHARS = 1 << 16
 BLOCK_BYTES = 1 << 20  # read and decoded at once
-LONGEST_LINE = 64 << 20  # bytes of a JSON line; a long line of plain text is cut at a space
+LONGEST_LINE = 32 << 20  # bytes of a JSON line; a line of plain text longer than a block is cut
+WINDOW_BYTES = 1 << 27  # of a .zst file, as in the zstd program without --long: the decompressor holds a window
 
 Progress = Callable[[int], None]
 
@@ -51,23 +57,104 @@ def find_files(inputs: Sequence[str]) -> list[TextFile]:
     """
     found: dict[Path, TextFile] = {}
     for given in inputs:
-        paths = [Path(given)] if Path(given).exists() else [Path(p) for p in sorted(glob.glob(given, recursive=True))]
+        paths = [Path(given)] if os.path.lexists(given) else [Path(path) for path in _expand(given)]
         if not paths:
             what = "matches no file" if glob.has_magic(given) else "does not exist"
             raise UserError(f"{given} {what}: give text files ({', '.join(SUFFIXES)}), folders, globs or -")
         for path in paths:
             files = [path]
             if path.is_dir():
-                files = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
+                files = _files_below(path)
                 if not files and len(paths) == 1:
                     raise UserError(f"the folder {path} holds no file named {', '.join('*' + s for s in SUFFIXES)}")
             for file in files:
                 if not file.name.endswith(SUFFIXES):
                     raise UserError(f"{file} is of an unknown kind: its name must end in {', '.join(SUFFIXES)}")
+                _check_regular(file)
                 found.setdefault(file.resolve(), TextFile(file, str(file)))
     if inputs and not found:
         raise UserError(f"{' '.join(inputs)}: no file named {', '.join('*' + s for s in SUFFIXES)} in these folders")
     return list(found.values())
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """Every file in ``folder`` and below whose name has a suffix of `SUFFIXES`. Links to folders are not followed."""
+    files, folders = [], [str(folder)]
+    while folders:
+        for entry in _entries(folders.pop()):
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(entry.path)
+            elif entry.is_symlink() and _is_folder(entry.path):
+                warnings.warn(f"the link {entry.path} to a folder is not followed: name it as an input", stacklevel=3)
+            elif entry.name.endswith(SUFFIXES):
+                files.append(Path(entry.path))
+    return sorted(files)
+
+
+def _expand(pattern: str) -> list[str]:
+    """The paths that ``pattern`` matches, as `glob.glob` with ``recursive=True``, sorted.
+
+    Two differences: ``**`` does not follow links, which may loop, and a folder that cannot be read is an error.
+    """
+    if not glob.has_magic(pattern):
+        return []
+    first, *parts = Path(pattern).parts
+    found = [first] if os.path.isabs(pattern) else [""]
+    for part in parts if os.path.isabs(pattern) else [first, *parts]:
+        found = list(dict.fromkeys(path for folder in found for path in _matches(folder, part)))
+    return sorted(filter(None, found))
+
+
+def _matches(folder: str, part: str) -> Iterator[str]:
+    """The paths in ``folder`` that match one part of a pattern; ``folder`` and all folders below for ``**``."""
+    if not _is_folder(folder or "."):
+        return
+    if part == "**":
+        folders = [folder]
+        while folders:
+            yield (inner := folders.pop())
+            for entry in _entries(inner):
+                if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
+                    folders.append(os.path.join(inner, entry.name))
+    elif glob.has_magic(part):
+        match = re.compile(fnmatch.translate(part)).match
+        for entry in _entries(folder):
+            if match(entry.name) and (part.startswith(".") or not entry.name.startswith(".")):
+                yield os.path.join(folder, entry.name)
+    elif os.path.lexists(path := os.path.join(folder, part)):
+        yield path
+
+
+def _is_folder(path: str) -> bool:
+    """As os.path.isdir, but what cannot be looked at is an error."""
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return False
+        raise _unreadable(path, error) from error
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder or ".") as entries:
+            return list(entries)
+    except OSError as error:
+        raise _unreadable(folder or ".", error) from error
+
+
+def _unreadable(path: str | Path, error: OSError) -> UserError:
+    return UserError(f"{path} cannot be read ({error.strerror}): make it readable or leave it out")
+
+
+def _check_regular(file: Path) -> None:
+    """Raises UserError for what cannot be read twice, such as a FIFO, or at all."""
+    try:
+        mode = file.stat().st_mode
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{file} is not a regular file: leave it out, or pipe its text to standard input and give -")
 
 
 def read_documents(file: TextFile, text_field: str = "text", progress: Progress | None = None) -> Iterator[str]:
@@ -125,23 +212,51 @@ def _zstd_blocks(raw: BinaryIO) -> Iterator[bytes]:
         import zstandard
     except ImportError as error:
         raise UserError("reading .zst files needs a package: pip install zstandard") from error
-    # A file may consist of several frames (pzstd writes such files). The library's streaming reader accepts a truncated
-    # last frame, so read frame by frame.
-    unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-    frame, started = unpacker.decompressobj(), False
+    # Each call gets at most one block, which is at most 128 KiB of text however small it is in the file. (A call with
+    # more returns everything at once: gigabytes for a few kilobytes. The library's streaming reader is bounded too, but
+    # accepts a last frame that is cut short.)
+    unpacker = zstandard.ZstdDecompressor(max_window_size=WINDOW_BYTES)
     try:
-        while data := raw.read(BLOCK_BYTES >> 4):
-            while data:
-                started = True
-                yield frame.decompress(data)
-                data = b""
-                if frame.eof:
-                    data = frame.unused_data
-                    frame, started = unpacker.decompressobj(), False
+        while magic := raw.read(4):
+            if magic[1:] == b"\x2a\x4d\x18" and magic[0] >> 4 == 5:  # a frame of other data, to be skipped
+                _skip(raw, int.from_bytes(_exactly(raw, 4), "little"))
+                continue
+            descriptor = _exactly(raw, 1)
+            header = magic + descriptor + _exactly(raw, zstandard.frame_header_size(magic + descriptor + bytes(14)) - 5)
+            if zstandard.get_frame_parameters(header).window_size > WINDOW_BYTES:
+                raise UserError(
+                    f"{raw.name} needs over {WINDOW_BYTES >> 20} MiB of memory to decompress, because it was made with "
+                    "zstd --long: compress it again without that option"
+                )
+            frame = unpacker.decompressobj()
+            block, last = frame.decompress(header), False
+            while not last:
+                bounds = _exactly(raw, 3)
+                number = int.from_bytes(bounds, "little")
+                last, kind, size = bool(number & 1), number >> 1 & 3, number >> 3
+                data = bounds + _exactly(raw, 1 if kind == 1 else size)  # kind 1: a byte to repeat
+                if last and descriptor[0] & 4:
+                    data += _exactly(raw, 4)  # the checksum
+                block += frame.decompress(data)
+                if len(block) >= BLOCK_BYTES or last:
+                    yield block
+                    block = b""
+            if not frame.eof:
+                raise EOFError
     except zstandard.ZstdError as error:
         raise _DamagedError(str(error)) from error
-    if started:
+
+
+def _exactly(raw: BinaryIO, size: int) -> bytes:
+    data = raw.read(size)
+    if len(data) < size:
         raise EOFError
+    return data
+
+
+def _skip(raw: BinaryIO, size: int) -> None:
+    while size:
+        size -= len(_exactly(raw, min(size, BLOCK_BYTES)))
 
 
 def _decoded(file: TextFile, blocks: Iterator[bytes]) -> Iterator[tuple[int, str]]:
@@ -166,7 +281,7 @@ def _decoded(file: TextFile, blocks: Iterator[bytes]) -> Iterator[tuple[int, str
         data = carry + block
         end = data.rfind(b"\n") + 1
         if end == 0 and not file.is_jsonl and len(data) >= BLOCK_BYTES:
-            end = data.rfind(b" ") + 1  # a very long line
+            end = data.rfind(b" ") + 1 or _whole_characters(data)  # a very long line
         if end == 0 and len(data) > LONGEST_LINE:
             raise UserError(
                 f"{file.name}: line {line} is over {LONGEST_LINE >> 20} MiB long: write one document per line"
@@ -178,6 +293,14 @@ def _decoded(file: TextFile, blocks: Iterator[bytes]) -> Iterator[tuple[int, str
         carry = data[end:]
     if carry:
         yield line, decode(carry)
+
+
+def _whole_characters(data: bytes) -> int:
+    """The length of ``data`` without a character that is cut at its end."""
+    for end in range(len(data) - 1, max(len(data) - 4, 0), -1):
+        if data[end] & 0xC0 != 0x80:  # the first byte of the last character
+            return end
+    return len(data)
 
 
 def _txt_documents(chunks: Iterator[tuple[int, str]]) -> Iterator[str]:
@@ -204,7 +327,11 @@ def _jsonl_documents(file: TextFile, chunks: Iterator[tuple[int, str]], text_fie
             where = f"{file.name}:{number}"
             try:
                 record = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except RecursionError as error:
+                raise UserError(
+                    f"{where}: not JSON that can be read (nested too deeply): leave the line out"
+                ) from error
+            except ValueError as error:  # an integer of more than 4,300 digits is one too
                 raise UserError(f"{where}: not JSON ({error}): write one JSON object per line") from error
             if not isinstance(record, dict):
                 raise UserError(f"{where}: a JSON {type(record).__name__}, not an object with a field {text_field!r}")
@@ -224,10 +351,13 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _pieces(document: str) -> Iterator[str]:
-    while len(document) > DOCUMENT_CHARS:
-        end = document.rfind("\n", 1, DOCUMENT_CHARS) + 1 or document.rfind(" ", 1, DOCUMENT_CHARS) + 1
-        piece, document = document[: end or DOCUMENT_CHARS], document[end or DOCUMENT_CHARS :]
+    start = 0
+    while len(document) - start > DOCUMENT_CHARS:
+        stop = start + DOCUMENT_CHARS
+        end = document.rfind("\n", start + 1, stop) + 1 or document.rfind(" ", start + 1, stop) + 1 or stop
+        piece, start = document[start:end], end
         if not piece.isspace():
             yield piece
-    if document and not document.isspace():
-        yield document
+    piece = document[start:]
+    if piece and not piece.isspace():
+        yield piece

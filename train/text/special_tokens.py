@@ -1,9 +1,11 @@
-"""BERT's special tokens."""
+"""BERT's special tokens, and the largest vocabulary."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+# Far above any in use (500,000), and small enough for tables with an entry for each token.
+MAX_VOCAB_SIZE = 1 << 22
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 

@@ -8,18 +8,22 @@ Each word becomes, from left to right, the longest pieces in the vocabulary; pie
 from __future__ import annotations
 
 import collections
-import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from ...model.json_file import read_json
 from ..errors import UserError
-from ..text.special_tokens import SPECIAL_TOKENS
+from .special_tokens import MAX_VOCAB_SIZE, SPECIAL_TOKENS
 
 VOCAB_SIZE = 30522
 _MIN_FREQUENCY = 2  # of a pair of pieces that is merged
 _ALPHABET = 1000  # BERT's limit on single characters; others are [UNK]
+_LONGEST_WORD = 100  # characters; BERT's limit too
+_LONG_RUN = re.compile(rf"\S{{{_LONGEST_WORD + 1},}}")
+_MOST_BYTES = 128 << 20  # of a tokenizer.json or vocab.txt
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int, lowercase: bool) -> Tokenizer:
@@ -32,11 +36,12 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, lowercase: bool) -> T
         lowercase: fold case and strip accents.
 
     Raises:
-        ValueError: vocab_size is below 16.
+        ValueError: vocab_size is below 16 or above `MAX_VOCAB_SIZE`.
     """
-    if vocab_size < 16:
-        raise ValueError(f"vocab_size must be at least 16; got {vocab_size}")
+    if not 16 <= vocab_size <= MAX_VOCAB_SIZE:
+        raise ValueError(f"vocab_size must be in [16, {MAX_VOCAB_SIZE}]; got {vocab_size}")
     normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    texts = [_without_long_words(text, normalizer) for text in texts]
     letters: collections.Counter[str] = collections.Counter()
     words: set[str] = set()
     for text in texts:
@@ -73,9 +78,22 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, lowercase: bool) -> T
     return bert_tokenizer(train(texts, vocab_size, special + continuing), lowercase)
 
 
+def _without_long_words(text: str, normalizer: normalizers.Normalizer) -> str:
+    """``text`` without the words that become [UNK] for their length.
+
+    They are no words (encoded data, tables), and the time of the training grows with the square of their length.
+    """
+
+    def short_words(run: re.Match[str]) -> str:
+        words = pre_tokenizers.BertPreTokenizer().pre_tokenize_str(normalizer.normalize_str(run[0]))
+        return " ".join(word for word, _ in words if len(word) <= _LONGEST_WORD)
+
+    return _LONG_RUN.sub(short_words, text)
+
+
 def bert_tokenizer(vocab: dict[str, int], lowercase: bool) -> Tokenizer:
     """BERT's tokenizer with ``vocab`` (token → id, special tokens too), equal to Transformers' BertTokenizerFast."""
-    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=_LONGEST_WORD))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##")
@@ -97,10 +115,13 @@ def load_tokenizer(path: Path, lowercase: bool | None = None) -> Tokenizer:
             for a tokenizer.json, which states it.
 
     Raises:
-        UserError: the file is missing, of another kind, not a WordPiece tokenizer, or lacks special tokens.
+        UserError: the file is missing, of another kind, not a WordPiece tokenizer, lacks special tokens, or has an id
+            from `MAX_VOCAB_SIZE` on.
     """
     if not path.is_file():
-        what = "is a folder: name the tokenizer.json or vocab.txt in it" if path.is_dir() else "does not exist"
+        what = "is no regular file" if path.exists() else "does not exist"
+        if path.is_dir():
+            what = "is a folder: name the tokenizer.json or vocab.txt in it"
         raise UserError(f"--tokenizer {path} {what}")
     if path.suffix == ".json":
         if lowercase is not None:
@@ -127,8 +148,8 @@ def encoder(tokenizer_file: Path) -> Tokenizer:
 
 def _load_json(path: Path) -> Tokenizer:
     try:
+        kind = read_json(path, _MOST_BYTES)["model"].get("type", "WordPiece")
         tokenizer = Tokenizer.from_file(str(path))
-        kind = json.loads(path.read_text(encoding="utf-8"))["model"].get("type", "WordPiece")
     except OSError:
         raise
     except Exception as error:  # tokenizers raises bare Exception
@@ -141,6 +162,8 @@ def _load_json(path: Path) -> Tokenizer:
 
 def _load_vocab(path: Path, lowercase: bool | None) -> Tokenizer:
     try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise UserError(f"{path} is not a vocab.txt: it is longer than {_MOST_BYTES >> 20} MiB")
         tokens = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not a vocab.txt: not UTF-8 at byte {error.start}") from error
@@ -159,3 +182,9 @@ def _check_special(path: Path, vocab: dict[str, int]) -> None:
     missing = [token for token in SPECIAL_TOKENS if token not in vocab]
     if missing:
         raise UserError(f"the tokenizer {path} lacks the special tokens {', '.join(missing)}")
+    token = max(vocab, key=lambda token: vocab[token])
+    if vocab[token] >= MAX_VOCAB_SIZE:
+        raise UserError(
+            f"the tokenizer {path} gives {token!r} the id {vocab[token]}: ids must be below {MAX_VOCAB_SIZE}, because "
+            "tables have a row for every id"
+        )

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import resource
 
 import pytest
 import torch
@@ -247,6 +248,53 @@ def test_a_long_list_is_cut(folder):
     change_config(folder, num_hidden_layers=4)
     with pytest.raises(ValueError, match="and 22 more"):
         from_hf(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, "1000000000 layers, and there are only"),
+        ({"hidden_size": 10**9}, "overflowed"),
+        ({"hidden_size": 10**6}, r"has shape \(61, 32\), but the configuration needs \(61, 1000000\)"),
+        ({"hidden_size": 2 * 10**30}, "cannot build"),
+        ({"intermediate_size": 10**9}, r"needs \(1000000000, 32\)"),
+        ({"vocab_size": 10**9}, r"needs \(1000000000, 32\)"),
+        ({"max_position_embeddings": 10**9}, r"needs \(1000000000, 32\)"),
+        ({"initializer_range": 10**400}, "cannot build"),
+    ],
+)
+def test_sizes_are_compared_before_anything_is_allocated(folder, change, message):
+    change_config(folder, **change)
+    most = 64 << 20  # bytes on top of what is mapped now
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    mapped = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + most, before[1]))
+    try:
+        with pytest.raises(ValueError, match=message) as caught:
+            from_hf(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"hidden_size": ' + b"9" * 5000 + b"}", "4300"),
+        (b" " * (17 << 20), "longer than 16 MiB"),
+        (b"\xff", "utf-8"),
+        (None, "not a regular file"),
+    ],
+    ids=["deep", "5,000 digits", "long", "not UTF-8", "FIFO"],
+)
+def test_a_config_that_no_one_wrote(folder, content, reason):
+    config = folder / "config.json"
+    config.unlink()
+    os.mkfifo(config) if content is None else config.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"config\.json is damaged: .*{reason}") as caught:
+        from_hf(folder)
+    assert "\n" not in str(caught.value)
 
 
 def test_half_a_head_is_not_a_missing_head(folder):

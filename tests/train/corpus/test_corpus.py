@@ -85,6 +85,13 @@ def test_round_trip(tmp_path, tokenizer_file, shard_tokens):
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["b"]
 
 
+def test_short_sentences_end_a_shard_too(tmp_path, tokenizer_file):
+    documents = [[[7]] * 3] * 50
+    made = write(tmp_path / "made", tokenizer_file, documents, documents, shard_tokens=240)
+    assert [shard.num_sentences for shard in made.split("train").shards] == [60, 60, 30]
+    assert read_back(made.split("train")) == documents
+
+
 def test_large_vocabularies_take_four_bytes(tmp_path):
     tokenizer_file = save_tokenizer(tmp_path, pieces=70_000)
     documents = [[[5, 69_999, 70_004]]]

@@ -21,6 +21,8 @@ from typer.testing import CliRunner
 
 from fusebert.train.cli import app
 from fusebert.train.corpus import prepare as prepare_module
+from fusebert.train.corpus import survey as survey_module
+from fusebert.train.corpus.encode import encode_documents
 from fusebert.train.corpus.format import CorpusError
 from fusebert.train.corpus.reader import Corpus
 from fusebert.train.corpus.settings import PrepareSettings, parse_size
@@ -227,6 +229,10 @@ def test_a_vocabulary_the_text_cannot_fill(tmp_path):
         ({"vocab_size": 15}, "--vocab-size must be at least 16"),
         ({"vocab_size": 100, "tokenizer": Path("t.json")}, "not both"),
         ({"tokenizer": Path("t.json")}, "t.json does not exist"),
+        ({"vocab_size": 1 << 32}, "--vocab-size must be at most 4194304; got 4294967296"),
+        ({"max_bytes": 1 << 70}, "--max-bytes must be at most"),
+        ({"workers": 10**9}, "--workers must be at most 256"),
+        ({"seed": 1 << 64}, "--seed"),
         ({"heldout": 0.0}, "--heldout"),
         ({"heldout": float("nan")}, "--heldout"),
         ({"max_bytes": 0}, "--max-bytes"),
@@ -260,6 +266,57 @@ def test_bad_text(tmp_path, data, message):
     with pytest.raises(UserError, match=message):
         prepare([str(tmp_path / "a.txt")], tmp_path / "out", vocab_size=50)
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def append(path):
+    with open(path, "a") as file:
+        file.write("\n\nOne more document.")
+
+
+def rewrite(path):
+    """Other text of the same length, with the old modification time."""
+    state, text = path.stat(), path.read_text()
+    (path.parent / "new").write_text(text.replace("the", "one"))
+    os.replace(path.parent / "new", path)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", [append, rewrite, os.utime])
+@pytest.mark.parametrize("moment", ["survey_documents", "train_tokenizer", "encode_documents"])
+def test_a_text_that_changes_meanwhile_is_an_error(tmp_path, monkeypatch, change, moment):
+    original = getattr(prepare_module, moment)
+
+    def changing(*args):
+        made = original(*args)
+        change(tmp_path / "a.txt")
+        return made
+
+    monkeypatch.setattr(prepare_module, "BATCH_CHARS", 500)
+    monkeypatch.setattr(prepare_module, moment, changing)
+    with pytest.raises(UserError, match=r"a\.txt has changed while it was read.*start again"):
+        prepare([write_text(tmp_path / "a.txt", some_documents(50))], tmp_path / "out", vocab_size=100, workers=1)
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_many_tiny_documents_take_little_memory(tmp_path, monkeypatch):
+    """The lists of documents are bounded in length, not in characters alone."""
+    sizes = []
+
+    def encode(documents):
+        sizes.append(len(documents))
+        return encode_documents(documents)
+
+    monkeypatch.setattr(prepare_module, "encode_documents", encode)
+    monkeypatch.setattr(prepare_module, "BATCH_DOCUMENTS", 100)
+    monkeypatch.setattr(survey_module, "SAMPLE_DOCUMENTS", 200)
+    words = [f"{word}{i}" for i in range(50) for word in WORDS]
+    (tmp_path / "a.txt").write_text("\n\n".join(words))
+    made = prepare([str(tmp_path / "a.txt")], tmp_path / "out", vocab_size=100, workers=1)
+    assert made.split("train").num_documents + made.split("heldout").num_documents == len(words)
+    assert max(sizes) == 100
+    samples = [survey_documents(order, 0.1, 0, 1 << 20).sample for order in (words, words[::-1])]
+    assert len(samples[0]) <= 200
+    assert sorted(samples[0]) == sorted(samples[1])
 
 
 def test_an_existing_corpus_is_kept_unless_told(tmp_path):
@@ -324,6 +381,9 @@ def test_sizes():
     assert {text: parse_size(text) for text in given} == given
     for text in ("", "MB", "-1", "48XB", "1e6", "4 8"):
         with pytest.raises(UserError, match="is not a size"):
+            parse_size(text)
+    for text in ("9" * 5000, "9" * 30 + "TB"):
+        with pytest.raises(UserError, match="too large"):
             parse_size(text)
 
 

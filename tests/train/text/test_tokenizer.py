@@ -1,6 +1,7 @@
 """The tokenizer: learned the same way each time, BERT's in every other respect."""
 
 import json
+import os
 import random
 import string
 import unicodedata
@@ -53,8 +54,21 @@ def test_a_small_text_gives_what_it_has():
     learned = train_tokenizer(["the cat the cat", "a cat"], 5000, lowercase=True)
     assert {"the", "cat"} <= set(learned.get_vocab())
     assert learned.get_vocab_size() < 40
-    with pytest.raises(ValueError, match="at least 16; got 15"):
-        train_tokenizer(["a"], 15, lowercase=True)
+    for size in (15, 1 << 32):
+        with pytest.raises(ValueError, match=rf"\[16, 4194304\]; got {size}"):
+            train_tokenizer(["a"], size, lowercase=True)
+
+
+def test_words_that_become_unknown_for_their_length_are_not_learned_from():
+    """Long runs take time without end, and are [UNK] anyhow. Short words beside punctuation in a run count."""
+    texts = some_texts()
+    learned = train_tokenizer(texts, 700, lowercase=True).to_str()
+    rng = random.Random(0)
+    noise = ["".join(rng.choices(string.ascii_letters, k=n)) for n in (101, 5000, 200_000)]
+    assert train_tokenizer([*texts, *noise], 700, lowercase=True).to_str() == learned
+    joined = ["/".join(text.split()) for text in texts]
+    apart = [" / ".join(text.split()) for text in texts]
+    assert train_tokenizer(joined, 700, lowercase=True).to_str() == train_tokenizer(apart, 700, lowercase=True).to_str()
 
 
 def test_special_tokens_in_a_text_are_text(tmp_path):
@@ -105,6 +119,17 @@ def lacking(path):
     path.write_text(json.dumps(data))
 
 
+def with_id(path, number, added=False):
+    """A tokenizer.json in which one token, of the model or added to it, has the id ``number``."""
+    vocab = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *string.ascii_lowercase])}
+    data = json.loads(bert_tokenizer(vocab, lowercase=True).to_str())
+    if added:
+        data["added_tokens"].append({**data["added_tokens"][0], "content": "<new>", "id": number})
+    else:
+        data["model"]["vocab"]["zebra"] = number
+    path.write_text(json.dumps(data))
+
+
 @pytest.mark.parametrize(
     ("name", "write", "message"),
     [
@@ -114,6 +139,14 @@ def lacking(path):
         ("a.json", lambda p: p.write_text("{}"), "not a tokenizer.json"),
         ("a.json", lambda p: Tokenizer(models.BPE()).save(str(p)), "BPE tokenizer: give a WordPiece"),
         ("a.json", lacking, r"lacks the special tokens \[SEP\], \[MASK\]"),
+        ("a.json", lambda p: with_id(p, 10**8), "'zebra' the id 100000000: ids must be below 4194304"),
+        ("a.json", lambda p: with_id(p, 1 << 31), "'zebra' the id 2147483648"),
+        ("a.json", lambda p: with_id(p, 1 << 32), "not a tokenizer.json"),
+        ("a.json", lambda p: with_id(p, -1), "not a tokenizer.json"),
+        ("a.json", lambda p: with_id(p, 10**400), "not a tokenizer.json"),
+        ("a.json", lambda p: p.write_text('{"model":' * 10_000), "not a tokenizer.json .nested too deeply"),
+        ("a.json", lambda p: p.write_text('{"model": ' + "9" * 5000 + "}"), "not a tokenizer.json"),
+        ("a.json", os.mkfifo, "is no regular file"),
         ("a.txt", lambda p: p.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\nx\n"), r"lacks the special tokens \[MASK\]"),
         ("a.txt", lambda p: p.write_text("[PAD]\nx\nx\n"), "a.txt:3: 'x' a second time"),
         ("a.txt", lambda p: p.write_text("[PAD]\n\nx\n"), "a.txt:2: an empty line"),
