@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...kernels.attn import attention, attention_varlen_separate
 from ...kernels.checks import MAX_HEAD_DIM
-from .masks import additive_mask, build_mask, check_mask, expanded_mask
+from .masks import additive_mask, build_mask, expanded_mask, padding_form
 
 NAME = "fusebert"
 # Arguments of some models that neither the kernels nor SDPA compute: ignoring one would change the result.
@@ -101,23 +101,22 @@ def attention_forward(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if kwargs.get("cu_seq_lens_q") is not None:
         return _packed(query, key, value, attention_mask, dropout, scaling, causal, **kwargs), None
-    check_mask(attention_mask, query.shape[2], key.shape[0], key.shape[2])
+    padding = padding_form(attention_mask, query.shape[2], key.shape[0], key.shape[2])
     if kwargs.pop("output_attentions", False):
         _warn(f"output_attentions=True: {NAME} does not form the attention weights; the model's eager attention runs")
         mask = additive_mask(expanded_mask(attention_mask, query.shape[2]), query.dtype)
         return _eager(module)(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
     reason = _why_sdpa(module, query, value, attention_mask, causal, kwargs.get("position_bias"))
-    if reason is not None:
+    if padding is None or reason is not None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+        reason = reason or "the attention mask has 4 dimensions (causal, packed, or given by the caller)"
         _warn(f"{reason}: Transformers' SDPA attention runs instead of {NAME}'s")
         mask = expanded_mask(attention_mask, query.shape[2])
         return sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
-    window, real = None, attention_mask  # real: [B, N_k]
-    if real is not None and real.dim() == 3:
-        window, real = real.shape[1] - 1, real[:, 0]
+    real, window = padding  # [B, N_k]
     out = attention(query, key, value, key_padding_mask=real, scale=scaling, dropout_p=dropout, window=window)
     return out.transpose(1, 2), None
 
@@ -161,8 +160,6 @@ def _why_sdpa(
     module: nn.Module, query: Tensor, value: Tensor, mask: Tensor | None, causal: bool, position_bias: Tensor | None
 ) -> str | None:
     """The reason why SDPA must run, or None."""
-    if mask is not None and mask.dim() == 4:
-        return "the attention mask has 4 dimensions (causal, packed, or given by the caller)"
     if mask is None and causal and query.shape[2] > 1:
         return f"{type(module).__name__} is causal"
     if position_bias is not None:

@@ -12,9 +12,9 @@ from .norms import FusedNorm, FusedPostNorm
 from .report import FuseReport, Left, Replaced
 from .swap import Fused, restore_class, swap_class
 from .torch_nn import FusedEncoder, FusedEncoderLayer, FusedMultiheadAttention
-from .transformers import attention_obstacle, pretrained_models, restore_attention, set_attention
+from .transformers import attention_plan, pretrained_models, restore_attention, set_attention
 from .transformers4 import FusedSelfAttention, PaddingMaskModel
-from .unpad import PackedEncoder, PackedModernBert
+from .unpad import PackedEncoder, PackedModernBert, padding_reader
 
 
 def fuse(
@@ -38,8 +38,8 @@ def fuse(
             and when labels are a positional argument.
         unpad: remove the padding of each batch before the layers, where the encoder is one of `unpad.PACKABLE` or
             ModernBERT. After them the rows of padding are zeros, so a label on padding (which should be −100) changes
-            the loss. Synchronises with the device once a batch. The batch stays padded when hidden states or attentions
-            are recorded and under ``torch.compile``.
+            the loss. Synchronises with the device. The batch stays padded where a row of padding is read (see `unpad`),
+            when hidden states or attentions are recorded, and under ``torch.compile``.
 
     Returns:
         What was replaced and what was left, with reasons.
@@ -67,7 +67,7 @@ def fuse(
         elif "forward" in vars(module):
             reason = "its forward was replaced on the instance"
         else:
-            reason = template.obstacle(module)
+            reason = template.obstacle(module) or template.touched(module)
         if reason is None:
             swap_class(module, template)
         note(name, module, template.by, reason)
@@ -83,9 +83,9 @@ def fuse(
         for name, hf_model in pretrained:
             if any(map(PaddingMaskModel.matches, hf_model.modules())):
                 continue
-            reason = attention_obstacle(hf_model)
-            previous = set_attention(hf_model) if reason is None else ""
-            note(name, hf_model, f"attn_implementation {NAME!r}, was {previous!r}", reason)
+            for path, part, reason in attention_plan(name, hf_model):
+                previous = set_attention(part) if reason is None else ""
+                note(path, part, f"attn_implementation {NAME!r}, was {previous!r}", reason)
         swap_all(FusedMultiheadAttention)
     if layernorm:
         swap_all(FusedPostNorm)
@@ -94,8 +94,14 @@ def fuse(
         swap_all(FusedEncoderLayer)
         swap_all(FusedEncoder)
     if unpad:
-        swap_all(PackedEncoder)
-        swap_all(PackedModernBert)
+        padded: set[nn.Module] = set()
+        for name, hf_model in pretrained:
+            reason = padding_reader(hf_model)
+            if reason is not None:
+                padded.update(hf_model.modules())
+                note(name, hf_model, "", f"unpad: {reason}")
+        swap_all(PackedEncoder, skip=padded)
+        swap_all(PackedModernBert, skip=padded)
         if not any(PackedEncoder.matches(module) or PackedModernBert.matches(module) for _, module in modules):
             note("", model, "", "unpad does not support its encoder")
     if mlm_loss:

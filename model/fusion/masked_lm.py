@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...kernels import masked_lm_loss
 from ..batch import IGNORE
-from .swap import Fused, swap_class
+from .swap import Fused, swap_class, why_touched
 
 # Models with a known loss (mean cross entropy over the labels that are not IGNORE) → the name of their logits.
 MLM_LOGITS = {
@@ -33,7 +33,7 @@ class DeferredDecoder(Fused):
 
     @classmethod
     def obstacle(cls, module: Any) -> str | None:
-        return None if type(module) is nn.Linear else "its output embeddings are not nn.Linear"
+        return why_touched(module, nn.Linear, "output embedding")
 
     def forward(self: Any, input: Tensor) -> Tensor:
         return input if self.deferred else self.original.forward(self, input)
@@ -52,11 +52,15 @@ class MaskedLanguageModel(Fused):
             return f"its config ignores labels other than {IGNORE}"
         return DeferredDecoder.obstacle(module.get_output_embeddings())
 
+    @classmethod
+    def touched(cls, module: Any) -> str | None:
+        return DeferredDecoder.obstacle(module.get_output_embeddings())
+
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         kind, decoder = type(self).__name__, self.get_output_embeddings()
         targets = ("labels", "next_sentence_label") if kind == "BertForPreTraining" else ("labels",)
         given = all(kwargs.get(name) is not None for name in targets)
-        if not self.training or not given or not hasattr(decoder, "deferred"):
+        if not self.training or not given or "deferred" not in vars(decoder):
             return self.original.forward(self, *args, **kwargs)
         others = {name: value for name, value in kwargs.items() if name not in (*targets, "return_dict")}
         decoder.deferred = True

@@ -2,11 +2,14 @@
 
 Transformers builds a mask once a forward pass with `build_mask` and hands it to each layer's attention:
 
-    None                      no padding
-    bool [B, N_k]             True where a key is real
-    bool [B, w + 1, N_k]      the same with a window: query i attends to key j only where |i − j| ≤ w. The second axis
-                              is expanded without memory; its size encodes w.
-    [B, 1 or H, N_q, N_k]     any other mask (causal, packed, given by the caller): Transformers' SDPA attention runs
+    None                        no padding
+    bool [B, 1, 1, N_k]         True where a key is real
+    bool [B, 1, 1, w + 1, N_k]  the same with a window: query i attends to key j only where |i − j| ≤ w. The fourth axis
+                                is expanded without memory; its size encodes w.
+    [B, 1 or H, N_q, N_k]       any other mask (causal, packed, given by the caller): Transformers' SDPA attention runs
+
+A layer on another attention reads the first two rightly, and SDPA raises for the third. A bool [B, N_k] is taken as
+padding too, but never made: SDPA would read it as [N_q, N_k] where B = N_q.
 
 The values of a mask are never read to decide which form it takes: that would synchronise with the device and break
 compiled graphs.
@@ -42,13 +45,17 @@ def build_mask(
         kwargs: the rest of the request, passed on where Transformers builds the mask.
 
     Raises:
-        ValueError: ``attention_mask`` has neither two nor four dimensions.
+        ValueError: ``attention_mask`` has neither two nor four dimensions, or another batch size.
     """
     from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(
             f"attention_mask must have shape [B, N] or [B, 1, N_q, N_k]; got shape {tuple(attention_mask.shape)}"
+        )
+    if attention_mask is not None and attention_mask.shape[0] != batch_size:
+        raise ValueError(
+            f"attention_mask must have one row for each of the {batch_size} sequences; got {list(attention_mask.shape)}"
         )
     # Only requests for a bidirectional mask have this key; it is True when no other mask is combined with it.
     plain = kwargs.get("allow_is_bidirectional_skip") is True and not use_vmap and kv_offset == 0
@@ -60,7 +67,8 @@ def build_mask(
             real = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)  # [B, N_k]
         else:
             real = attention_mask.to(device=device, dtype=torch.bool).expand(batch_size, kv_length)  # [B, N_k]
-        return real if local_size is None else real[:, None].expand(-1, local_size + 1, -1)  # [B, w + 1, N_k]
+        real = real[:, None, None]  # [B, 1, 1, N_k]
+        return real if local_size is None else real[:, :, :, None].expand(-1, -1, -1, local_size + 1, -1)
     # Request a mask in every case: None means "no padding" to the kernels, but "causal" to SDPA.
     kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
     if mask_function is not None:
@@ -78,30 +86,38 @@ def build_mask(
     )
 
 
-def check_mask(mask: Tensor | None, n_q: int, batch: int, n_k: int) -> None:
-    """Raises:
-    ValueError: ``mask`` has none of the forms of the module docstring for ``batch`` rows, n_q queries and n_k keys.
+def padding_form(mask: Tensor | None, n_q: int, batch: int, n_k: int) -> tuple[Tensor | None, int | None] | None:
+    """(real keys [B, N_k] or None, window or None); None for a mask of four dimensions that says more than padding.
+
+    Raises:
+        ValueError: ``mask`` has none of the forms of the module docstring for ``batch`` rows, n_q queries and n_k keys.
     """
-    if mask is None or mask.dim() == 4:
-        return
-    if mask.dim() not in (2, 3) or mask.dtype != torch.bool or (mask.shape[0], mask.shape[-1]) != (batch, n_k):
+    if mask is None:
+        return None, None
+    if mask.dim() == 4:
+        is_padding = mask.dtype == torch.bool and mask.shape == (batch, 1, 1, n_k)
+        return (mask[:, 0, 0], None) if is_padding else None
+    if mask.dim() not in (2, 5) or mask.dtype != torch.bool or (mask.shape[0], mask.shape[-1]) != (batch, n_k):
         raise ValueError(
             f"attention_mask must be bool [B, N_k] = {[batch, n_k]}, True where a key is real, or have 4 dimensions; "
             f"got {mask.dtype} {list(mask.shape)}"
         )
-    if mask.dim() == 3 and n_q != n_k:
+    if mask.dim() == 2:
+        return mask, None
+    if n_q != n_k:
         raise ValueError(f"a sliding window needs as many queries as keys; got {n_q} queries and {n_k} keys")
+    return mask[:, 0, 0, 0], mask.shape[3] - 1
 
 
 def expanded_mask(mask: Tensor | None, n_q: int) -> Tensor | None:
-    """The bool mask [B, 1, N_q, N_k] of any form; a mask of 4 dimensions is returned as it is."""
-    if mask is None or mask.dim() == 4:
+    """The bool mask [B, 1, N_q, N_k] of any form; a mask of 4 dimensions that is not padding is returned as it is."""
+    if mask is None or (mask.dim() == 4 and (mask.dtype != torch.bool or mask.shape[1:3] != (1, 1))):
         return mask
-    if mask.dim() == 2:
-        return mask[:, None, None, :].expand(-1, -1, n_q, -1)
+    if mask.dim() != 5:
+        return mask.view(mask.shape[0], 1, 1, -1).expand(-1, -1, n_q, -1)
     i = torch.arange(n_q, device=mask.device)
-    near = (i[:, None] - i).abs() < mask.shape[1]  # [N_q, N_k]
-    return mask[:, None, :1] & near
+    near = (i[:, None] - i).abs() < mask.shape[3]  # [N_q, N_k]
+    return mask[:, :, 0, :1] & near
 
 
 def additive_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import dropout_add_layernorm, layernorm
-from .swap import Fused, has_hooks
+from .swap import Fused, why_touched
 
 
 class FusedNorm(Fused):
@@ -24,12 +24,21 @@ class FusedNorm(Fused):
     def obstacle(cls, module: Any) -> str | None:
         if type(module) is not nn.LayerNorm:
             return "a subclass of nn.LayerNorm, which may have another forward"
+        return cls.axes_obstacle(module)
+
+    @staticmethod
+    def axes_obstacle(module: Any) -> str | None:
         return None if len(module.normalized_shape) == 1 else f"normalises {len(module.normalized_shape)} axes"
 
     def forward(self: Any, input: Tensor) -> Tensor:
-        if input.shape[-1:] != self.normalized_shape:
+        if input.shape[-1:] != self.normalized_shape or is_elsewhere(self.weight, input):
             return self.original.forward(self, input)  # raises PyTorch's error
         return layernorm(input, self.weight, self.bias, eps=self.eps)
+
+
+def is_elsewhere(parameter: Tensor | None, x: Tensor) -> bool:
+    """Whether a parameter is on another device than ``x``: offloaded, for example, and brought back by its module."""
+    return parameter is not None and parameter.device != x.device
 
 
 def add_norm(x: Tensor, residual: Tensor, dropout: nn.Dropout, norm: nn.LayerNorm) -> Tensor:
@@ -40,7 +49,7 @@ def add_norm(x: Tensor, residual: Tensor, dropout: nn.Dropout, norm: nn.LayerNor
     """
     p = dropout.p if dropout.training else 0.0
     mixed = x.dtype != residual.dtype and not torch.is_autocast_enabled(x.device.type)
-    if mixed or p >= 1.0 or x.shape != residual.shape:
+    if mixed or p >= 1.0 or x.shape != residual.shape or is_elsewhere(norm.weight, x):
         return norm(dropout(x) + residual)
     return dropout_add_layernorm(x, residual, norm.weight, norm.bias, eps=norm.eps, p=p)
 
@@ -69,12 +78,12 @@ class FusedPostNorm(Fused):
 
     @classmethod
     def obstacle(cls, module: Any) -> str | None:
+        return cls.touched(module) or FusedNorm.axes_obstacle(module.LayerNorm)
+
+    @classmethod
+    def touched(cls, module: Any) -> str | None:
         norm, dropout = module.LayerNorm, module.dropout
-        if type(dropout) is not nn.Dropout or not (isinstance(norm, FusedNorm) or FusedNorm.obstacle(norm) is None):
-            return "its dropout or LayerNorm is of another kind"
-        return "its dropout or LayerNorm has hooks" if has_hooks(dropout) or has_hooks(norm) else None
+        return why_touched(norm, nn.LayerNorm, "LayerNorm") or why_touched(dropout, nn.Dropout, "dropout")
 
     def forward(self: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        if FusedPostNorm.obstacle(self) is not None:  # a hook or an adapter was added after fuse
-            return self.original.forward(self, hidden_states, input_tensor)
         return add_norm(self.dense(hidden_states), input_tensor, self.dropout, self.LayerNorm)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -22,7 +21,8 @@ class Fused(nn.Module):
     """Base of the templates. A fused class inherits from a template and from ``original``, in this order.
 
     A template's forward calls ``self.original.forward(self, ...)`` where the kernels do not compute what a call
-    requests. A template without a forward keeps the original one.
+    requests. A template without a forward keeps the original one. The original forward also
+    runs for a call where `touched` gives a reason, and after `unfuse` where somebody kept the bound method.
 
     Attributes:
         by: what runs now, for the report.
@@ -44,7 +44,14 @@ class Fused(nn.Module):
         """The reason why a ``module`` that matches cannot be fused, or None."""
         raise NotImplementedError
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+    @classmethod
+    def touched(cls, module: Any) -> str | None:
+        """The reason why a part of ``module`` may differ from what its class says, or None. Asked at every call."""
+        return None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if _fused_class_of(type(self)) is not type(self):  # another library's class on top
+            return super().__reduce_ex__(protocol)
         return _empty_instance, (self.template, self.original), self.__dict__
 
     def extra_repr(self) -> str:
@@ -58,9 +65,27 @@ def swap_class(module: nn.Module, template: Any) -> None:
 
 
 def restore_class(module: nn.Module) -> None:
-    """Undo `swap_class`. Does nothing if ``module`` is not fused."""
-    if isinstance(module, Fused):
-        module.__class__ = module.original
+    """Undo `swap_class`. Does nothing if ``module`` is not fused. Classes that others put on top since stay."""
+    cls: Any = type(module)
+    fused = _fused_class_of(cls)
+    if fused is not None:
+        module.__class__ = _without(cls, fused)
+
+
+def _fused_class_of(cls: Any) -> Any:
+    """The class in ``cls``'s method resolution order that `swap_class` made, or None."""
+    return next((base for base in cls.__mro__ if "template" in vars(base)), None)
+
+
+@functools.cache
+def _without(cls: Any, fused: Any) -> Any:
+    """``cls``, derived from ``fused``, as if it were derived from the class that ``fused`` replaced."""
+    if cls is fused:
+        return fused.original
+    if fused not in cls.__mro__:
+        return cls
+    members = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, tuple(_without(base, fused) for base in cls.__bases__), members)
 
 
 def original_class_name(module: nn.Module) -> str:
@@ -69,8 +94,32 @@ def original_class_name(module: nn.Module) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+def why_touched(part: Any, kind: type, name: str, hooks: tuple[str, ...] = CALL_HOOKS + STATE_HOOKS) -> str | None:
+    """The reason why fused code must not compute what ``part`` computes, or None.
+
+    Args:
+        part: a module that the fused code does not call.
+        kind: the class, fused or not, that the fused code was written for. A subclass may compute anything: adapters,
+            FSDP2 and parametrizations derive one.
+        name: what the reason calls the part.
+        hooks: the attributes with hooks to look at.
+    """
+    cls = type(part)
+    if cls is not kind and cls.__dict__.get("original") is not kind:
+        return f"its {name} is of another kind ({cls.__name__})"
+    own = part.__dict__
+    if "forward" in own:
+        return f"the forward of its {name} was replaced on the instance"
+    return f"its {name} has hooks" if any(map(own.get, hooks)) else None
 
 
 @functools.cache
@@ -83,10 +132,12 @@ def _fused_class(template: Any, original: Any) -> Any:
     members = {"original": original, "template": template}
     members |= {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
     if "forward" in vars(template):
-        written = template.forward
-        forward: Any = FunctionType(written.__code__, written.__globals__, "forward", written.__defaults__)
-        forward.__kwdefaults__ = written.__kwdefaults__
-        forward.__signature__ = inspect.signature(original.forward)
+
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            fused = isinstance(self, Fused) and template.touched(self) is None
+            return (template if fused else original).forward(self, *args, **kwargs)
+
+        forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
         members["forward"] = forward
     return type(original.__name__, (template, original), members)
 

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ...kernels import attention
 from ...kernels.checks import MAX_HEAD_DIM
-from .norms import FusedNorm, add_norm
-from .swap import Fused, has_hooks
+from .norms import FusedNorm, add_norm, is_elsewhere
+from .swap import Fused, why_touched
 
 
 def _is_supported(x: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool | None) -> bool:
@@ -38,6 +39,10 @@ class FusedMultiheadAttention(Fused):
         size = module.head_dim
         return None if size <= MAX_HEAD_DIM else f"its heads have size {size}, above {MAX_HEAD_DIM}"
 
+    @classmethod
+    def touched(cls, module: Any) -> str | None:
+        return why_touched(module.out_proj, NonDynamicallyQuantizableLinear, "out_proj")
+
     def forward(
         self: Any,
         query: Tensor,
@@ -50,7 +55,9 @@ class FusedMultiheadAttention(Fused):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         self_attention = query is key and key is value
-        if need_weights or not self_attention or not _is_supported(query, attn_mask, key_padding_mask, is_causal):
+        supported = self_attention and _is_supported(query, attn_mask, key_padding_mask, is_causal)
+        elsewhere = is_elsewhere(self.in_proj_weight, query) or is_elsewhere(self.out_proj.weight, query)
+        if need_weights or not supported or elsewhere:
             return self.original.forward(
                 self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
@@ -77,12 +84,20 @@ class FusedEncoderLayer(Fused):
     def obstacle(cls, module: Any) -> str | None:
         if type(module) is not nn.TransformerEncoderLayer:
             return "a subclass of nn.TransformerEncoderLayer, which may have another forward"
-        if not isinstance(module.self_attn, FusedMultiheadAttention):
-            return "its attention is not fused"
-        dropouts, norms = (module.dropout1, module.dropout2), (module.norm1, module.norm2)
-        if any(type(dropout) is not nn.Dropout for dropout in dropouts):
-            return "its dropout is of another kind"
-        return "its dropouts or norms have hooks" if any(map(has_hooks, dropouts + norms)) else None
+        return None if isinstance(module.self_attn, FusedMultiheadAttention) else "its attention is not fused"
+
+    @classmethod
+    def touched(cls, module: Any) -> str | None:
+        for name in ("_sa_block", "_ff_block"):
+            if name in module.__dict__:
+                return f"its {name} was replaced on the instance"
+        return (
+            why_touched(module.self_attn, nn.MultiheadAttention, "self_attn")
+            or why_touched(module.norm1, nn.LayerNorm, "norm1")
+            or why_touched(module.norm2, nn.LayerNorm, "norm2")
+            or why_touched(module.dropout1, nn.Dropout, "dropout1")
+            or why_touched(module.dropout2, nn.Dropout, "dropout2")
+        )
 
     def forward(
         self: Any,
@@ -96,14 +111,18 @@ class FusedEncoderLayer(Fused):
         x, padding = src, src_key_padding_mask  # [B, N, H] or [N, B, H], [B, N]
         if self.norm_first:
             normed = self.norm1(x)
-            x = x + self.dropout1(self.self_attn(normed, normed, normed, padding, need_weights=False)[0])
+            x = x + self.dropout1(_attend(self, normed, padding))
             return x + self.dropout2(_feed_forward(self, self.norm2(x)))
-        attended = self.self_attn(x, x, x, padding, need_weights=False)[0]
+        attended = _attend(self, x, padding)
         if not all(isinstance(norm, FusedNorm) for norm in (self.norm1, self.norm2)):
             x = self.norm1(x + self.dropout1(attended))
             return self.norm2(x + self.dropout2(_feed_forward(self, x)))
         x = add_norm(attended, x, self.dropout1, self.norm1)
         return add_norm(_feed_forward(self, x), x, self.dropout2, self.norm2)
+
+
+def _attend(layer: Any, x: Tensor, padding: Tensor | None) -> Tensor:
+    return layer.self_attn(x, x, x, attn_mask=None, key_padding_mask=padding, need_weights=False, is_causal=False)[0]
 
 
 def _feed_forward(layer: Any, x: Tensor) -> Tensor:
@@ -123,7 +142,11 @@ class FusedEncoder(Fused):
     def obstacle(cls, module: Any) -> str | None:
         if type(module) is not nn.TransformerEncoder:
             return "a subclass of nn.TransformerEncoder, which may have another forward"
-        fused = all(isinstance(layer, FusedEncoderLayer) for layer in module.layers)
+        return None  # see touched
+
+    @classmethod
+    def touched(cls, module: Any) -> str | None:
+        fused = all(isinstance(layer, FusedEncoderLayer) and "forward" not in layer.__dict__ for layer in module.layers)
         return None if fused else "not all of its layers are fused"
 
     def forward(
@@ -136,5 +159,5 @@ class FusedEncoder(Fused):
         if not _is_supported(src, mask, src_key_padding_mask, is_causal):
             return self.original.forward(self, src, mask, src_key_padding_mask, is_causal)
         for layer in self.layers:
-            src = layer(src, src_key_padding_mask=src_key_padding_mask)
+            src = layer(src, src_mask=None, is_causal=False, src_key_padding_mask=src_key_padding_mask)
         return src if self.norm is None else self.norm(src)

@@ -1,7 +1,10 @@
 """Remove the padding of a batch before a Transformers encoder's layers and put it back, as zeros, after them.
 
 The real rows of [B, N, H] become one row of segments, [1, T, H]. The layers pass ``cu_seq_lens_q`` and ``max_length_q``
-to `attention_interface`, which attends within segments. Computing T synchronises with the device once a batch.
+to `attention_interface`, which attends within segments. Computing T synchronises with the device.
+
+A batch stays padded where a row of padding is read: as the first token of a left-padded sequence, by a hook or a
+replaced forward between the layers, or by a head that `padding_reader` knows.
 """
 
 from __future__ import annotations
@@ -10,10 +13,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .attention_interface import NAME
-from .swap import Fused, original_class_name
+from .swap import CALL_HOOKS, Fused, original_class_name
+from .transformers import uses_interface
 
 # Encoders that add positions before their layers, which are then independent of a row's place in the batch.
 PACKABLE = (
@@ -26,6 +30,21 @@ PACKABLE = (
 )
 MODERNBERT = "transformers.models.modernbert.modeling_modernbert.ModernBertModel"
 RECORDED = ("output_hidden_states", "output_attentions")
+ROW_BY_ROW = ("torch", "transformers")  # hooks of these packages (FSDP2, pruning, recorded outputs) take packed rows
+
+
+def padding_reader(model: nn.Module) -> str | None:
+    """The reason why the padding of ``model``'s encoder is read after it, or None."""
+    for module in model.modules():
+        if type(module).__name__.endswith("ForQuestionAnswering"):
+            return "the softmax of its head includes the rows of padding"
+        if getattr(module, "summary_type", "first") != "first":
+            return f"its head reads the rows of padding (summary_type {module.summary_type!r})"
+    return None
+
+
+def _is_row_by_row(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).split(".")[0] in ROW_BY_ROW
 
 
 class _Packed(Fused):
@@ -40,6 +59,26 @@ class _Packed(Fused):
             return "its feed-forward processes chunks of the sequence (chunk_size_feed_forward)"
         return None
 
+    @classmethod
+    def touched(cls, module: Any) -> str | None:
+        if torch.compiler.is_compiling():
+            return None  # a compiled batch stays padded
+        attentions = 0
+        part: Any
+        for part in module.modules():
+            own = part.__dict__
+            if getattr(own.get("config"), "_attn_implementation", NAME) != NAME:
+                return f"its attn_implementation is not {NAME!r}"
+            attentions += uses_interface(part.__class__)
+            if part is module:
+                continue
+            if "forward" in own:
+                return f"the forward of its {type(part).__name__} was replaced on the instance"
+            if any(not _is_row_by_row(hook) for name in CALL_HOOKS for hook in own[name].values()):
+                return f"its {type(part).__name__} has hooks, which would see packed rows"
+        layers = getattr(module, "layer", None) or module.layers
+        return None if attentions == len(layers) else "its attention is of another kind"
+
 
 class PackedEncoder(_Packed):
     """One of `PACKABLE`."""
@@ -53,7 +92,9 @@ class PackedEncoder(_Packed):
         others = args or any(
             kwargs.get(name) is not None for name in ("encoder_hidden_states", "cache", "past_key_values")
         )
-        rows = None if others else _real_rows(self, mask, kwargs)  # [T]
+        if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1:3] == (1, 1) and mask.dtype == torch.bool:
+            mask = mask[:, 0, 0]  # [B, N]
+        rows = None if others else _real_rows(self, mask, hidden_states.shape[:2], kwargs)  # [T]
         if rows is None:
             return self.original.forward(self, hidden_states, *args, **kwargs)
         kwargs |= {"attention_mask": None, **_segments(mask)}
@@ -77,8 +118,10 @@ class PackedModernBert(_Packed):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        rows = _real_rows(self, attention_mask, kwargs)  # [T]
-        if rows is None or (input_ids is None) == (inputs_embeds is None):
+        given: Any = input_ids if inputs_embeds is None else inputs_embeds
+        one = (input_ids is None) != (inputs_embeds is None)
+        rows = _real_rows(self, attention_mask, given.shape[:2], kwargs, window=True) if one else None  # [T]
+        if rows is None:
             return self.original.forward(self, input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
         if position_ids is None:
             position_ids = torch.arange(attention_mask.shape[1], device=rows.device)
@@ -101,15 +144,27 @@ def _config(encoder: Any) -> Any:
     return encoder.config if hasattr(encoder, "config") else encoder.layer[0].attention.config
 
 
-def _real_rows(module: Any, mask: Any, kwargs: dict[str, Any]) -> Tensor | None:
-    """Indices of the real rows in the flattened batch, [T]; None where the batch must stay padded."""
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or torch.compiler.is_compiling():
+def _real_rows(
+    module: Any, mask: Any, shape: tuple[int, ...], kwargs: dict[str, Any], window: bool = False
+) -> Tensor | None:
+    """Indices of the real rows in the flattened batch, [T]; None where the batch must stay padded.
+
+    Args:
+        mask: [B, N] for a batch of this ``shape``, which may be packed, or anything else.
+        window: whether the layers count the rows between two tokens, which a hole in the mask would change.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None  # T is not known in a compiled graph
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape != shape:
+        return None
     config = _config(module)
     if any(kwargs.get(name) or getattr(config, name) for name in RECORDED):
         return None  # a recorded layer would show packed rows
-    rows = mask.flatten().nonzero().squeeze(-1)
-    return rows if rows.numel() else None
+    real = mask != 0
+    as_padded = real[:, 0].all()  # the first token is read: by poolers and classifiers
+    if window:
+        as_padded &= ~(real[:, 1:] & ~real[:, :-1]).any()
+    return real.flatten().nonzero().squeeze(-1) if as_padded else None
 
 
 def _segments(mask: Tensor) -> dict[str, Any]:

@@ -82,5 +82,18 @@ def output_and_gradients(family, model, inputs):
     return out.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+class LinearInputs(torch.overrides.TorchFunctionMode):
+    """Records the leading sizes of every linear layer's input, without a hook that `fuse` would notice."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is nn.functional.linear:
+            self.sizes.append(tuple(args[0].shape[:-1]))
+        return function(*args, **kwargs or {})
+
+
 def flat(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat([gradient.flatten() for gradient in gradients.values()])

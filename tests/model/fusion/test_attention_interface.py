@@ -67,7 +67,7 @@ def test_no_mask_is_read():
     mask = torch.ones(2, 9, dtype=torch.int64, device="meta")
     config = transformers.BertConfig(**TEXT, attn_implementation="fusebert")
     made = masking_utils.create_bidirectional_mask(config, torch.empty(2, 9, 32, device="meta"), mask)
-    assert (made.shape, made.dtype) == ((2, 9), torch.bool)
+    assert (made.shape, made.dtype) == ((2, 1, 1, 9), torch.bool)
     assert masking_utils.create_bidirectional_mask(config, torch.empty(2, 9, 32, device="meta"), None) is None
 
 
