@@ -29,7 +29,8 @@ from .format import (
 class Shard:
     """The three arrays of a shard, mapped into memory on first access.
 
-    A pickled Shard holds its location and counts only, so a worker process maps the files itself.
+    A pickled Shard holds its location and counts only, so a worker process maps the files itself. It refuses a file
+    that replaced the one mapped in the process that pickled the Shard.
 
     Args:
         directory: the corpus.
@@ -46,6 +47,7 @@ class Shard:
         # File names are computed, never read from the manifest: a manifest cannot point outside the directory.
         self.paths = {array: directory / array_file(split, index, array) for array in ARRAYS}
         self._token_dtype = token_dtype(vocab_size)
+        self._mapped: dict[str, tuple[int, int]] = {}  # device and inode of each array
         self.num_tokens = counts["tokens"]
         self.num_sentences = counts["sentences"]
         self.num_documents = counts["documents"]
@@ -71,6 +73,7 @@ class Shard:
     def _load(self, name: str, dtype: np.dtype[Any], length: int, end: int | None = None) -> np.ndarray:
         path = self.paths[name]
         try:
+            stat = os.stat(path)
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise CorpusError(f"{path} cannot be read ({error}): prepare the corpus again") from error
@@ -79,6 +82,8 @@ class Shard:
                 f"{path} is damaged: {array.dtype} {list(array.shape)} where the manifest says {dtype} [{length}]: "
                 "prepare the corpus again"
             )
+        if self._mapped.setdefault(name, (stat.st_dev, stat.st_ino)) != (stat.st_dev, stat.st_ino):
+            raise CorpusError(f"{path} was replaced since it was first read: start again")
         # Increasing offsets with the right ends cannot index outside the array they refer to.
         if end is not None and not (array[0] == 0 and array[-1] == end and bool(np.all(array[1:] > array[:-1]))):
             raise CorpusError(f"{path} is damaged: offsets do not rise from 0 to {end}: prepare the corpus again")
@@ -145,19 +150,7 @@ class Corpus:
             CorpusError: there is no corpus, it is incomplete, or a file is missing or damaged.
         """
         directory = Path(directory)
-        path = directory / MANIFEST
-        if not directory.is_dir():
-            what = "is a file, not a folder" if directory.exists() else "does not exist"
-            raise CorpusError(f"{directory} {what}: make a corpus there with `fusebert prepare ... --out {directory}`")
-        if not path.is_file():
-            raise CorpusError(
-                f"{directory} is not a finished corpus (it has no {MANIFEST}): make one with `fusebert prepare`"
-            )
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise CorpusError(f"{path} cannot be read ({error}): prepare the corpus again") from error
-        check_manifest(path, manifest)
+        manifest = read_manifest(directory)
         corpus = cls(directory, manifest)
         if not corpus.tokenizer_path.is_file():
             raise CorpusError(f"{corpus.tokenizer_path} is missing: prepare the corpus again")
@@ -198,6 +191,28 @@ class Corpus:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise CorpusError(f"{self.tokenizer_path} is not a WordPiece tokenizer ({error!r})") from error
         return table
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The checked content of the manifest in ``directory``.
+
+    Raises:
+        CorpusError: there is no manifest, or it is damaged.
+    """
+    path = directory / MANIFEST
+    if not directory.is_dir():
+        what = "is a file, not a folder" if directory.exists() else "does not exist"
+        raise CorpusError(f"{directory} {what}: make a corpus there with `fusebert prepare ... --out {directory}`")
+    if not path.is_file():
+        raise CorpusError(
+            f"{directory} is not a finished corpus (it has no {MANIFEST}): make one with `fusebert prepare`"
+        )
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CorpusError(f"{path} cannot be read ({error}): prepare the corpus again") from error
+    check_manifest(path, manifest)
+    return manifest
 
 
 def _check_file(path: Path, recorded: Mapping[str, Any], verify: bool) -> None:

@@ -15,6 +15,7 @@ does not affect earlier checkpoints. Reading verifies size and CRC-32 of every f
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -31,15 +32,22 @@ from ...model.atomic import replace_file, sync_directory
 from ...model.pretraining import BertForPreTraining
 from ..errors import UserError
 from ..step.distributed import Ranks, lost_connection
+from ..step.finite import LARGEST, blown_up
 from ..step.sharding import gather, scatter
+from .strict_json import strict_json
 
 FORMAT_VERSION = 2
 READABLE = (1, 2)  # version 1 has generator states in rng.safetensors, and its batches come from one lane
 FILES = ("model.safetensors", "optimizer.safetensors")
+MAX_FLOAT32 = torch.finfo(torch.float32).max
 
 
 class CheckpointError(UserError):
     """A checkpoint is damaged or not a checkpoint. The message is one line."""
+
+
+class BlownUpWeights(UserError):
+    """Weights or moments are not finite, or weights so large that products overflow. The message is one line."""
 
 
 @dataclasses.dataclass
@@ -50,6 +58,7 @@ class TrainerState:
         step: optimisation steps done.
         batches: micro-batches consumed by all ranks.
         lanes: chunks that the batches are read from side by side, see `loader.batches`.
+        skipped: steps, of those done, that changed nothing because loss or gradient was not finite.
         tokens: real tokens seen.
         elapsed_s: wall-clock seconds of the run.
         train_s: seconds of the steps alone.
@@ -64,6 +73,7 @@ class TrainerState:
     step: int = 0
     batches: int = 0
     lanes: int = 1
+    skipped: int = 0
     tokens: int = 0
     elapsed_s: float = 0.0
     train_s: float = 0.0
@@ -91,11 +101,20 @@ def save_checkpoint(
         ranks: None: this process alone.
 
     Raises:
+        BlownUpWeights: the weights or moments are not worth keeping. Nothing is written.
         OSError: for example no space left. Earlier checkpoints are not changed.
     """
     ranks = ranks or Ranks()
+    check_weights(model, optimizer, ranks)
     tensors = gather(model.state_dict(), ranks), gather(_optimizer_tensors(model, optimizer), ranks)
     return ranks.from_first(lambda: _write(root, tensors, state, keep))
+
+
+def check_weights(model: BertForPreTraining, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+    """Raises BlownUpWeights in all ranks if a weight or moment of one rank is not usable. Waits for the device."""
+    bad = blown_up(model.state_dict()) or blown_up(_optimizer_tensors(model, optimizer), limit=MAX_FLOAT32)
+    if any(ranks.sum([float(bad is not None)])):
+        raise BlownUpWeights(f"{bad or 'a tensor of another rank'} is not finite, or too large to compute with")
 
 
 def _write(root: Path, tensors: tuple[dict[str, Tensor], ...], state: TrainerState, keep: int) -> Path:
@@ -109,7 +128,7 @@ def _write(root: Path, tensors: tuple[dict[str, Tensor], ...], state: TrainerSta
         files = {name: _write_tensors(partial / name, each) for name, each in zip(FILES, tensors, strict=True)}
         content = {"version": FORMAT_VERSION, "state": dataclasses.asdict(state), "files": files}
         with replace_file(partial / "trainer.json") as path:
-            path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            path.write_text(strict_json(content, indent=1), encoding="utf-8")
         if final.exists():  # the step that the run was resumed from, saved again
             os.rename(final, partial.with_suffix(".replaced"))
         os.rename(partial, final)
@@ -128,11 +147,20 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
+def last_good(root: Path) -> str:
+    """Which checkpoint in ``root`` a run can continue from, in words for a message. Reads and verifies them."""
+    for path in list_checkpoints(root):
+        with contextlib.suppress(CheckpointError):
+            read_state(path)
+            return f"the last good checkpoint is {path}"
+    return "there is no good checkpoint"
+
+
 def read_state(path: Path) -> TrainerState:
-    """Verifies all files of a checkpoint and returns its trainer state.
+    """Verifies all files of a checkpoint, its weights included, and returns its trainer state.
 
     Raises:
-        CheckpointError: a file is missing or damaged.
+        CheckpointError: a file is missing or damaged, or the weights are not finite.
     """
     try:
         content = json.loads((path / "trainer.json").read_text(encoding="utf-8"))
@@ -143,6 +171,9 @@ def read_state(path: Path) -> TrainerState:
         for name in FILES:
             if _fingerprint(path / name) != files[name]:
                 raise CheckpointError(f"{path / name} is damaged: its size or CRC-32 differs from trainer.json")
+            bad = _blown_up(path / name, LARGEST if name == FILES[0] else MAX_FLOAT32)
+            if bad is not None:
+                raise CheckpointError(f"{path / name} is not usable: {bad} is not finite, or too large to compute with")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not a whole checkpoint ({error})") from error
     return state
@@ -213,6 +244,20 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, int]:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     return _fingerprint(path)
+
+
+def _blown_up(path: Path, limit: float) -> str | None:
+    """`finite.blown_up` of a safetensors file, with one tensor at a time in memory."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                if blown_up({name: file.get_tensor(name)}, limit):
+                    return str(name)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged ({error})") from error
+    return None
 
 
 def _fingerprint(path: Path) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """The run's log: one JSON object a line in log.jsonl, and TensorBoard scalars if TensorBoard is installed.
 
-Every record has "kind" ("run", "train" or "eval") and "step".
+Every record has "kind" ("run", "train", "eval" or "skip") and "step".
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ...model.atomic import replace_file
+from .strict_json import strict_json
 
 
 class ScalarWriter(Protocol):
@@ -35,13 +36,13 @@ class RunLog:
         self.path = directory / "log.jsonl"
         kept = [r for r in read_log(self.path) if r["step"] <= resume_step] if resume_step is not None else []
         with replace_file(self.path) as partial:
-            partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+            partial.write_text("".join(strict_json(record) + "\n" for record in kept), encoding="utf-8")
         self._file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         self._tensorboard = _tensorboard_writer(directory / "tensorboard", resume_step, tensorboard)
 
     def write(self, kind: str, step: int, **fields: Any) -> None:
         """Appends a record. The numbers in ``fields`` also become TensorBoard scalars ``kind/name``."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **fields}) + "\n")
+        self._file.write(strict_json({"kind": kind, "step": step, **fields}) + "\n")
         if self._tensorboard is not None:
             for name, value in fields.items():
                 if isinstance(value, int | float):

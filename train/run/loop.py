@@ -8,6 +8,8 @@ counts of the step, and whether any rank was told to stop.
 from __future__ import annotations
 
 import collections
+import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,34 +22,94 @@ from ...model.batch import PackedBatch
 from ..batches.loader import batches
 from ..errors import UserError
 from ..step.optim import learning_rate
-from .checkpoint import list_checkpoints, save_checkpoint
+from .checkpoint import BlownUpWeights, save_checkpoint
 from .evaluate import Evaluation, evaluate
-from .metrics import Counts, Interval, peak_memory_bytes
+from .metrics import Counts, Interval, Readback, peak_memory_bytes
+from .replay import save_window
 from .setup import Run
 from .signals import Interrupted, StopSignal
 
+MAX_SKIPS = 20  # in a row; fp16 may need 16 to lower its scale from 2^16 to 1
+
+@dataclasses.dataclass
+class Done:
+    """A step that was queued on the device.
+
+    Attributes:
+        step: its number in the run.
+        window, seeds: its micro-batches on this rank, and their dropout seeds.
+        skipped: `StepResult.skipped`, on the way to the host.
+    """
+
+    step: int
+    window: list[PackedBatch]
+    seeds: list[int]
+    skipped: Readback
+
 
 class RunAheadLimit:
-    """Keeps the host at most ``steps`` steps ahead of the device.
+    """Keeps the host at most ``steps`` steps ahead of a GPU.
 
     Enough that the device always has work queued, and few enough that a signal, the end of the time or a loss that is
     not finite takes effect soon.
     """
 
     def __init__(self, device: torch.device, steps: int = 8) -> None:
-        self._steps = steps
-        self._on_gpu = device.type == "cuda"
-        self._events: collections.deque[torch.cuda.Event] = collections.deque()
+        self._steps = steps if device.type == "cuda" else 0
+        self._queued: collections.deque[Done] = collections.deque()
 
-    def step(self) -> None:
-        """Call it after each step. Waits for the step that lies ``steps`` back."""
-        if not self._on_gpu:
-            return
-        event = torch.cuda.Event()
-        event.record()
-        self._events.append(event)
-        if len(self._events) > self._steps:
-            self._events.popleft().synchronize()
+    def step(self, done: Done) -> list[Done]:
+        """Call it after each step. Waits for the step that lies ``steps`` back, and returns it."""
+        self._queued.append(done)
+        return self._first(len(self._queued) - self._steps)
+
+    def drain(self) -> list[Done]:
+        """Waits for all steps, and returns those that `step` has not returned."""
+        return self._first(len(self._queued))
+
+    def _first(self, count: int) -> list[Done]:
+        taken = [self._queued.popleft() for _ in range(count)]
+        for done in taken:
+            done.skipped.values()
+        return taken
+
+
+class Skips:
+    """Counts the steps that were skipped, and ends the run after `MAX_SKIPS` in a row."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._row: list[Done] = []
+
+    def look_at(self, steps: list[Done]) -> None:
+        """Call it with each step, in order; a collective call, because all ranks skip the same steps.
+
+        Raises:
+            UserError: too many in a row. A checkpoint was saved if the weights are good.
+        """
+        run = self._run
+        for done in steps:
+            if not done.skipped.values()[0]:
+                self._row = []
+                continue
+            self._row.append(done)
+            run.state.skipped += 1
+            run.record("skip", step=done.step, in_a_row=len(self._row))
+            if run.step.scaler is None:  # in fp16 a skipped step only lowers the scale
+                run.say(f"step {done.step:>6,}: loss or gradient is not finite: skipped, no weight has changed")
+            if len(self._row) == MAX_SKIPS:
+                self._give_up()
+
+    def _give_up(self) -> None:
+        run, first = self._run, self._row[0]
+        path = run.settings.out / "nonfinite" / f"step-{first.step:08d}.rank-{run.ranks.rank}.safetensors"
+        save_window(path, first.window, first.seeds)
+        with contextlib.suppress(BlownUpWeights):
+            save(run)
+        raise UserError(
+            f"the loss or its gradient was not finite in {MAX_SKIPS} steps in a row, from step {first.step} on: lower "
+            f"--lr or raise --warmup; the batch of that step is in {path}; {run.last_good()}"
+        )
 
 
 def train(run: Run, stop: StopSignal) -> None:
@@ -70,7 +132,7 @@ def train(run: Run, stop: StopSignal) -> None:
     )
     run.model.train()
     stop.armed = True
-    limit = RunAheadLimit(plan.device)
+    limit, skips = RunAheadLimit(plan.device), Skips(run)
     interval = Interval(plan.device)
     closed: list[Interval] = []  # copied to the host at the moment
     schedule.start()
@@ -90,8 +152,8 @@ def train(run: Run, stop: StopSignal) -> None:
             seeds = [dropout_seed(settings.seed, number) for number in numbers]
             result = run.step(window, lr, labels=(counts.num_masked, counts.num_pairs), seeds=seeds)
             interval.add(counts, result)
-            limit.step()
             state.step += 1
+            finished = limit.step(Done(state.step, window, seeds, Readback(result.skipped[None])))
             state.batches += micro_batches
             state.tokens += counts.tokens
             bar.update()
@@ -99,6 +161,7 @@ def train(run: Run, stop: StopSignal) -> None:
             # Prepare the next window while the device computes this one.
             window = _next_window(source, plan.accumulation)
             counts, stopping = _agree(run, window, stop)
+            skips.look_at(finished)
             done = schedule.done()
             evaluation_due, save_due = schedule.evaluation_due(), schedule.save_due()
             pause = done or evaluation_due or save_due or stopping
@@ -110,6 +173,8 @@ def train(run: Run, stop: StopSignal) -> None:
             while closed and (pause or not ranks.alone or closed[0].ready()):
                 _log_interval(run, closed.pop(0), bar)
             if pause:
+                skips.look_at(limit.drain())
+                check_inputs(run)
                 if evaluation_due and not done:  # at the end the caller evaluates and saves
                     evaluate_and_log(run)
                     schedule.evaluated()
@@ -148,6 +213,11 @@ def evaluate_and_log(run: Run) -> Evaluation:
     """Evaluates the model on held-out text, logs and prints the result. A collective call."""
     started = run.clock.read()
     result = evaluate(run.model, run.heldout, run.plan.compute_dtype, run.ranks)
+    if not math.isfinite(result.mlm_loss + (result.nsp_loss or 0.0)):
+        raise UserError(
+            f"the held-out loss after step {run.state.step} is not finite: the weights have blown up; lower --lr or "
+            f"raise --warmup; {run.last_good()}"
+        )
     seconds = run.clock.read() - started
     run.schedule.evaluation_s = seconds
     run.record("eval", elapsed_s=run.clock.now, seconds=seconds, **result.to_json())
@@ -163,41 +233,51 @@ def save(run: Run) -> Path:
     """Writes a checkpoint. A collective call.
 
     Raises:
-        OSError: no space left, for example. The message says which checkpoint is intact and how to continue.
+        BlownUpWeights: the weights are not finite. As the next, its message names the last good checkpoint.
+        OSError: no space left, for example.
     """
     state = run.state
     state.elapsed_s = run.clock.elapsed()
     state.loss_scale = run.step.scaler.state_dict() if run.step.scaler is not None else None
     try:
         path = save_checkpoint(run.checkpoints, run.model, run.optimizer, state, ranks=run.ranks)
+    except BlownUpWeights as error:
+        raise BlownUpWeights(
+            f"the weights have blown up by step {state.step} ({error}): not saved; lower --lr or raise --warmup; "
+            f"{run.last_good()}"
+        ) from error
     except OSError as error:
         raise OSError(
             error.errno,
-            f"could not save step {state.step} ({error.strerror}); {_last_checkpoint(run)}; solve the problem, then "
-            f"go on with: {run.resume_command}",
+            f"could not save step {state.step} ({error.strerror}); {run.last_good()}; solve the problem, then go on "
+            f"with: {run.resume_command}",
         ) from error
     run.clock.read()
     return path
 
 
-def _last_checkpoint(run: Run) -> str:
-    found = list_checkpoints(run.checkpoints)
-    return f"the last checkpoint, {found[0]}, is intact" if found else "there was no checkpoint yet"
+def check_inputs(run: Run) -> None:
+    """Says which files of the corpus were deleted or replaced since the last call. Rank 0 looks; a collective call.
+
+    Raises:
+        UserError: a file was overwritten, so that the text of the run changed.
+    """
+    try:
+        changes = run.ranks.from_first(run.inputs.changes)
+    except UserError as error:
+        raise UserError(f"{error}; {run.last_good()}") from error
+    if changes:
+        more = f" and {len(changes) - 1} more files" if len(changes) > 1 else ""
+        run.warn(
+            f"{changes[0]}{more} during the run; the run goes on with the text that it started with, but cannot be "
+            "resumed without that corpus"
+        )
 
 
 def _log_interval(run: Run, interval: Interval, bar: tqdm) -> None:
-    """Reads a closed interval, writes a log line and updates the progress bar.
-
-    Raises:
-        UserError: the loss or the gradient is not finite.
-    """
+    """Reads a closed interval, writes a log line and updates the progress bar."""
     state = run.state
     fields = interval.read(run.matmul_rate, run.ranks)
-    if not math.isfinite(fields["mlm_loss"] + (fields["nsp_loss"] or 0.0) + fields["grad_norm"]):
-        raise UserError(
-            f"the loss or its gradient is not finite (steps {interval.step - interval.steps + 1} to {interval.step}): "
-            f"lower --lr or raise --warmup; {_last_checkpoint(run)}"
-        )
     state.train_s += fields["seconds"]
     state.flops += interval.flops
     run.schedule.step_s = fields["seconds"] / interval.steps
@@ -215,6 +295,8 @@ def _log_interval(run: Run, interval: Interval, bar: tqdm) -> None:
         left = max(0.0, run.schedule.usable_seconds() - run.clock.now)
         bar.total = state.step + round(left / run.schedule.step_s)
     nsp = f" NSP {fields['nsp_loss']:.3f}" if fields["nsp_loss"] is not None else ""
+    if fields["mlm_loss"] is None:  # all steps were skipped
+        return
     bar.set_postfix_str(
         f"MLM {fields['mlm_loss']:.3f}{nsp}, {fields['tokens_per_second']:,.0f} tokens/s, MFU {fields['mfu']:.0%}, "
         f"lr {interval.lr:.1e}, |g| {fields['grad_norm']:.2f}, {memory / 2**30:.1f} GiB"

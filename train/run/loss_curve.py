@@ -27,7 +27,7 @@ def plot_loss_curve(records: Sequence[dict[str, Any]], unigram_entropy: float, p
         raise ModuleNotFoundError("the loss curve needs matplotlib: pip install matplotlib") from error
 
     ink, train_color, heldout_color = "#333333", "#9db8d2", "#c0392b"
-    train = [(r["step"], r["mlm_loss"]) for r in records if r["kind"] == "train"]
+    train = [(r["step"], r["mlm_loss"]) for r in records if r["kind"] == "train" and r["mlm_loss"] is not None]
     heldout = [(r["step"], r["mlm_loss"]) for r in records if r["kind"] == "eval"]
     with matplotlib.rc_context({"font.size": 10, "axes.edgecolor": ink, "text.color": ink, "axes.labelcolor": ink}):
         figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")

@@ -63,17 +63,18 @@ class Interval:
     """The steps of one log line: sums on the device, which `close` starts to copy to the host.
 
     Attributes:
-        steps, tokens, flops, num_masked, num_pairs: totals of the steps, over all ranks.
+        steps, tokens, flops: totals of the steps, over all ranks.
         step, tokens_seen, lr: of the run at the last step; set by `close`.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.steps = self.tokens = self.flops = self.num_masked = self.num_pairs = 0
+        self.steps = self.tokens = self.flops = 0
         self.step = self.tokens_seen = 0
         self.lr = 0.0
         self._clock = Stopwatch(device)
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
-        self._grad_norms = torch.zeros((), dtype=torch.float64, device=device)
+        # Gradient norm, masked tokens, pairs and number of the steps that were not skipped, the same on all ranks.
+        self._shared = torch.zeros(4, dtype=torch.float64, device=device)
         self._readback: Readback | None = None
 
     def add(self, counts: Counts, result: StepResult) -> None:
@@ -81,38 +82,42 @@ class Interval:
         self.steps += 1
         self.tokens += counts.tokens
         self.flops += counts.flops
-        self.num_masked += counts.num_masked
-        self.num_pairs += counts.num_pairs
-        self._sums += result.sums
-        self._grad_norms += result.grad_norm
+        kept = 1.0 - result.skipped.double()
+        self._sums += torch.where(kept > 0.0, result.sums, 0.0)
+        norm, masked, pairs, steps = self._shared.unbind()
+        norm += result.grad_norm
+        masked.add_(kept, alpha=counts.num_masked)
+        pairs.add_(kept, alpha=counts.num_pairs)
+        steps += kept
 
     def close(self, step: int, tokens_seen: int, lr: float) -> None:
         """Ends the interval after step number ``step`` of the run. Does not synchronise."""
         self._clock.stop()
         self.step, self.tokens_seen, self.lr = step, tokens_seen, lr
-        self._readback = Readback(torch.cat([self._sums, self._grad_norms[None]]))
+        self._readback = Readback(torch.cat([self._sums, self._shared]))
 
     def ready(self) -> bool:
         """Whether the interval is closed and `read` returns without waiting for the device."""
         return self._readback is not None and self._readback.ready()
 
     def read(self, matmul_rate: float, ranks: Ranks) -> dict[str, Any]:
-        """The means over the steps and all ranks, as fields of a log record. Waits for the device if necessary.
+        """The means over the steps that were not skipped and all ranks, as fields of a log record.
+
+        Waits for the device if necessary. The losses are None if all steps were skipped.
 
         Args:
             matmul_rate: FLOP/s of all ranks, the denominator of MFU.
         """
         assert self._readback is not None
-        *sums, grad_norms = self._readback.values()
+        *sums, grad_norms, masked, pairs, kept = self._readback.values()
         seconds = self._clock.seconds() if ranks.first else 0.0
         mlm_loss, nsp_loss, mlm_correct, nsp_correct, seconds = ranks.sum([*sums, seconds])
-        masked, pairs = max(1, self.num_masked), self.num_pairs
         return {
-            "mlm_loss": mlm_loss / masked,
-            "mlm_accuracy": mlm_correct / masked,
+            "mlm_loss": mlm_loss / max(masked, 1.0) if kept else None,
+            "mlm_accuracy": mlm_correct / max(masked, 1.0) if kept else None,
             "nsp_loss": nsp_loss / pairs if pairs else None,
             "nsp_accuracy": nsp_correct / pairs if pairs else None,
-            "grad_norm": grad_norms / self.steps,
+            "grad_norm": grad_norms / kept if kept else None,
             "tokens_per_second": self.tokens / seconds,
             "mfu": self.flops / seconds / matmul_rate,
             "seconds": seconds,

@@ -20,7 +20,7 @@ from ..step.sharding import unsharded
 from .evaluate import Evaluation
 from .guesses import guess_masked_words
 from .log import read_log
-from .loop import evaluate_and_log, save, train
+from .loop import check_inputs, evaluate_and_log, save, train
 from .loss_curve import plot_loss_curve
 from .plan import choose_device
 from .report import Report
@@ -39,7 +39,8 @@ def pretrain(settings: PretrainSettings, resume_command: str) -> Report | None:
         The report; None on the ranks above 0 of a torchrun job.
 
     Raises:
-        UserError: an option or a checkpoint is not usable, the loss is not finite, or another process of the job ended.
+        UserError: an option or a checkpoint is not usable, loss or weights are not finite, or another process of the
+            job ended.
         CorpusError: ``settings.data`` is missing or damaged.
         OSError: for example no space left. Earlier checkpoints are intact.
         signals.Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
@@ -69,6 +70,7 @@ def pretrain(settings: PretrainSettings, resume_command: str) -> Report | None:
 def _finish(run: Run) -> Report | None:
     """Evaluates, saves, exports to hf/, draws loss.png and writes the report, which rank 0 returns."""
     settings, state, out, complete = run.settings, run.state, run.settings.out, run.schedule.complete
+    check_inputs(run)
     after = evaluate_and_log(run)
     state.finished = True
     if not complete:
@@ -76,7 +78,7 @@ def _finish(run: Run) -> Report | None:
     model = unsharded(run.model, run.ranks)
     if model is None or run.log is None:
         return None
-    save_hf(model, out / "hf", run.corpus.tokenizer_path)
+    save_hf(model, out / "hf", run.inputs.keep(out))
     try:
         plot_loss_curve(read_log(run.log.path), run.corpus.unigram_entropy, out / "loss.png")
         loss_curve = str(out / "loss.png")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 from ...model.atomic import replace_file
 from ..step.flops import rate_words
 from .evaluate import Evaluation
 from .guesses import Guess
+from .strict_json import strict_json
 
 CLEARLY_BELOW = 0.95  # of the unigram entropy: a model above it has learned almost nothing from context
 
@@ -113,6 +113,6 @@ class Report:
         """Writes report.md and report.json."""
         content = dataclasses.asdict(self)
         content |= {"before": self.before.to_json(), "after": self.after.to_json(), "verdict": self.verdict()}
-        for name, text in (("report.md", self.as_text()), ("report.json", json.dumps(content, indent=1) + "\n")):
+        for name, text in (("report.md", self.as_text()), ("report.json", strict_json(content, indent=1) + "\n")):
             with replace_file(directory / name) as partial:
                 partial.write_text(text, encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,15 @@ from ..batches.shape import BatchShape
 from ..corpus.reader import Corpus
 from ..errors import UserError
 from ..step.distributed import Ranks
+from ..step.finite import blown_up
 from ..step.flops import matmul_rate, matmul_words, rate_words
 from ..step.optim import make_optimizer
 from ..step.precision import set_float32_products
 from ..step.sharding import distribute
 from ..step.step import TrainingStep
-from .checkpoint import TrainerState, load_checkpoint
+from .checkpoint import TrainerState, last_good, load_checkpoint
 from .clock import Clock, Schedule
+from .inputs import RunInputs
 from .log import RunLog
 from .plan import Plan, resolve
 from .resume import check_identity, find_checkpoint, keep_batch_sizes, run_identity
@@ -46,6 +49,7 @@ class Run:
         heldout: batches for evaluation, the same in every rank.
         matmul_rate: FLOP/s of all ranks, measured; the denominator of MFU.
         matmul: what was measured, in words.
+        inputs: what the run keeps of the corpus.
         log: on rank 0 only.
     """
 
@@ -65,6 +69,7 @@ class Run:
     schedule: Schedule
     matmul_rate: float
     matmul: str
+    inputs: RunInputs
     log: RunLog | None
 
     @property
@@ -95,6 +100,15 @@ class Run:
         if self.ranks.first:
             tqdm.write(text)
 
+    def warn(self, text: str) -> None:
+        """Prints a warning on stderr, on rank 0."""
+        if self.ranks.first:
+            tqdm.write(f"fusebert: warning: {text}", file=sys.stderr)
+
+    def last_good(self) -> str:
+        """`checkpoint.last_good` of this run."""
+        return last_good(self.checkpoints)
+
     def close(self) -> None:
         """Closes the log."""
         if self.log is not None:
@@ -116,7 +130,9 @@ def set_up(settings: PretrainSettings, resume_command: str, ranks: Ranks) -> Run
     torch.manual_seed(settings.seed)
 
     corpus = Corpus.open(settings.data)
-    model = make_model(settings, plan, corpus)
+    inputs = RunInputs(corpus)
+    saved = found[1].identity["--model"] if found is not None and settings.init_from is not None else None
+    model = make_model(settings, plan, corpus, saved)
     model.encoder.checkpoint_activations = settings.checkpoint_activations
     set_float32_products(plan.precision)
     if plan.precision == "fp8":
@@ -157,6 +173,7 @@ def set_up(settings: PretrainSettings, resume_command: str, ranks: Ranks) -> Run
     log: RunLog | None = None
     if ranks.first:
         settings.out.mkdir(parents=True, exist_ok=True)
+        corpus.tokenizer_path = inputs.keep(settings.out)
         log = RunLog(settings.out, resume_step=state.step if found else None, tensorboard=settings.tensorboard)
     run = Run(
         ranks=ranks,
@@ -175,6 +192,7 @@ def set_up(settings: PretrainSettings, resume_command: str, ranks: Ranks) -> Run
         schedule=Schedule(settings, state, clock, complete),
         matmul_rate=rate,
         matmul=matmul if ranks.alone else f"{matmul} in each of {ranks.world_size} processes",
+        inputs=inputs,
         log=log,
     )
     _introduce(run)
@@ -182,17 +200,25 @@ def set_up(settings: PretrainSettings, resume_command: str, ranks: Ranks) -> Run
     return run
 
 
-def make_model(settings: PretrainSettings, plan: Plan, corpus: Corpus) -> BertForPreTraining:
+def make_model(
+    settings: PretrainSettings, plan: Plan, corpus: Corpus, saved: dict[str, Any] | None = None
+) -> BertForPreTraining:
     """A new model from the preset, or the one in ``settings.init_from``, with the dropout of ``settings``.
 
+    Args:
+        saved: the configuration of a run that started with ``settings.init_from`` and is continued: its checkpoint has
+            the weights, so the folder is not read.
+
     Raises:
-        UserError: the vocabulary is not the corpus's, or ``--seqlen`` is too long for the model.
+        UserError: the vocabulary is not the corpus's, a weight is not finite, or ``--seqlen`` is too long.
     """
     dropout: dict[str, Any] = {
         "hidden_dropout_prob": settings.dropout,
         "attention_probs_dropout_prob": settings.dropout,
     }
-    if settings.init_from is None:
+    if saved is not None:
+        model = BertForPreTraining(BertConfig(**{**saved, **dropout}))
+    elif settings.init_from is None:
         config = BertConfig.preset(plan.model, corpus.vocab_size, pad_token_id=corpus.special.pad, **dropout)
         model = BertForPreTraining(config)
     else:
@@ -204,6 +230,12 @@ def make_model(settings: PretrainSettings, plan: Plan, corpus: Corpus) -> BertFo
                 "(fusebert prepare --tokenizer)"
             )
         _check_vocabulary(settings.init_from, corpus)
+        bad = blown_up(source.state_dict())
+        if bad is not None:
+            raise UserError(
+                f"--init-from {settings.init_from}: {bad} is not finite, or too large to compute with: give another "
+                "model"
+            )
         model = BertForPreTraining(dataclasses.replace(source.config, **dropout))
         model.load_state_dict(source.state_dict())
     if settings.seqlen > model.config.max_position_embeddings:

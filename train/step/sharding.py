@@ -79,6 +79,13 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def agree_on_largest(value: Tensor, model: nn.Module) -> Tensor:
+    """The largest ``value`` of the processes that ``model`` is distributed over. A GPU's host does not wait."""
+    if isinstance(model, DistributedDataParallel | FSDPModule):
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+    return value
+
+
 def gather(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
     """The full values on rank 0, those of sharded tensors on the CPU; an empty dict on the other ranks.
 

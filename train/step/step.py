@@ -24,7 +24,7 @@ from ...model.pretraining import BertForPreTraining
 from .graphs import StepGraphs
 from .master_weights import LowPrecisionCopy
 from .optim import set_learning_rate
-from .sharding import accumulating, full_tensor
+from .sharding import accumulating, agree_on_largest, full_tensor
 from .static_batch import StaticBatch
 
 
@@ -33,22 +33,26 @@ class StepResult(NamedTuple):
 
     Attributes:
         sums: float64 [4], of this rank: MLM loss sum, NSP loss sum, correct MLM predictions, correct NSP predictions.
-        grad_norm: float32 scalar, the gradient's 2-norm before clipping; 0 if fp16 overflowed and the step was skipped.
+        grad_norm: float32 scalar, the gradient's 2-norm before clipping; 0 if the step was skipped.
+        skipped: float32 scalar, 1 if loss or gradient was not finite, so that the step changed no weight, else 0. The
+            same on all ranks.
     """
 
     sums: Tensor
     grad_norm: Tensor
+    skipped: Tensor
 
 
 class TrainingStep:
     """A model and its optimiser, stepped together.
 
     In 16 bits a `BertForPreTraining` runs as a `LowPrecisionCopy`; a wrapped model (DDP, FSDP) runs under autocast. In
-    fp16 the loss is scaled (`torch.amp.GradScaler`, Micikevicius et al. 2018), and a step with an overflowing gradient
-    changes only the scale.
+    fp16 the loss is scaled (`torch.amp.GradScaler`, Micikevicius et al. 2018). A step with a loss or gradient that is
+    not finite changes no weight and no moment; in fp16, where a scaled gradient can overflow, it lowers the scale.
 
     Args:
         model: the module to call, see `sharding.distribute`.
+        optimizer: one of `make_optimizer`; others, without PyTorch's ``found_inf``, do not skip steps but in fp16.
         clip: largest 2-norm of the gradient.
         compute_dtype: dtype of the matrix products (autocast); float32 turns autocast off.
         graph: run on static buffers, on a GPU captured as CUDA graphs after a few steps. All batches must have one
@@ -85,6 +89,10 @@ class TrainingStep:
         self._call = torch.compile(called, dynamic=False) if compiled else called
         self._counts = torch.ones(2, device=self.device)  # labelled positions and pairs of the step
         self._grad_norm = torch.zeros((), device=self.device)
+        self._skipped = torch.zeros((), device=self.device)
+        # The optimiser's kernels read it on the device: no host sync. GradScaler sets its own.
+        if self.scaler is None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer.found_inf = self._skipped  # type: ignore[attr-defined]
         self._graph = graph
         self._graphs: StepGraphs | None = None
 
@@ -124,7 +132,7 @@ class TrainingStep:
                     self.micro_batch(batch.to(self.device, non_blocking=True), first=i == 0)
             self.update()
             self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(self.sums.clone(), self._grad_norm.clone())
+        return StepResult(self.sums.clone(), self._grad_norm.clone(), self._skipped.clone())
 
     def micro_batch(self, batch: PackedBatch, *, first: bool) -> None:
         """Forward and backward of ``batch``: adds to the gradients and to ``sums``."""
@@ -142,13 +150,14 @@ class TrainingStep:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         norm = full_tensor(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip))
+        finite = torch.isfinite(norm + self.sums[0] + self.sums[1])
+        self._skipped.copy_(agree_on_largest(1.0 - finite.float(), self.model))
         if self.scaler is None:
             self.optimizer.step()
         else:
-            norm = torch.nan_to_num(norm, nan=0.0, posinf=0.0)
-            self.scaler.step(self.optimizer)  # the optimiser's kernels read found_inf on the device: no host sync
+            self.scaler.step(self.optimizer)
             self.scaler.update()
-        self._grad_norm.copy_(norm)
+        self._grad_norm.copy_(torch.where(self._skipped > 0.0, 0.0, norm))
 
 
 def autocast(device: torch.device, compute_dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:

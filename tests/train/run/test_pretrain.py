@@ -244,7 +244,7 @@ def test_minutes_end_on_time_with_the_rate_at_zero(
     assert report.steps + 5 <= longer.steps <= report.steps + 7
 
 
-def test_a_run_that_diverges_is_stopped(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_diverges_is_stopped_at_the_next_checkpoint(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = TrainingStep.__call__
     steps = [0]
 
@@ -255,7 +255,7 @@ def test_a_run_that_diverges_is_stopped(corpus: Path, tmp_path: Path, monkeypatc
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(TrainingStep, "__call__", poison)
-    with pytest.raises(UserError, match=r"not finite.*steps 5 to 5.*step-00000004, is intact"):
+    with pytest.raises(UserError, match=r"blown up by step 8 .*last good checkpoint is .*step-00000004"):
         run(corpus, tmp_path / "run", steps=10, save_every=4)
     assert checkpoint.read_state(tmp_path / "run" / "checkpoints" / "step-00000004").step == 4
 
@@ -269,7 +269,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(corpus: Path, tmp_path: Path, mo
         original(tensors, path)
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(OSError, match=r"No space left.*step-00000002, is intact.*RESUME") as caught:
+    with pytest.raises(OSError, match=r"No space left.*good checkpoint is .*step-00000002.*RESUME") as caught:
         run(corpus, tmp_path / "run", steps=10, save_every=2)
     assert caught.value.errno == errno.ENOSPC
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
