@@ -31,6 +31,7 @@ from .signals import Interrupted, StopSignal
 
 MAX_SKIPS = 20  # in a row; fp16 may need 16 to lower its scale from 2^16 to 1
 
+
 @dataclasses.dataclass
 class Done:
     """A step that was queued on the device.

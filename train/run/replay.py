@@ -25,7 +25,8 @@ def save_window(path: Path, window: Sequence[PackedBatch], seeds: Sequence[int])
     """Writes the micro-batches of a step and their dropout seeds to ``path``, which it returns."""
     from safetensors.torch import save_file
 
-    tensors, numbers = {}, []
+    tensors: dict[str, Tensor] = {}
+    numbers = []
     for i, batch in enumerate(window):
         fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
         tensors |= {f"{i}/{name}": each.contiguous() for name, each in fields.items() if isinstance(each, Tensor)}

@@ -244,7 +244,9 @@ def test_minutes_end_on_time_with_the_rate_at_zero(
     assert report.steps + 5 <= longer.steps <= report.steps + 7
 
 
-def test_a_run_that_diverges_is_stopped_at_the_next_checkpoint(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_diverges_is_stopped_at_the_next_checkpoint(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = TrainingStep.__call__
     steps = [0]
 
