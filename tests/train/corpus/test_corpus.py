@@ -125,10 +125,10 @@ def test_unigram_entropy_is_that_of_the_training_tokens(tmp_path, tokenizer_file
 
 def test_pickles_without_its_arrays(written):
     corpus = Corpus.open(written)
-    before = len(pickle.dumps(corpus))
     documents = read_back(corpus.split("train"))
     data = pickle.dumps(corpus)
-    assert len(data) == before
+    shards = [*corpus.split("train").shards, *corpus.split("heldout").shards]
+    assert len(data) < len(pickle.dumps(Corpus.open(written))) + 100 * len(shards)  # inodes, no arrays
     assert read_back(pickle.loads(data).split("train")) == documents
 
 
