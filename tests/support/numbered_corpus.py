@@ -37,6 +37,9 @@ class MemoryShard:
     sentences: np.ndarray
     documents: np.ndarray
 
+    def check(self) -> None:
+        """As of a `Shard`: no file can become shorter here."""
+
 
 @dataclasses.dataclass
 class MemorySplit:

@@ -1,17 +1,21 @@
 """The command line: help without PyTorch, one line for every mistake."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from runs import SMALL
 from small_corpus import make_corpus
 
 from fusebert.model.config import BertConfig
 from fusebert.model.hf import save_hf
 from fusebert.model.pretraining import BertForPreTraining
 from fusebert.train import cli
+from fusebert.train.run.pretrain import pretrain
+from fusebert.train.run.settings import PretrainSettings
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +23,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a corpus, an incomplete corpus, and a model with another vocabulary."""
     place = tmp_path_factory.mktemp("cli")
     make_corpus(place)
+    shutil.copytree(place / "corpus", place / "rotten")
+    tokens = place / "rotten" / "train-00000.tokens.npy"
+    tokens.write_bytes(tokens.read_bytes()[:-2] + b"\x07\x00")  # another id of the vocabulary
     (place / "half").mkdir()
     (place / "half" / "train-00000.tokens.npy").write_bytes(b"\x93NUMPY")
     save_hf(BertForPreTraining(BertConfig.preset("tiny", 300)), place / "model", None)
@@ -78,6 +85,7 @@ def test_a_subcommand_that_cannot_be_imported_leaves_the_others(words: list[str]
 MISTAKES = {
     "no such folder": (["--data", "{place}/nowhere"], "nowhere does not exist"),
     "half written": (["--data", "{place}/half"], "is not a finished corpus"),
+    "damaged": (["--data", "{place}/rotten"], "rotten/train-00000.tokens.npy is damaged: its sha256 differs"),
     "a file": (["--data", "{place}/file"], "is a file, not a folder"),
     "unknown model": (["--model", "huge"], "choose one of auto, tiny, mini, small, base, large"),
     "unknown option": (["--colour", "red"], "--colour"),
@@ -124,6 +132,13 @@ def test_a_mistake_is_one_line(
     assert line.startswith("fusebert: error: ")
     assert expected in line
     assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_corpus_is_trained_on_when_told(place: Path, tmp_path: Path) -> None:
+    settings = PretrainSettings(place / "rotten", tmp_path / "run", **{**SMALL, "steps": 1, "verify": False})
+    report = pretrain(settings, resume_command="")
+    assert report is not None
+    assert report.steps == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -95,6 +95,8 @@ class Passages:
 
         start, end, first_border, num_borders = (np.zeros(len(passages), dtype=np.int64) for _ in range(4))
         touched = [(self._shards[s], np.flatnonzero(shard_of == s), self._first_document[s]) for s in set(shard_of)]
+        for shard, *_ in touched:
+            shard.check()
         for shard, rows, first_document in touched:
             local = documents[rows] - first_document
             bounds = shard.sentences[shard.documents[local]], shard.sentences[shard.documents[local + 1]]

@@ -4,7 +4,9 @@
     DIR/{split}-{i:05d}.tokens.npy        uint16 (vocab_size <= 65536) or uint32 [n_tokens]: ids without special tokens
     DIR/{split}-{i:05d}.sentences.npy     int64 [n_sentences + 1]: token offset of each sentence, then the end
     DIR/{split}-{i:05d}.documents.npy     int64 [n_documents + 1]: sentence offset of each document, then the end
-    DIR/manifest.json                     counts, sizes and sha256 of every file, the special ids, the unigram entropy
+    DIR/manifest.json                     counts, sizes and sha256 of every file, the special ids, the unigram entropy,
+                                          and the sha256 of all this (`manifest_sha256`; not in older corpora)
+    DIR/verified.json                     files that were compared with their sha256 (`verify_files`), and when
 
 There are two splits, "train" and "heldout". No split, document or sentence is empty. Offsets count within a shard, and
 each document lies in one shard.
@@ -13,19 +15,23 @@ each document lies in one shard.
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..text.special_tokens import SpecialTokens
+from ..text.special_tokens import MAX_VOCAB_SIZE, SpecialTokens
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "heldout")
 ARRAYS = ("tokens", "sentences", "documents")
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
+VERIFIED = "verified.json"
 OFFSET_DTYPE = np.dtype("<i8")  # of sentences and documents
 
 
@@ -46,7 +52,7 @@ def array_file(split: str, shard: int, array: str) -> str:
 def is_corpus_file(name: str) -> bool:
     """Whether a corpus can hold a file of this name."""
     pattern = rf"({'|'.join(SPLITS)})-\d{{5,}}\.({'|'.join(ARRAYS)})\.npy"
-    return name in (MANIFEST, TOKENIZER) or re.fullmatch(pattern, name) is not None
+    return name in (MANIFEST, TOKENIZER, VERIFIED) or re.fullmatch(pattern, name) is not None
 
 
 def file_sha256(path: Path) -> str:
@@ -58,42 +64,75 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def manifest_sha256(manifest: Mapping[str, Any]) -> str:
+    """The hash of a manifest's content, independent of the layout of the file and without the field ``sha256``."""
+    content = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def check_manifest(path: Path, manifest: Any) -> None:
-    """Raises CorpusError unless ``manifest``, the JSON read from ``path``, has every field that the reader uses."""
+    """Raises CorpusError unless ``manifest``, the JSON read from ``path``, is one that a `CorpusWriter` can write."""
 
     def require(condition: bool, what: str) -> None:
         if not condition:
             raise CorpusError(f"{path} is not a corpus manifest ({what}): prepare the corpus again")
 
-    def is_count(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    def is_integer(value: Any, least: int, most: int = 1 << 62) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+    def is_sha256(value: Any) -> bool:
+        return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
     require(isinstance(manifest, dict), "not a JSON object")
     version = manifest.get("version")
-    require(is_count(version), "no version")
+    require(is_integer(version, 1), "no version")
     if version != FORMAT_VERSION:
         raise CorpusError(
             f"{path} has format version {version}; this fusebert reads version {FORMAT_VERSION}: prepare the corpus "
             "again"
         )
-    require(is_count(manifest.get("vocab_size")), "vocab_size")
-    require(isinstance(manifest.get("unigram_entropy"), int | float), "unigram_entropy")
-    require(isinstance(manifest.get("tokenizer"), dict) and "sha256" in manifest["tokenizer"], "tokenizer")
+    vocab_size, entropy = manifest.get("vocab_size"), manifest.get("unigram_entropy")
+    require(is_integer(vocab_size, len(SpecialTokens._fields), MAX_VOCAB_SIZE), "vocab_size")
+    require(isinstance(entropy, float) or is_integer(entropy, 0), "unigram_entropy")
+    require(-1e-9 <= entropy <= math.log(vocab_size) + 1e-9, "unigram_entropy")
+    require(isinstance(manifest.get("tokenizer"), dict) and is_sha256(manifest["tokenizer"].get("sha256")), "tokenizer")
+    require(isinstance(manifest.get("source"), dict), "source")
     special = manifest.get("special_tokens")
     require(isinstance(special, dict) and set(special) == set(SpecialTokens._fields), "special_tokens")
-    require(all(i == 0 or is_count(i) for i in special.values()), "special_tokens")
-    require(max(special.values()) < manifest["vocab_size"], "a special token is outside the vocabulary")
+    require(all(is_integer(i, 0) for i in special.values()), "special_tokens")
+    require(max(special.values()) < vocab_size, "a special token is outside the vocabulary")
+    require(len(set(special.values())) == len(special), "two special tokens have one id")
     splits = manifest.get("splits")
     for name in SPLITS:
         require(isinstance(splits, dict) and isinstance(splits.get(name), dict), f"split {name}")
         shards = splits[name].get("shards")
         require(isinstance(shards, list) and len(shards) > 0, f"split {name} is empty")
         for shard in shards:
-            require(isinstance(shard, dict) and all(is_count(shard.get(key)) for key in ARRAYS), f"a shard of {name}")
+            require(
+                isinstance(shard, dict)
+                and all(is_integer(shard.get(key), 1) for key in ARRAYS)
+                and shard["documents"] <= shard["sentences"] <= shard["tokens"],
+                f"a shard of {name}",
+            )
             files = shard.get("files")
             require(
                 isinstance(files, dict)
                 and set(files) == set(ARRAYS)
-                and all(isinstance(f, dict) and is_count(f.get("bytes")) and "sha256" in f for f in files.values()),
+                and all(
+                    isinstance(f, dict) and is_integer(f.get("bytes"), 1) and is_sha256(f.get("sha256"))
+                    for f in files.values()
+                ),
                 f"files of a shard of {name}",
             )
+        for key in ARRAYS:
+            total = splits[name].get(key)
+            require(is_integer(total, 1) and total == sum(s[key] for s in shards), f"{key} of the split {name}")
+    # Older corpora have no hash of the manifest. Without one, a field that is not theirs is one whose name is damaged.
+    unknown = sorted(set(manifest) - {"sha256", *_FIELDS})
+    if "sha256" in manifest:
+        require(manifest["sha256"] == manifest_sha256(manifest), "damaged: its sha256 is that of another content")
+    else:
+        require(not unknown, f"unknown field {', '.join(map(repr, unknown))}")
+
+
+_FIELDS = ("version", "vocab_size", "tokenizer", "special_tokens", "unigram_entropy", "source", "splits")

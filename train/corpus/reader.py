@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from ...model.json_file import read_json
 from ..text.special_tokens import SpecialTokens
+from .cut_short import check_length, remember
 from .format import (
     ARRAYS,
     MANIFEST,
@@ -24,6 +26,7 @@ from .format import (
     file_sha256,
     token_dtype,
 )
+from .verify import verify_files
 
 
 class Shard:
@@ -46,7 +49,7 @@ class Shard:
     def __init__(self, directory: Path, split: str, index: int, vocab_size: int, counts: Mapping[str, int]) -> None:
         # File names are computed, never read from the manifest: a manifest cannot point outside the directory.
         self.paths = {array: directory / array_file(split, index, array) for array in ARRAYS}
-        self._token_dtype = token_dtype(vocab_size)
+        self._vocab_size = vocab_size
         self._mapped: dict[str, tuple[int, int]] = {}  # device and inode of each array
         self.num_tokens = counts["tokens"]
         self.num_sentences = counts["sentences"]
@@ -58,7 +61,14 @@ class Shard:
     @functools.cached_property
     def tokens(self) -> np.ndarray:
         """uint16 or uint32 [num_tokens]: ids without special tokens, sentence after sentence."""
-        return self._load("tokens", self._token_dtype, self.num_tokens)
+        is_checked = "tokens" in self._mapped  # by the process that pickled this Shard: do not read all files again
+        tokens = self._load("tokens", token_dtype(self._vocab_size), self.num_tokens)
+        if not is_checked and (largest := int(tokens.max())) >= self._vocab_size:
+            raise CorpusError(
+                f"{self.paths['tokens']} is damaged: it has the id {largest}, and the vocabulary is of "
+                f"{self._vocab_size}: prepare the corpus again"
+            )
+        return tokens
 
     @functools.cached_property
     def sentences(self) -> np.ndarray:
@@ -70,11 +80,18 @@ class Shard:
         """int64 [num_documents + 1]: document d has the sentences documents[d] … documents[d + 1] − 1."""
         return self._load("documents", OFFSET_DTYPE, self.num_documents + 1, end=self.num_sentences)
 
+    def check(self) -> None:
+        """Raises CorpusError if a mapped file has become shorter. Call it before reading from the arrays."""
+        for name in ARRAYS:
+            if (array := self.__dict__.get(name)) is not None:
+                check_length(self.paths[name], array)
+
     def _load(self, name: str, dtype: np.dtype[Any], length: int, end: int | None = None) -> np.ndarray:
         path = self.paths[name]
         try:
             stat = os.stat(path)
             array = np.load(path, mmap_mode="r", allow_pickle=False)
+            remember(path, array)
         except (OSError, ValueError, EOFError) as error:
             raise CorpusError(f"{path} cannot be read ({error}): prepare the corpus again") from error
         if array.dtype != dtype or array.shape != (length,):
@@ -84,6 +101,7 @@ class Shard:
             )
         if self._mapped.setdefault(name, (stat.st_dev, stat.st_ino)) != (stat.st_dev, stat.st_ino):
             raise CorpusError(f"{path} was replaced since it was first read: start again")
+        check_length(path, array)
         # Increasing offsets with the right ends cannot index outside the array they refer to.
         if end is not None and not (array[0] == 0 and array[-1] == end and bool(np.all(array[1:] > array[:-1]))):
             raise CorpusError(f"{path} is damaged: offsets do not rise from 0 to {end}: prepare the corpus again")
@@ -165,6 +183,16 @@ class Corpus:
                     _check_file(shard.paths[array], recorded["files"][array], verify)
         return corpus
 
+    def verify(self, *, show_progress: bool = False) -> None:
+        """Compares every file with its hash, as `verify_files`, which remembers the result."""
+        recorded = {
+            shard.paths[array].name: entry["files"][array]
+            for name in SPLITS
+            for shard, entry in zip(self.split(name).shards, self.manifest["splits"][name]["shards"], strict=True)
+            for array in ARRAYS
+        }
+        verify_files(self.directory, recorded, show_progress=show_progress)
+
     def split(self, name: str) -> Split:
         """The split "train" or "heldout".
 
@@ -208,8 +236,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             f"{directory} is not a finished corpus (it has no {MANIFEST}): make one with `fusebert prepare`"
         )
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        manifest: dict[str, Any] = read_json(path)
+    except (OSError, ValueError) as error:
         raise CorpusError(f"{path} cannot be read ({error}): prepare the corpus again") from error
     check_manifest(path, manifest)
     return manifest

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from ...model.atomic import replace_file, sync_directory
-from ..text.special_tokens import SPECIAL_TOKENS, SpecialTokens
+from ...model.json_file import MOST_BYTES, read_json
+from ..text.special_tokens import MAX_VOCAB_SIZE, SPECIAL_TOKENS, SpecialTokens
 from .format import (
     ARRAYS,
     FORMAT_VERSION,
@@ -31,6 +32,7 @@ from .format import (
     array_file,
     file_sha256,
     is_corpus_file,
+    manifest_sha256,
     token_dtype,
 )
 from .reader import Corpus
@@ -189,6 +191,8 @@ class CorpusWriter:
                 for split, shards in self._shards.items()
             },
         }
+        manifest = json.loads(json.dumps(manifest))  # as it will be read
+        manifest["sha256"] = manifest_sha256(manifest)
         _write_file(self.partial / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
         self._move_to_destination()
         return Corpus.open(self.directory)
@@ -279,13 +283,16 @@ def _read_vocab(path: Path) -> dict[str, int]:
         CorpusError: the file is another kind of tokenizer, or lacks special tokens.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path, 8 * MOST_BYTES)
         vocab = {
             **data["model"]["vocab"],
             **{entry["content"]: entry["id"] for entry in data.get("added_tokens") or []},
         }
-        if data["model"].get("type", "WordPiece") != "WordPiece" or not all(isinstance(i, int) for i in vocab.values()):
+        if data["model"].get("type", "WordPiece") != "WordPiece":
             raise ValueError("its model is not WordPiece")
+        for token, index in vocab.items():
+            if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < MAX_VOCAB_SIZE:
+                raise ValueError(f"the id of {token!r} is {index!r}, not an integer in [0, {MAX_VOCAB_SIZE})")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorpusError(f"{path} is not a WordPiece tokenizer.json ({error})") from error
     missing = [token for token in SPECIAL_TOKENS if token not in vocab]

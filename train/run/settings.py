@@ -78,6 +78,15 @@ class PretrainSettings:
     mlm_probability: Annotated[float, Option("Share of the tokens that are masked and predicted.", BATCH)] = 0.15
     whole_word: Annotated[bool, Option("Mask all pieces of a word together.", BATCH, flags="--whole-word")] = False
 
+    verify: Annotated[
+        bool,
+        Option(
+            "Compare the files of --data with their hashes before the run. Files that passed are not read again while "
+            "their size and date stay the same.",
+            BATCH,
+        ),
+    ] = True
+
     lr: Annotated[
         float | None,
         Option(

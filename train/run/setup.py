@@ -130,6 +130,8 @@ def set_up(settings: PretrainSettings, resume_command: str, ranks: Ranks) -> Run
     torch.manual_seed(settings.seed)
 
     corpus = Corpus.open(settings.data)
+    if settings.verify and ranks.local_rank == 0:  # once a machine: each may have a copy of its own
+        corpus.verify(show_progress=ranks.first)
     inputs = RunInputs(corpus)
     saved = found[1].identity["--model"] if found is not None and settings.init_from is not None else None
     model = make_model(settings, plan, corpus, saved)

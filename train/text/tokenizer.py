@@ -14,7 +14,6 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from ...model.json_file import read_json
 from ..errors import UserError
 from .special_tokens import MAX_VOCAB_SIZE, SPECIAL_TOKENS
 
@@ -147,6 +146,8 @@ def encoder(tokenizer_file: Path) -> Tokenizer:
 
 
 def _load_json(path: Path) -> Tokenizer:
+    from ...model.json_file import read_json  # loads PyTorch, which the workers that encode do without
+
     try:
         kind = read_json(path, _MOST_BYTES)["model"].get("type", "WordPiece")
         tokenizer = Tokenizer.from_file(str(path))

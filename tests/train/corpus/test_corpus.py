@@ -6,11 +6,16 @@ import json
 import math
 import os
 import pickle
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from fusebert.train.corpus.format import CorpusError
+from fusebert.train.batches.passages import Passages
+from fusebert.train.corpus import verify as verify_module
+from fusebert.train.corpus.format import CorpusError, manifest_sha256
 from fusebert.train.corpus.reader import Corpus
 from fusebert.train.corpus.writer import CorpusWriter
 from fusebert.train.text.special_tokens import SPECIAL_TOKENS
@@ -234,11 +239,17 @@ def test_what_is_no_corpus_is_never_replaced(tmp_path, tokenizer_file, written, 
     Corpus.open(tmp_path / "empty")
 
 
-def edit_manifest(directory, change):
+def edit_manifest(directory, change, signed=False):
     path = directory / "manifest.json"
     manifest = json.loads(path.read_text())
     change(manifest)
+    if signed:
+        manifest["sha256"] = manifest_sha256(manifest)
     path.write_text(json.dumps(manifest))
+
+
+def first_shard(manifest):
+    return manifest["splits"]["train"]["shards"][0]
 
 
 @pytest.mark.parametrize(
@@ -264,6 +275,12 @@ def edit_manifest(directory, change):
         (lambda d: edit_manifest(d, lambda m: m.update(vocab_size=None)), "vocab_size"),
         (lambda d: edit_manifest(d, lambda m: m.pop("unigram_entropy")), "unigram_entropy"),
         (lambda d: edit_manifest(d, lambda m: m.pop("tokenizer")), "tokenizer"),
+        (lambda d: edit_manifest(d, lambda m: m["source"].update({"from": "elsewhere"})), "sha256 is that of another"),
+        (lambda d: edit_manifest(d, lambda m: m.update(sha256="0" * 64)), "sha256 is that of another"),
+        (lambda d: edit_manifest(d, lambda m: m.update(shb256=m.pop("sha256"))), "unknown field 'shb256'"),
+        (lambda d: (d / "manifest.json").write_text('{"version": ' + "9" * 5000 + "}"), "cannot be read"),
+        (lambda d: (d / "manifest.json").write_bytes(b" " * (17 << 20)), "longer than 16 MiB"),
+        (lambda d: ((d / "manifest.json").unlink(), os.mkfifo(d / "manifest.json")), "not a finished corpus"),
     ],
 )
 def test_damage_is_found_on_opening(written, damage, message):
@@ -273,10 +290,53 @@ def test_damage_is_found_on_opening(written, damage, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(vocab_size=10**9), "vocab_size"),
+        (lambda m: m.update(vocab_size=True), "vocab_size"),
+        (lambda m: m.update(unigram_entropy=float("nan")), "unigram_entropy"),
+        (lambda m: m.update(unigram_entropy=math.inf), "unigram_entropy"),
+        (lambda m: m.update(unigram_entropy=100.0), "unigram_entropy"),
+        (lambda m: m.update(unigram_entropy=True), "unigram_entropy"),
+        (lambda m: m["tokenizer"].update(sha256="0"), "tokenizer"),
+        (lambda m: m.update(source=None), "source"),
+        (lambda m: m["special_tokens"].update(pad=False), "special_tokens"),
+        (lambda m: m["special_tokens"].update(pad=[0]), "special_tokens"),
+        (lambda m: m["special_tokens"].update(mask=-1), "special_tokens"),
+        (lambda m: m["special_tokens"].update(pad=1), "one id"),
+        (lambda m: m["splits"]["train"].update(tokens=1), "tokens of the split train"),
+        (lambda m: m["splits"]["heldout"].pop("documents"), "documents of the split heldout"),
+        (lambda m: first_shard(m).update(tokens=10**30), "a shard of train"),
+        (lambda m: first_shard(m).update(sentences=10**9), "a shard of train"),
+        (lambda m: first_shard(m)["files"]["tokens"].update(bytes=1.5), "files of"),
+        (lambda m: first_shard(m)["files"]["tokens"].update(sha256=7), "files of"),
+    ],
+)
+def test_a_manifest_is_checked_field_by_field(written, change, message):
+    """Even if its hash is right."""
+    edit_manifest(written, change, signed=True)
+    with pytest.raises(CorpusError, match=message) as error:
+        Corpus.open(written)
+    assert "\n" not in str(error.value)
+
+
+def test_a_corpus_without_a_hash_of_its_manifest_is_read(written):
+    """As versions up to 0.1.0 wrote it."""
+    edit_manifest(written, lambda m: m.pop("sha256"))
+    assert Corpus.open(written, verify=True).split("heldout").num_documents == 3
+
+
 def test_no_folder_no_corpus(tmp_path, written):
     for path in (tmp_path / "nothing", written / "manifest.json"):
         with pytest.raises(CorpusError, match="fusebert prepare"):
             Corpus.open(path)
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
 
 
 def overwrite_entry(path, index, value):
@@ -310,9 +370,100 @@ def test_another_dtype_or_a_pickle_is_not_read(written):
 
 def test_verify_finds_a_flipped_bit(written):
     path = written / "heldout-00000.tokens.npy"
-    data = bytearray(path.read_bytes())
-    data[-2] ^= 1
-    path.write_bytes(data)
+    flip_a_bit(path)
     Corpus.open(written)
     with pytest.raises(CorpusError, match="sha256 differs"):
         Corpus.open(written, verify=True)
+
+
+def test_files_that_passed_are_read_again_when_they_change(written, monkeypatch):
+    hashed = []
+    original = verify_module.file_sha256
+    monkeypatch.setattr(verify_module, "file_sha256", lambda path: hashed.append(path.name) or original(path))
+    Corpus.open(written).verify()
+    assert len(hashed) == 6
+    Corpus.open(written).verify()
+    assert len(hashed) == 6
+    os.utime(written / "train-00000.tokens.npy")
+    Corpus.open(written).verify()
+    assert hashed[6:] == ["train-00000.tokens.npy"]
+    copy = written / "copy"
+    copy.write_bytes((written / "train-00000.documents.npy").read_bytes())
+    state = (written / "train-00000.documents.npy").stat()
+    os.utime(copy, ns=(state.st_atime_ns, state.st_mtime_ns))
+    os.replace(copy, written / "train-00000.documents.npy")  # as `cp --preserve` makes it
+    Corpus.open(written).verify()
+    assert hashed[7:] == ["train-00000.documents.npy"]
+    for content in (b"{", b"[]", b'{"train-00000.tokens.npy": 1}'):
+        (written / "verified.json").write_bytes(content)
+        Corpus.open(written).verify()
+    assert len(hashed) == 8 + 3 * 6
+
+
+@pytest.mark.parametrize("name", ["tokens", "sentences", "documents"])
+def test_verifying_finds_a_flipped_bit_and_remembers_nothing(written, name):
+    Corpus.open(written).verify()
+    flip_a_bit(written / f"train-00000.{name}.npy")
+    for _ in range(2):
+        with pytest.raises(CorpusError, match=rf"train-00000\.{name}\.npy is damaged: its sha256 differs"):
+            Corpus.open(written).verify()
+
+
+def test_verifying_a_folder_that_cannot_be_written(written, monkeypatch):
+    def denied(source, target):
+        raise PermissionError(13, "Permission denied", str(target))
+
+    monkeypatch.setattr(os, "replace", denied)
+    Corpus.open(written).verify()
+    assert not (written / "verified.json").exists()
+
+
+def test_a_verified_corpus_can_be_replaced(written, tokenizer_file):
+    Corpus.open(written).verify()
+    write(written, tokenizer_file, [[[7]]], [[[8]]], overwrite=True).verify()
+    assert (written / "verified.json").is_file()
+
+
+def test_ids_outside_the_vocabulary_are_found_when_a_shard_is_mapped(written):
+    overwrite_entry(written / "train-00000.tokens.npy", 3, PIECES + 8)
+    shard = Corpus.open(written).split("train").shards[0]
+    with pytest.raises(CorpusError, match=rf"has the id {PIECES + 8}, and the vocabulary is of {PIECES + 8}"):
+        _ = shard.tokens
+
+
+@pytest.mark.parametrize("name", ["tokens", "sentences", "documents"])
+def test_a_file_cut_short_while_it_is_mapped(written, name):
+    corpus = Corpus.open(written)
+    passages = Passages(corpus.split("train"), 100)
+    passages.read(np.array([0]))
+    os.truncate(written / f"train-00000.{name}.npy", 100)
+    with pytest.raises(CorpusError, match=rf"train-00000\.{name}\.npy became shorter while it was read"):
+        passages.read(np.array([0]))
+    os.truncate(written / f"heldout-00000.{name}.npy", 100)
+    with pytest.raises(CorpusError, match=rf"heldout-00000\.{name}\.npy cannot be read"):
+        getattr(corpus.split("heldout").shards[0], name)
+
+
+def test_a_file_cut_short_between_the_check_and_the_reading(tmp_path, tokenizer_file):
+    """The process would end by SIGBUS without a word. It ends with an error that names the file."""
+    document = [list(range(5, 395))] * 30
+    write(tmp_path / "made", tokenizer_file, [document], [document])
+    script = (
+        "import os, sys, pathlib, signal\n"
+        "from fusebert.train.corpus.reader import Corpus\n"
+        "made = pathlib.Path(sys.argv[1])\n"
+        "tokens = Corpus.open(made).split('train').shards[0].tokens\n"
+        "if sys.argv[2] == 'cut': os.truncate(made / 'train-00000.tokens.npy', 200)\n"
+        "else: os.kill(os.getpid(), signal.SIGBUS), os.kill(os.getpid(), signal.SIGBUS)\n"
+        "print(tokens.sum())\n"
+    )
+
+    def run(what):
+        words = [sys.executable, "-c", script, str(tmp_path / "made"), what]
+        return subprocess.run(words, capture_output=True, text=True, check=False)
+
+    assert run("other").returncode == -signal.SIGBUS
+    done = run("cut")
+    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+    assert done.stderr.startswith("fusebert: error: ")
+    assert "train-00000.tokens.npy became shorter while it was read" in done.stderr

@@ -119,6 +119,11 @@ def test_workers_do_not_show(tmp_path, monkeypatch):
     assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
 
 
+def test_workers_do_not_load_pytorch():
+    script = "import sys, fusebert.train.corpus.encode; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_the_split_depends_on_the_text_alone(tmp_path):
     documents = some_documents(400)
     tokenizer = prepare([write_text(tmp_path / "a.txt", documents)], tmp_path / "a", vocab_size=100).tokenizer_path
