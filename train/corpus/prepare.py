@@ -5,7 +5,7 @@
    the results in order. The corpus does not depend on the number of workers.
 
 Input that can be read only once (standard input) or is slow to read (docstrings) is first copied to a file beside the
-corpus. That copy and an unfinished corpus are removed however the run ends.
+corpus. That copy and an unfinished corpus are removed however the run ends; those of a killed run by the next one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -33,6 +32,7 @@ from .format import TOKENIZER
 from .reader import Corpus
 from .settings import PrepareSettings
 from .survey import survey_documents
+from .work_folder import WorkFolder, remove_leftovers
 from .writer import CorpusWriter, check_destination
 
 SAMPLE_CHARS = 32 << 20  # enough for a vocabulary of 30,000; training on it takes ten seconds of a core
@@ -53,6 +53,8 @@ def prepare(settings: PrepareSettings, *, show_progress: bool = False) -> Corpus
         OSError: reading or writing failed, for example because the disk is full.
     """
     inputs, out, max_bytes, lowercase = settings.inputs or [], settings.out, settings.max_bytes, settings.lowercase
+    place = out.resolve()
+    remove_leftovers(place)
     check_destination(out, settings.overwrite)
     sentence_splitter(settings.sentences)
     tokenizer = None if settings.tokenizer is None else load_tokenizer(settings.tokenizer, lowercase)
@@ -60,10 +62,9 @@ def prepare(settings: PrepareSettings, *, show_progress: bool = False) -> Corpus
 
     with contextlib.ExitStack() as stack, _name_in_errors(out):
         # Not in the system's temporary folder, which may be small or in memory.
-        place = out.resolve()
-        place.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f"{place.name}.scratch-", dir=place.parent))
-        stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+        folder = WorkFolder.make(place, "scratch")
+        stack.callback(folder.remove)
+        scratch = folder.path
 
         source: dict[str, Any] = {"inputs": inputs}
         if settings.corpus == "pydocs":

@@ -5,6 +5,7 @@ The manifest is written last, so an interrupted run leaves no directory that loo
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -36,6 +37,7 @@ from .format import (
     token_dtype,
 )
 from .reader import Corpus
+from .work_folder import WorkFolder, work_path
 
 SHARD_TOKENS = 1 << 25  # 64 MiB of uint16: bounds the writer's memory, and gives few files even at 10⁹ tokens
 SENTENCE_COST = 4  # a sentence counts as at least so many tokens, because its offset takes their memory
@@ -49,7 +51,7 @@ class CorpusWriter:
             writer.add("heldout", [[17, 30]])
             writer.finish({"inputs": ["mine.txt"]})
 
-    All files go to ``DIR.partial-<process id>``, which `finish` renames to ``DIR``. Leaving the block without `finish`
+    All files go to a folder ``DIR.partial-…``, which `finish` renames to ``DIR``. Leaving the block without `finish`
     removes them.
 
     Args:
@@ -84,10 +86,8 @@ class CorpusWriter:
         self._shards: dict[str, list[dict[str, Any]]] = {name: [] for name in SPLITS}
         self._pending = {name: _Pending() for name in SPLITS}
         self._place = self.directory.resolve()  # "." and symbolic links have no usable name of their own
-        self.partial = self._place.with_name(f"{self._place.name}.partial-{os.getpid()}")
-        self._place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(self.partial, ignore_errors=True)  # left by a killed process that had the same id
-        self.partial.mkdir()
+        self._folder = WorkFolder.make(self._place, "partial")
+        self.partial = self._folder.path
         try:
             _write_file(self.partial / TOKENIZER, Path(tokenizer_file).read_bytes())
         except BaseException:
@@ -104,7 +104,7 @@ class CorpusWriter:
 
     def abandon(self) -> None:
         """Removes the files written so far; a no-op after `finish`."""
-        shutil.rmtree(self.partial, ignore_errors=True)
+        self._folder.remove()
 
     def add(self, split: str, sentences: Iterable[Sequence[int]]) -> None:
         """Appends one document: its sentences as token ids, without special tokens. Empty sentences are left out, and
@@ -221,17 +221,20 @@ class CorpusWriter:
 
     def _move_to_destination(self) -> None:
         check_destination(self.directory, self._overwrite)
-        replaced = self._place.with_name(f"{self._place.name}.replaced-{os.getpid()}")
-        try:
+        with contextlib.ExitStack() as stack:
+            replaced = work_path(self._place, "replaced")
             if self._place.exists():
+                old = WorkFolder(self._place)
+                stack.callback(old.release)
                 os.rename(self._place, replaced)
-            os.rename(self.partial, self._place)
-        except BaseException:
-            if replaced.exists() and not self._place.exists():
-                os.rename(replaced, self._place)
-            raise
-        sync_directory(self._place.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+            try:
+                os.rename(self.partial, self._place)
+            except BaseException:
+                if replaced.exists():
+                    os.rename(replaced, self._place)
+                raise
+            sync_directory(self._place.parent)
+            shutil.rmtree(replaced, ignore_errors=True)
 
 
 class _Pending:
