@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import typer
 
+from fusebert.bench.measure.settings import KernelsOptions, ParityOptions, StepOptions, TrainOptions, TuneOptions
 from fusebert.train.cli import app
+from fusebert.train.corpus.settings import PrepareSettings
 from fusebert.train.run.settings import PretrainSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -298,10 +300,24 @@ def test_public_signatures_are_those_of_the_snapshot():
     assert public_signatures() == snapshot.read_text(encoding="utf-8").splitlines()
 
 
-def test_settings_and_command_line_options_are_the_same():
-    command = typer.main.get_command(app).commands["pretrain"]
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [
+        (("prepare",), PrepareSettings),
+        (("pretrain",), PretrainSettings),
+        (("bench", "kernels"), KernelsOptions),
+        (("bench", "step"), StepOptions),
+        (("bench", "train"), TrainOptions),
+        (("bench", "parity"), ParityOptions),
+        (("bench", "tune"), TuneOptions),
+    ],
+)
+def test_settings_and_command_line_options_are_the_same(words, settings):
+    command = typer.main.get_command(app)
+    for word in words:
+        command = command.commands[word]
     options = {parameter.name: parameter for parameter in command.params}
-    fields = {field.name: field for field in dataclasses.fields(PretrainSettings)}
+    fields = {field.name: field for field in dataclasses.fields(settings)}
     assert options.keys() == fields.keys()
     for name, field in fields.items():
         if field.default is not dataclasses.MISSING:
