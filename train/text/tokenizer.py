@@ -151,10 +151,11 @@ def _load_json(path: Path) -> Tokenizer:
     try:
         kind = read_json(path, _MOST_BYTES)["model"].get("type", "WordPiece")
         tokenizer = Tokenizer.from_file(str(path))
-    except OSError:
+        tokenizer.encode("a", "b")  # a post-processor that does not fit panics only now
+    except (OSError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # tokenizers raises bare Exception
-        raise UserError(f"{path} is not a tokenizer.json ({error})") from error
+    except BaseException as error:  # tokenizers raises bare Exception; a Rust panic is a BaseException
+        raise UserError(f"{path} is not a tokenizer.json ({' '.join(str(error).split())})") from error
     if kind != "WordPiece":
         raise UserError(f"{path} is a {kind} tokenizer: give a WordPiece tokenizer, as BERT has")
     _check_special(path, tokenizer.get_vocab())

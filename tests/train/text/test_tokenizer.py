@@ -130,6 +130,13 @@ def with_id(path, number, added=False):
     path.write_text(json.dumps(data))
 
 
+def with_a_template_that_does_not_fit(path):
+    vocab = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *string.ascii_lowercase])}
+    data = json.loads(bert_tokenizer(vocab, lowercase=True).to_str())
+    del data["post_processor"]["special_tokens"]["[SEP]"]
+    path.write_text(json.dumps(data))
+
+
 @pytest.mark.parametrize(
     ("name", "write", "message"),
     [
@@ -146,6 +153,7 @@ def with_id(path, number, added=False):
         ("a.json", lambda p: with_id(p, 10**400), "not a tokenizer.json"),
         ("a.json", lambda p: p.write_text('{"model":' * 10_000), "not a tokenizer.json .nested too deeply"),
         ("a.json", lambda p: p.write_text('{"model": ' + "9" * 5000 + "}"), "not a tokenizer.json"),
+        ("a.json", with_a_template_that_does_not_fit, "not a tokenizer.json"),
         ("a.json", os.mkfifo, "is no regular file"),
         ("a.txt", lambda p: p.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\nx\n"), r"lacks the special tokens \[MASK\]"),
         ("a.txt", lambda p: p.write_text("[PAD]\nx\nx\n"), "a.txt:3: 'x' a second time"),
