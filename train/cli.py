@@ -103,7 +103,8 @@ PRETRAIN_HELP = "\n\n".join(
     [
         "Pretrain a BERT on a prepared corpus: masked language model and next-sentence prediction.",
         "Ctrl-C finishes the step, saves a checkpoint and prints the command that continues the run. A second Ctrl-C "
-        "stops at once.",
+        "stops at once. SIGTERM and SIGUSR1, which Slurm sends before it pre-empts a job, do the same with exit status "
+        "0.",
         "At the end OUT/hf loads with transformers.BertForPreTraining.from_pretrained. A report compares the held-out "
         "loss with the corpus's unigram entropy, the loss of a model that uses token frequencies but no context.",
         "Five minutes on a laptop:",
@@ -122,9 +123,12 @@ def _pretrain(settings: PretrainSettings) -> None:
     # PyTorch reads this when it loads. OpenMP threads that spin while they wait cost a factor of ten if another process
     # uses the same cores (measured on 2 busy cores, tiny: 200 to 600 tokens/s, against 4,000 with sleeping threads).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from .run.pretrain import pretrain
-    from .run.signals import Interrupted
-    from .step.distributed import first_to_fail
+    from .run.signals import Interrupted, StopSignal
+
+    # A signal during these imports ends the process without a traceback.
+    with StopSignal(silent=_launched_by_torchrun()):
+        from .run.pretrain import pretrain
+        from .step.distributed import first_to_fail
 
     typed = [word for word in sys.argv[1:] if word != "--resume"]
     try:
@@ -132,7 +136,7 @@ def _pretrain(settings: PretrainSettings) -> None:
     except Interrupted as stopped:
         if first_to_fail():
             print(f"fusebert: {stopped}", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise typer.Exit(stopped.status) from None
     if report is not None:
         print("\n" + report.as_text(), end="")
 
@@ -185,6 +189,8 @@ def main() -> None:
     """
     try:
         status = app(standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):  # outside of the blocks that handle Ctrl-C
+        sys.exit(128 + signal.SIGINT)
     except (UserError, ValueError) as error:
         _fail(str(error), 2)
     except OSError as error:

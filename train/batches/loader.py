@@ -15,7 +15,10 @@ import itertools
 import math
 import multiprocessing
 import signal
+import threading
 from collections.abc import Iterable, Iterator
+from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +26,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ...model.batch import PackedBatch
+from ..errors import UserError
 from ..text.workers import follow_parent
 from .dataset import PackedExamples
 
 _TENSORS = ("input_ids", "token_type_ids", "position_ids", "masked_positions", "masked_labels", "nsp_labels")
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _COUNTS = ("max_seqlen", "num_tokens", "num_masked", "num_pairs")
 
 
@@ -65,9 +70,57 @@ class _Chunk:
             )
 
 
+class LostWorker(UserError):
+    """A process that makes batches has died. The message is one line."""
+
+
+class _WorkerDeaths:
+    """Raises DataLoader's error about a dead worker while the training process waits for a batch, and only then.
+
+    DataLoader raises it in a handler of SIGCHLD, at any point of the program: in the middle of an optimiser step, after
+    which nothing could be saved.
+    """
+
+    def __init__(self) -> None:
+        self._waiting = False
+        self._raise: Any = None
+
+    def take_over(self) -> None:
+        """Call it after DataLoader has installed its handler."""
+        handler = signal.getsignal(signal.SIGCHLD)
+        if handler != self._note and callable(handler) and threading.current_thread() is threading.main_thread():
+            self._raise = handler
+            signal.signal(signal.SIGCHLD, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._waiting:
+            self._raise(number, frame)
+
+    def next(self, chunks: Iterator[_Chunk]) -> _Chunk:
+        self._waiting = self._raise is not None
+        try:
+            self._note(signal.SIGCHLD, None)  # for a worker that died before
+            return next(chunks)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            reason = str(error).splitlines()[0].strip(" .")
+            raise LostWorker(
+                f"a process that makes batches has died ({reason}), perhaps because memory ran out: fewer --workers "
+                "need less"
+            ) from error
+        finally:
+            self._waiting = False
+
+
+_deaths = _WorkerDeaths()
+
+
 def _start_worker(worker: int) -> None:
-    # Ctrl-C and torchrun's SIGTERM reach the whole process group; the training process saves, then ends its workers.
-    follow_parent(signal.SIGINT, signal.SIGTERM)
+    # Ctrl-C and a batch system's signals reach the whole process group; the training process saves, then ends its
+    # workers.
+    follow_parent(*STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def _kill_workers() -> None:
@@ -104,6 +157,7 @@ def batches(
 
     Raises:
         ValueError: an argument is out of range. An error in a worker is raised here, with its traceback.
+        LostWorker: by the iterator, a worker died.
     """
     for name, value, least in (("num_workers", num_workers, 0), ("start", start, 0), ("lanes", lanes, 1)):
         if value < least:
@@ -128,7 +182,15 @@ def batches(
         worker_init_fn=_start_worker,
         pin_memory=pin_memory and torch.cuda.is_available(),
     )
-    return _take(iter(chunks), block, itertools.count(first, world_size), my_lanes, lanes, examples.batches_per_chunk)
+    # Signals wait until the workers ignore them. One that arrives during a fork could end a worker, or be lost.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        stream = iter(chunks)
+        if num_workers:
+            _deaths.take_over()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return _take(stream, block, itertools.count(first, world_size), my_lanes, lanes, examples.batches_per_chunk)
 
 
 def _take(
@@ -140,5 +202,5 @@ def _take(
         wanted, place = divmod(number, lanes * per_chunk)
         while not held or block < wanted:
             block += bool(held)
-            held = {lane: list(next(chunks).batches()) for lane in my_lanes}
+            held = {lane: list(_deaths.next(chunks).batches()) for lane in my_lanes}
         yield held[place % lanes][place // lanes]

@@ -2,7 +2,7 @@
 
     out/checkpoints/step-00000400/model.safetensors       parameters, under the model's names
                                   optimizer.safetensors   "{parameter}/{state}": exp_avg, exp_avg_sq, step
-                                  trainer.json            the rest, and size and CRC-32 of the other files
+                                  trainer.json            the rest, size and CRC-32 of the other files, its own CRC-32
 
 Generator states are not saved: batches and dropout are functions of the seed and the number of the micro-batch. A
 checkpoint does not depend on the number of processes: rank 0 gathers full tensors, writes and reads them, and any
@@ -10,7 +10,8 @@ number of processes can continue, replicated or sharded. (PyTorch's distributed 
 parallel, but its metadata is a pickle.)
 
 A checkpoint is written to a hidden folder beside its final path, synced to disk and renamed, so a crash or a full disk
-does not affect earlier checkpoints. Reading verifies size and CRC-32 of every file before anything is loaded.
+does not affect earlier checkpoints. Reading verifies size and CRC-32 of every file, every field and every weight before
+anything is loaded.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ import json
 import os
 import re
 import shutil
+import stat
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -36,8 +38,11 @@ from ..step.finite import LARGEST, blown_up
 from ..step.sharding import gather, scatter
 from .strict_json import strict_json
 
-FORMAT_VERSION = 2
-READABLE = (1, 2)  # version 1 has generator states in rng.safetensors, and its batches come from one lane
+FORMAT_VERSION = 3
+# Version 1 has generator states in rng.safetensors, and its batches come from one lane. Versions 1 and 2 have no
+# checksum of trainer.json and do not skip steps.
+READABLE = (1, 2, 3)
+LARGEST_JSON = 1 << 24  # bytes of trainer.json
 FILES = ("model.safetensors", "optimizer.safetensors")
 MAX_FLOAT32 = torch.finfo(torch.float32).max
 
@@ -119,32 +124,72 @@ def check_weights(model: BertForPreTraining, optimizer: torch.optim.Optimizer, r
 
 def _write(root: Path, tensors: tuple[dict[str, Tensor], ...], state: TrainerState, keep: int) -> Path:
     final = root / f"step-{state.step:08d}"
-    partial = root / f".{final.name}.partial-{os.getpid()}"
+    partial, replaced = (root / f".{final.name}.{what}-{os.getpid()}" for what in ("partial", "replaced"))
     root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.glob(".step-*"):  # of a killed process
-        shutil.rmtree(leftover)
+    clean_up(root)
     partial.mkdir()
     try:
         files = {name: _write_tensors(partial / name, each) for name, each in zip(FILES, tensors, strict=True)}
-        content = {"version": FORMAT_VERSION, "state": dataclasses.asdict(state), "files": files}
+        # As it will be read: null in place of numbers that are not finite.
+        content = json.loads(strict_json({"state": dataclasses.asdict(state), "files": files}))
+        content = {"version": FORMAT_VERSION, "crc32": _checksum(content), **content}
         with replace_file(partial / "trainer.json") as path:
             path.write_text(strict_json(content, indent=1), encoding="utf-8")
-        if final.exists():  # the step that the run was resumed from, saved again
-            os.rename(final, partial.with_suffix(".replaced"))
+        if os.path.lexists(final):  # the step that the run was resumed from, saved again, or a damaged one
+            os.rename(final, replaced)  # if the process is killed here, `clean_up` brings it back
         os.rename(partial, final)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        clean_up(root)
         raise
     sync_directory(root)
-    for old in [*list_checkpoints(root)[keep:], *root.glob(".step-*")]:
-        shutil.rmtree(old)
+    _remove(replaced)
+    # Those of later steps do not count: the run went on from an earlier one because they are damaged.
+    for old in [path for path in list_checkpoints(root) if _step(path) <= state.step][keep:]:
+        _remove(old)
     return final
+
+
+def clean_up(root: Path) -> None:
+    """Removes what killed processes left in ``root``, and restores a checkpoint that one was about to replace.
+
+    Folders of other living processes are left alone.
+    """
+    for path in root.glob(".step-*"):
+        match = re.fullmatch(r"\.(step-\d+)\.(partial|replaced)(?:-(\d+))?", path.name)
+        if match is None or (match[3] and int(match[3]) != os.getpid() and _is_alive(int(match[3]))):
+            continue
+        if match[2] == "replaced" and not os.path.lexists(root / match[1]):
+            os.rename(path, root / match[1])
+        else:
+            _remove(path)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _remove(path: Path) -> None:
+    """Removes a folder, or whatever else has its name."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def list_checkpoints(root: Path) -> list[Path]:
     """The checkpoints in ``root``, newest first, not yet verified."""
-    found = [path for path in root.glob("step-*") if re.fullmatch(r"step-\d+", path.name)] if root.is_dir() else []
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    found = [path for path in root.glob("step-*") if re.fullmatch(r"step-\d{1,18}", path.name)] if root.is_dir() else []
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def last_good(root: Path) -> str:
@@ -163,20 +208,62 @@ def read_state(path: Path) -> TrainerState:
         CheckpointError: a file is missing or damaged, or the weights are not finite.
     """
     try:
-        content = json.loads((path / "trainer.json").read_text(encoding="utf-8"))
+        with _open(path / "trainer.json") as file:
+            content = json.loads(file.read(LARGEST_JSON))
         version, files = content["version"], content["files"]
         if version not in READABLE:
             raise CheckpointError(f"{path} has format version {version}; this fusebert reads {READABLE}")
-        state = TrainerState(**content["state"])
+        if version >= 3 and content["crc32"] != _checksum({"state": content["state"], "files": files}):
+            raise CheckpointError(f"{path / 'trainer.json'} is damaged: its content differs from its checksum")
+        state = _read_fields(content["state"])
+        if state.step != _step(path):
+            raise CheckpointError(f"{path / 'trainer.json'} is of step {state.step}")
         for name in FILES:
             if _fingerprint(path / name) != files[name]:
                 raise CheckpointError(f"{path / name} is damaged: its size or CRC-32 differs from trainer.json")
             bad = _blown_up(path / name, LARGEST if name == FILES[0] else MAX_FLOAT32)
             if bad is not None:
                 raise CheckpointError(f"{path / name} is not usable: {bad} is not finite, or too large to compute with")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not a whole checkpoint ({error})") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = str(error) if len(str(error)) < 200 else type(error).__name__
+        raise CheckpointError(f"{path} is not a whole checkpoint ({reason})") from error
     return state
+
+
+def _read_fields(content: Any) -> TrainerState:
+    """The state in trainer.json. Fields that an older version lacks have their default.
+
+    Raises:
+        TypeError, ValueError: a field is unknown or has a value that it cannot have.
+    """
+    state = TrainerState(**content)
+
+    def is_number(value: Any, kind: type = float) -> bool:
+        return type(value) in (int, kind) and 0 <= value < float("inf")
+
+    def is_table(value: Any) -> bool:
+        return isinstance(value, dict) and all(each is None or is_number(each) for each in value.values())
+
+    evaluation = {"mlm_loss", "mlm_accuracy", "nsp_loss", "nsp_accuracy", "num_masked", "num_pairs"}
+    allowed = {
+        **{name: is_number(getattr(state, name), int) for name in ("step", "batches", "skipped", "tokens", "flops")},
+        **{name: is_number(getattr(state, name)) for name in ("elapsed_s", "train_s")},
+        "lanes": is_number(state.lanes, int) and state.lanes > 0,
+        "length": is_table(state.length) and state.length.keys() <= {"steps", "minutes"},
+        "finished": isinstance(state.finished, bool),
+        "identity": isinstance(state.identity, dict),
+        "first_evaluation": state.first_evaluation is None
+        or (is_table(state.first_evaluation) and state.first_evaluation.keys() >= evaluation),
+        "loss_scale": state.loss_scale is None or is_table(state.loss_scale),
+    }
+    wrong = [name for name, right in allowed.items() if not right]
+    if wrong:
+        raise ValueError(f"the value of {', '.join(wrong)} is not possible")
+    return state
+
+
+def _checksum(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def load_checkpoint(
@@ -260,9 +347,18 @@ def _blown_up(path: Path, limit: float) -> str | None:
     return None
 
 
+def _open(path: Path) -> BinaryIO:
+    """Opens a regular file; a FIFO, which could block for ever, is an OSError."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(f"{path} is not a file")
+    return open(handle, "rb")
+
+
 def _fingerprint(path: Path) -> dict[str, int]:
     size = crc = 0
-    with open(path, "rb") as file:
+    with _open(path) as file:
         while block := file.read(1 << 22):
             size += len(block)
             crc = zlib.crc32(block, crc)

@@ -13,6 +13,7 @@ from ...model.batch import PackedBatch
 from ...model.pretraining import BertForPreTraining
 from ..step.distributed import Ranks
 from ..step.step import autocast
+from .signals import Stopped, StopSignal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,11 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: BertForPreTraining, batches: Sequence[PackedBatch], compute_dtype: torch.dtype, ranks: Ranks | None = None
+    model: BertForPreTraining,
+    batches: Sequence[PackedBatch],
+    compute_dtype: torch.dtype,
+    ranks: Ranks | None = None,
+    stop: StopSignal | None = None,
 ) -> Evaluation:
     """Evaluates the model on ``batches``, without dropout. The model's mode and the generators do not change.
 
@@ -58,8 +63,10 @@ def evaluate(
         batches: the same in every process of ``ranks``. The processes share the work.
         compute_dtype: dtype of the matrix products.
         ranks: None: this process alone.
+        stop: looked at after each batch, in all ranks.
 
     Raises:
+        Stopped: ``stop`` has received a signal in one of the ranks.
         ValueError: ``batches`` has no masked token.
     """
     ranks = ranks or Ranks()
@@ -78,6 +85,11 @@ def evaluate(
             sums += torch.stack([x.double() for x in out])
             num_masked += batch.num_masked
             num_pairs += batch.num_pairs
+        if stop is not None:
+            interrupts, others = ranks.sum(stop.share())
+            if interrupts or others:
+                model.train(was_training)
+                raise Stopped(interrupts > 0)
     model.train(was_training)
     *totals, masked, pairs = ranks.sum([*sums.tolist(), num_masked, num_pairs])
     num_masked, num_pairs = int(masked), int(pairs)

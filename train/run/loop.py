@@ -11,8 +11,9 @@ import collections
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -21,13 +22,14 @@ from tqdm import tqdm
 from ...model.batch import PackedBatch
 from ..batches.loader import batches
 from ..errors import UserError
+from ..step.distributed import LostPeer
 from ..step.optim import learning_rate
 from .checkpoint import BlownUpWeights, save_checkpoint
 from .evaluate import Evaluation, evaluate
 from .metrics import Counts, Interval, Readback, peak_memory_bytes
 from .replay import save_window
 from .setup import Run
-from .signals import Interrupted, StopSignal
+from .signals import Stopped, StopSignal
 
 MAX_SKIPS = 20  # in a row; fp16 may need 16 to lower its scale from 2^16 to 1
 
@@ -116,11 +118,11 @@ class Skips:
 def train(run: Run, stop: StopSignal) -> None:
     """Trains until the run's end.
 
-    Raises as `pretrain.pretrain` does.
+    Raises as `pretrain.pretrain` does, and `Stopped`.
     """
     settings, plan, state, ranks, schedule = run.settings, run.plan, run.state, run.ranks, run.schedule
     if state.first_evaluation is None:
-        state.first_evaluation = evaluate_and_log(run).to_json()
+        state.first_evaluation = evaluate_and_log(run, stop).to_json()
     micro_batches = plan.batch_tokens // plan.tokens_per_batch
     source = batches(
         run.examples,
@@ -132,7 +134,6 @@ def train(run: Run, stop: StopSignal) -> None:
         pin_memory=plan.device.type == "cuda",
     )
     run.model.train()
-    stop.armed = True
     limit, skips = RunAheadLimit(plan.device), Skips(run)
     interval = Interval(plan.device)
     closed: list[Interval] = []  # copied to the host at the moment
@@ -145,12 +146,17 @@ def train(run: Run, stop: StopSignal) -> None:
         disable=None if ranks.first else True,
     ) as bar:
         done = schedule.done()
-        window = [] if done else _next_window(source, plan.accumulation)
-        counts, stopping = _agree(run, window, stop)
+        supply = Supply(run, source, stop)
+        if not done:
+            counts = supply.fetch()
+            if supply.failed:
+                supply.fail("")
+        stop.armed = True
         while not done:
             lr = learning_rate(plan.lr, schedule.progress(), settings.warmup)
             numbers = range(state.batches + ranks.rank, state.batches + micro_batches, ranks.world_size)
             seeds = [dropout_seed(settings.seed, number) for number in numbers]
+            window = supply.window
             result = run.step(window, lr, labels=(counts.num_masked, counts.num_pairs), seeds=seeds)
             interval.add(counts, result)
             state.step += 1
@@ -160,12 +166,12 @@ def train(run: Run, stop: StopSignal) -> None:
             bar.update()
 
             # Prepare the next window while the device computes this one.
-            window = _next_window(source, plan.accumulation)
-            counts, stopping = _agree(run, window, stop)
+            counts = supply.fetch()
             skips.look_at(finished)
             done = schedule.done()
             evaluation_due, save_due = schedule.evaluation_due(), schedule.save_due()
-            pause = done or evaluation_due or save_due or stopping
+            ending = supply.failed or supply.stopping
+            pause = done or evaluation_due or save_due or ending
             if state.step % plan.log_every == 0 or pause:
                 interval.close(state.step, state.tokens, lr)
                 closed.append(interval)
@@ -176,29 +182,59 @@ def train(run: Run, stop: StopSignal) -> None:
             if pause:
                 skips.look_at(limit.drain())
                 check_inputs(run)
+                if supply.stopping:
+                    raise Stopped(supply.interrupted)
+                if supply.failed and not done:
+                    supply.fail(f"; saved in {save(run)}; go on with: {run.resume_command}")
                 if evaluation_due and not done:  # at the end the caller evaluates and saves
-                    evaluate_and_log(run)
+                    evaluate_and_log(run, stop)
                     schedule.evaluated()
-                if (save_due or stopping) and not done:
-                    path = save(run)
+                if save_due and not done:
+                    save(run)
                     schedule.saved()
-                    if stopping:
-                        raise Interrupted(
-                            f"stopped after step {state.step}, saved in {path}; go on with:\n{run.resume_command}"
-                        )
                 run.clock.read()
                 interval = Interval(plan.device)
 
 
-def _next_window(source: Iterator[PackedBatch], size: int) -> list[PackedBatch]:
-    return [next(source) for _ in range(size)]
+class Supply:
+    """Fetches the micro-batches of each step, and agrees with the other ranks how to go on.
 
+    Attributes:
+        window: the micro-batches of the next step on this rank.
+        failed: a rank could not make its batches.
+        stopping, interrupted: a rank received a signal; it was Ctrl-C.
+    """
 
-def _agree(run: Run, window: Sequence[PackedBatch], stop: StopSignal) -> tuple[Counts, bool]:
-    """The counts of all ranks' windows, and whether any rank was told to stop. Reads the clock. A collective call."""
-    own = Counts.of(run.model.config, window)
-    *counts, run.clock.now, stops = run.ranks.sum([*own, run.clock.share(), float(stop.received)])
-    return Counts(*map(int, counts)), stops > 0
+    def __init__(self, run: Run, source: Iterator[PackedBatch], stop: StopSignal) -> None:
+        self._run, self._source, self._stop = run, source, stop
+        self.window: list[PackedBatch] = []
+        self.failed = self.stopping = self.interrupted = False
+        self._error: Exception | None = None
+
+    def fetch(self) -> Counts:
+        """Sets the attributes and returns the counts of all ranks' windows. Reads the clock. A collective call."""
+        try:
+            self.window = [next(self._source) for _ in range(self._run.plan.accumulation)]
+        except Exception as error:  # raised when all ranks have saved
+            self._error = error
+        own = Counts.of(self._run.model.config, self.window)
+        shared = [*own, self._run.clock.share(), float(self._error is not None), *self._stop.share()]
+        *counts, self._run.clock.now, failed, interrupts, others = self._run.ranks.sum(shared)
+        self.failed, self.stopping, self.interrupted = failed > 0, interrupts + others > 0, interrupts > 0
+        return Counts(*map(int, counts))
+
+    def fail(self, saved: str) -> NoReturn:
+        """Raises this rank's error, or on the other ranks `LostPeer`.
+
+        Args:
+            saved: what was saved, to append to the error's message.
+        """
+        if self._error is None:
+            raise LostPeer
+        if isinstance(self._error, UserError | ValueError | OSError):
+            raise UserError(f"{self._error}{saved}") from self._error
+        self._run.say(saved.removeprefix("; "))
+        raise self._error
 
 
 def dropout_seed(seed: int, number: int) -> int:
@@ -210,10 +246,15 @@ def dropout_seed(seed: int, number: int) -> int:
     return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0] >> 1)
 
 
-def evaluate_and_log(run: Run) -> Evaluation:
-    """Evaluates the model on held-out text, logs and prints the result. A collective call."""
+def evaluate_and_log(run: Run, stop: StopSignal) -> Evaluation:
+    """Evaluates the model on held-out text, logs and prints the result. A collective call.
+
+    Raises:
+        Stopped: a signal came.
+        UserError: the loss is not finite.
+    """
     started = run.clock.read()
-    result = evaluate(run.model, run.heldout, run.plan.compute_dtype, run.ranks)
+    result = evaluate(run.model, run.heldout, run.plan.compute_dtype, run.ranks, stop)
     if not math.isfinite(result.mlm_loss + (result.nsp_loss or 0.0)):
         raise UserError(
             f"the held-out loss after step {run.state.step} is not finite: the weights have blown up; lower --lr or "

@@ -2,8 +2,8 @@
 
 A run is ``steps`` or ``minutes`` long. The learning rate is a function of the run's progress, 0 … 1. With minutes,
 progress is the share of the time that is spent, evaluation and export included, so the rate reaches 0 when the time is
-over. On SIGINT or SIGTERM the run finishes the step, saves a checkpoint and says how to continue. On a CPU a continued
-run gives the same bits as an uninterrupted one (with steps; with minutes it depends on the clock).
+over. On SIGINT, SIGTERM or SIGUSR1 the run finishes the step, saves a checkpoint and says how to continue. On a CPU a
+continued run gives the same bits as an uninterrupted one (with steps; with minutes it depends on the clock).
 
 Launched by torchrun, the processes share the micro-batches of each step. Their content, order and dropout depend on
 the settings only, not on the number of processes. Rank 0 keeps the clock, writes and prints.
@@ -26,7 +26,7 @@ from .plan import choose_device
 from .report import Report
 from .settings import PretrainSettings
 from .setup import Run, set_up
-from .signals import StopSignal
+from .signals import Interrupted, Stopped, StopSignal, exit_status
 
 
 def pretrain(settings: PretrainSettings, resume_command: str) -> Report | None:
@@ -43,7 +43,7 @@ def pretrain(settings: PretrainSettings, resume_command: str) -> Report | None:
             job ended.
         CorpusError: ``settings.data`` is missing or damaged.
         OSError: for example no space left. Earlier checkpoints are intact.
-        signals.Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
+        signals.Interrupted: a signal came; a checkpoint was saved. A signal before the first step ends the process.
     """
     ranks = Ranks.from_environment()
     with StopSignal(silent=not ranks.alone) as stop:
@@ -52,7 +52,13 @@ def pretrain(settings: PretrainSettings, resume_command: str) -> Report | None:
             run = set_up(settings, resume_command, ranks)
             try:
                 train(run, stop)
-                report = _finish(run)
+                report = _finish(run, stop)
+            except Stopped as stopped:
+                where = run.last_good() if run.schedule.complete else f"saved in {save(run)}"
+                raise Interrupted(
+                    f"stopped after step {run.state.step}, {where}; go on with:\n{run.resume_command}",
+                    exit_status(stopped.interrupted),
+                ) from None
             finally:
                 run.close()
             ranks.leave()
@@ -67,20 +73,20 @@ def pretrain(settings: PretrainSettings, resume_command: str) -> Report | None:
             raise
 
 
-def _finish(run: Run) -> Report | None:
+def _finish(run: Run, stop: StopSignal) -> Report | None:
     """Evaluates, saves, exports to hf/, draws loss.png and writes the report, which rank 0 returns."""
     settings, state, out, complete = run.settings, run.state, run.settings.out, run.schedule.complete
     check_inputs(run)
-    after = evaluate_and_log(run)
+    after = evaluate_and_log(run, stop)
     state.finished = True
     if not complete:
         save(run)
     model = unsharded(run.model, run.ranks)
-    if model is None or run.log is None:
+    if model is None:
         return None
     save_hf(model, out / "hf", run.inputs.keep(out))
     try:
-        plot_loss_curve(read_log(run.log.path), run.corpus.unigram_entropy, out / "loss.png")
+        plot_loss_curve(read_log(out / "log.jsonl"), run.corpus.unigram_entropy, out / "loss.png")
         loss_curve = str(out / "loss.png")
     except ModuleNotFoundError as error:
         loss_curve = f"not drawn: {error}"

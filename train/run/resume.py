@@ -14,17 +14,18 @@ from ..batches.shape import BatchShape
 from ..corpus.reader import Corpus
 from ..errors import UserError
 from ..step.distributed import Ranks
-from .checkpoint import CheckpointError, TrainerState, list_checkpoints, read_state
+from .checkpoint import CheckpointError, TrainerState, clean_up, list_checkpoints, read_state
 from .plan import Plan
 from .settings import PretrainSettings
 
 
 def find_checkpoint(root: Path, settings: PretrainSettings) -> tuple[Path, TrainerState] | None:
-    """The newest undamaged checkpoint in ``root`` and its state; None if there is none.
+    """The newest undamaged checkpoint in ``root`` and its state; None if there is none. Says which ones it passed over.
 
     Raises:
         UserError: there is a checkpoint but no ``--resume``, or all checkpoints are damaged.
     """
+    clean_up(root)
     found = list_checkpoints(root)
     if not found:
         return None
@@ -34,10 +35,23 @@ def find_checkpoint(root: Path, settings: PretrainSettings) -> tuple[Path, Train
         )
     for path in found:
         try:
-            return path, read_state(path)
+            state = read_state(path)
+            _check_progress(path, state)
+            return path, state
         except CheckpointError as error:
             print(f"fusebert: warning: {error}; trying the one before", file=sys.stderr)
     raise UserError(f"all checkpoints in {root} are damaged: remove that folder, or give another --out")
+
+
+def _check_progress(path: Path, state: TrainerState) -> None:
+    """Raises CheckpointError unless the counts of a checkpoint agree with each other."""
+    tokens, batch = state.identity.get("--tokens-per-batch"), state.identity.get("--batch-tokens")
+    if isinstance(tokens, int) and isinstance(batch, int) and 0 < tokens <= batch and batch % tokens == 0:
+        fits = state.batches == state.step * (batch // tokens) and batch // tokens % state.lanes == 0
+    else:
+        fits = False
+    if not fits:
+        raise CheckpointError(f"{path / 'trainer.json'} is damaged: its steps and batches do not fit together")
 
 
 def keep_batch_sizes(settings: PretrainSettings, state: TrainerState, ranks: Ranks) -> PretrainSettings:

@@ -30,6 +30,7 @@ from ..step.step import TrainingStep
 from .checkpoint import TrainerState, last_good, load_checkpoint
 from .clock import Clock, Schedule
 from .inputs import RunInputs
+from .lock import RunLock
 from .log import RunLog
 from .plan import Plan, resolve
 from .resume import check_identity, find_checkpoint, keep_batch_sizes, run_identity
@@ -50,7 +51,8 @@ class Run:
         matmul_rate: FLOP/s of all ranks, measured; the denominator of MFU.
         matmul: what was measured, in words.
         inputs: what the run keeps of the corpus.
-        log: on rank 0 only.
+        lock: on the run's folder; on rank 0 only.
+        log: on rank 0 only, and not in a run that had ended before.
     """
 
     ranks: Ranks
@@ -70,6 +72,7 @@ class Run:
     matmul_rate: float
     matmul: str
     inputs: RunInputs
+    lock: RunLock | None
     log: RunLog | None
 
     @property
@@ -110,9 +113,11 @@ class Run:
         return last_good(self.checkpoints)
 
     def close(self) -> None:
-        """Closes the log."""
+        """Closes the log and releases the run's folder."""
         if self.log is not None:
             self.log.close()
+        if self.lock is not None:
+            self.lock.release()
 
 
 def set_up(settings: PretrainSettings, resume_command: str, ranks: Ranks) -> Run:
@@ -120,6 +125,16 @@ def set_up(settings: PretrainSettings, resume_command: str, ranks: Ranks) -> Run
 
     Raises as `pretrain.pretrain` does.
     """
+    lock = RunLock(settings.out) if ranks.first else None
+    try:
+        return _set_up(settings, resume_command, ranks, lock)
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
+
+
+def _set_up(settings: PretrainSettings, resume_command: str, ranks: Ranks, lock: RunLock | None) -> Run:
     clock = Clock(ranks)
     found = ranks.from_first(lambda: find_checkpoint(settings.out / "checkpoints", settings))
     if found is not None:
@@ -174,9 +189,9 @@ def set_up(settings: PretrainSettings, resume_command: str, ranks: Ranks) -> Run
     matmul = matmul_words(plan.device, plan.compute_dtype)
     log: RunLog | None = None
     if ranks.first:
-        settings.out.mkdir(parents=True, exist_ok=True)
         corpus.tokenizer_path = inputs.keep(settings.out)
-        log = RunLog(settings.out, resume_step=state.step if found else None, tensorboard=settings.tensorboard)
+        if not complete:
+            log = RunLog(settings.out, resume_step=state.step if found else None, tensorboard=settings.tensorboard)
     run = Run(
         ranks=ranks,
         resume_command=resume_command,
@@ -195,6 +210,7 @@ def set_up(settings: PretrainSettings, resume_command: str, ranks: Ranks) -> Run
         matmul_rate=rate,
         matmul=matmul if ranks.alone else f"{matmul} in each of {ranks.world_size} processes",
         inputs=inputs,
+        lock=lock,
         log=log,
     )
     _introduce(run)

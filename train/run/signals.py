@@ -1,4 +1,8 @@
-"""SIGINT and SIGTERM during a run: finish the step, save, stop."""
+"""SIGINT, SIGTERM and SIGUSR1 during a run: finish the step, save, stop.
+
+Slurm sends SIGTERM before it pre-empts a job, and SIGUSR1 if asked to (``--signal``). A run that was stopped by one of
+them has done what it was told, so its exit status is 0. After Ctrl-C (SIGINT) it is 130, as usual.
+"""
 
 from __future__ import annotations
 
@@ -7,31 +11,62 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def exit_status(interrupted: bool) -> int:
+    """The exit status of a run that was stopped by Ctrl-C (``interrupted``) or by another signal."""
+    return 128 + signal.SIGINT if interrupted else 0
+
+
+class Stopped(Exception):
+    """An evaluation was broken off because of a signal.
+
+    Attributes:
+        interrupted: by Ctrl-C.
+    """
+
+    def __init__(self, interrupted: bool) -> None:
+        super().__init__("stopped")
+        self.interrupted = interrupted
+
 
 class Interrupted(Exception):
-    """The run was stopped by a signal. The message says how to continue it."""
+    """The run was stopped by a signal. The message says how to continue it.
+
+    Attributes:
+        status: exit status of the process.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class StopSignal:
-    """Notes SIGINT and SIGTERM within a ``with`` block. The second signal has its default effect, at once.
+    """Handles SIGINT, SIGTERM and SIGUSR1 within a ``with`` block.
+
+    Until it is `armed` there is nothing to save, and a signal ends the process at once. Then the first signal is noted,
+    and the second has its default effect, at once. The handler never raises: an exception between any two instructions
+    could be lost, or leave half-started workers behind.
 
     Args:
         silent: print no message. For the processes of a torchrun job, which first have to agree to stop.
 
     Attributes:
-        received: a signal came.
-        armed: there is something to save. Until then a signal raises `Interrupted` at once.
+        received: the signal that came, or None.
+        armed: there is something to save.
     """
 
     def __init__(self, silent: bool = False) -> None:
         self.silent = silent
-        self.received = False
+        self.received: int | None = None
         self.armed = False
         self._pid = os.getpid()
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._note)
         return self
 
@@ -41,13 +76,20 @@ class StopSignal:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def share(self) -> list[float]:
+        """Two numbers to sum over the ranks: whether SIGINT came to this one, whether another signal came."""
+        return [float(self.received == signal.SIGINT), float(self.received not in (None, signal.SIGINT))]
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         for each in self._previous:
             signal.signal(each, signal.SIG_DFL)
         if os.getpid() != self._pid:  # a worker process inherited this handler: end it
             os.kill(os.getpid(), number)
+        # os.write, because print is not reentrant.
         if not self.armed:
-            raise Interrupted("stopped before the first step: there is nothing to save")
-        self.received = True
-        if not self.silent:  # os.write, because print is not reentrant
+            if not self.silent:
+                os.write(2, b"\nfusebert: stopped before the first step: there is nothing to save\n")
+            os._exit(exit_status(number == signal.SIGINT))
+        self.received = number
+        if not self.silent:
             os.write(2, b"\nfinishing the step, then saving; once more to stop at once\n")
