@@ -127,6 +127,7 @@ def _pretrain(settings: PretrainSettings) -> None:
 
     # A signal during these imports ends the process without a traceback.
     with StopSignal(silent=_launched_by_torchrun()):
+        from .run.manifest import compare
         from .run.pretrain import pretrain
         from .step.distributed import first_to_fail
 
@@ -139,6 +140,8 @@ def _pretrain(settings: PretrainSettings) -> None:
         raise typer.Exit(stopped.status) from None
     if report is not None:
         print("\n" + report.as_text(), end="")
+        if settings.reproduce is not None:
+            print(compare(settings.reproduce, settings.out))
 
 
 app.command("pretrain", help=PRETRAIN_HELP)(command(PretrainSettings, _pretrain))

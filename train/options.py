@@ -36,6 +36,7 @@ class Option:
         show_default: whether ``--help`` shows the default, or the text that it shows.
         parser: converts the word on the command line to the value.
         min: the smallest number that is allowed.
+        defaults: of the other options, computed from this one's value, which is read first.
     """
 
     help: str
@@ -46,6 +47,20 @@ class Option:
     show_default: bool | str = True
     parser: Callable[[str], Any] | None = None
     min: float | None = None
+    defaults: Callable[[Any], dict[str, Any]] | None = None
+
+
+def _sets_defaults(defaults: Callable[[Any], dict[str, Any]]) -> Callable[..., Any]:
+    """A callback for typer that makes ``defaults(value)`` the defaults of the command's other options."""
+    import typer
+
+    def callback(ctx: typer.Context, value: Any) -> Any:
+        if value is not None:
+            ctx.default_map = {**(ctx.default_map or {}), **defaults(value)}
+        return value
+
+    callback.__annotations__ = {"ctx": typer.Context}
+    return callback
 
 
 def command(settings: type[Settings], run: Callable[[Settings], None]) -> Callable[..., None]:
@@ -64,6 +79,8 @@ def command(settings: type[Settings], run: Callable[[Settings], None]) -> Callab
         kind = str | None if option.parser else kind  # the parser returns the value, whatever the field's type
         words = {name: getattr(option, name) for name in ("help", "metavar", "show_default", "parser", "min")}
         words["rich_help_panel"] = option.panel
+        if option.defaults is not None:
+            words |= {"is_eager": True, "callback": _sets_defaults(option.defaults)}
         flags = (option.flags,) if option.flags else ()
         parameter = typer.Argument(**words) if option.positional else typer.Option(*flags, **words)
         parameters.append(

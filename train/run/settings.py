@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+from ..errors import UserError
 from ..options import Option
 
 LENGTH, MODEL, BATCH = "How long", "Model", "Batches and examples"
 OPTIMISER, RECORD, MACHINE = "Optimiser", "Evaluation, checkpoints, log", "Machine"
+
+
+def _options_to_repeat(run: Path) -> dict[str, Any]:
+    from .manifest import options_to_repeat
+
+    options = options_to_repeat(run)
+    unknown = options.keys() - {field.name for field in dataclasses.fields(PretrainSettings)}
+    if unknown:
+        raise UserError(
+            f"{run} was made by another version of fusebert, with options unknown here: {', '.join(unknown)}"
+        )
+    return options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +48,17 @@ class PretrainSettings:
             flags="--resume",
         ),
     ] = False
+
+    reproduce: Annotated[
+        Path | None,
+        Option(
+            "Repeat the run in this folder, with its options and versions of the corpus, and compare the weights. "
+            "Writes to a folder beside it, or to --out. To the bit on a CPU.",
+            LENGTH,
+            metavar="RUN",
+            defaults=_options_to_repeat,
+        ),
+    ] = None
 
     model: Annotated[
         str,

@@ -13,11 +13,13 @@ from tqdm import tqdm
 from ...model.batch import PackedBatch
 from ...model.config import BertConfig
 from ...model.fp8 import use_fp8
+from ...model.hf.format import WEIGHTS_FILE
 from ...model.hf.load import from_hf
 from ...model.pretraining import BertForPreTraining
 from ..batches.batch_maker import BatchMaker, fit_shape
 from ..batches.dataset import PackedExamples, heldout_batches
 from ..batches.shape import BatchShape
+from ..corpus.format import file_sha256
 from ..corpus.reader import Corpus
 from ..errors import UserError
 from ..step.distributed import Ranks
@@ -32,6 +34,7 @@ from .clock import Clock, Schedule
 from .inputs import RunInputs
 from .lock import RunLock
 from .log import RunLog
+from .manifest import check_repetition, write_manifest
 from .plan import Plan, resolve
 from .resume import check_identity, find_checkpoint, keep_batch_sizes, run_identity
 from .settings import PretrainSettings
@@ -171,6 +174,11 @@ def _set_up(settings: PretrainSettings, resume_command: str, ranks: Ranks, lock:
     )
 
     identity = run_identity(settings, plan, corpus, model.config, shape)
+    first_weights = None
+    if settings.init_from is not None and (settings.init_from / WEIGHTS_FILE).is_file():
+        first_weights = file_sha256(settings.init_from / WEIGHTS_FILE)
+    if settings.reproduce is not None:
+        check_repetition(settings.reproduce, identity, first_weights)
     state = TrainerState(identity=identity, lanes=count_lanes(plan, examples))
     length = {"steps": settings.steps, "minutes": settings.minutes}
     complete = False
@@ -191,6 +199,17 @@ def _set_up(settings: PretrainSettings, resume_command: str, ranks: Ranks, lock:
     if ranks.first:
         corpus.tokenizer_path = inputs.keep(settings.out)
         if not complete:
+            write_manifest(
+                settings.out,
+                resume_command.removesuffix(" --resume"),
+                chosen_settings(settings, plan),
+                state.step,
+                ranks=ranks.world_size,
+                threads=torch.get_num_threads(),
+                identity=identity,
+                init_from_sha256=first_weights,
+                device=str(plan.device),
+            )
             log = RunLog(settings.out, resume_step=state.step if found else None, tensorboard=settings.tensorboard)
     run = Run(
         ranks=ranks,
@@ -276,6 +295,22 @@ def _check_vocabulary(directory: Path, corpus: Corpus) -> None:
             f"--init-from {directory} has another vocabulary than the corpus {corpus.directory}, of the same size: "
             "prepare the corpus with that model's tokenizer (fusebert prepare --tokenizer)"
         )
+
+
+def chosen_settings(settings: PretrainSettings, plan: Plan) -> PretrainSettings:
+    """``settings`` with the values of ``plan`` in place of what they leave open."""
+    return dataclasses.replace(
+        settings,
+        model=settings.model if settings.init_from is not None else plan.model,
+        device=plan.device.type,
+        precision=plan.precision,
+        tokens_per_batch=plan.tokens_per_batch,
+        batch_tokens=plan.batch_tokens,
+        lr=plan.lr,
+        workers=plan.workers,
+        log_every=plan.log_every,
+        threads=torch.get_num_threads() if plan.device.type == "cpu" else settings.threads,
+    )
 
 
 def count_lanes(plan: Plan, examples: PackedExamples) -> int:
