@@ -301,7 +301,7 @@ def test_a_finished_run_appends_nothing(corpus: Path, tmp_path: Path) -> None:
     before = {name: (out / name).read_bytes() for name in ("log.jsonl", "hf/model.safetensors")}
     (out / "hf" / "model.safetensors").unlink()
     again = run(corpus, out, steps=2, resume=True)
-    assert (again.after, again.seconds) == (first.after, first.seconds)
+    assert again.after == first.after
     assert before == {name: (out / name).read_bytes() for name in before}
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000002"]
 
@@ -315,12 +315,12 @@ def test_a_dead_worker_saves_first(corpus: Path, tmp_path: Path, monkeypatch: py
         if steps[0] == 3:
             for worker in multiprocessing.active_children():
                 worker.kill()
-                worker.join()
+                os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # not reaped
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(TrainingStep, "__call__", step)
     out = tmp_path / "run"
-    with pytest.raises(UserError, match=r"makes batches has died .*; saved in .*step-0000000\d; go on with: RESUME"):
+    with pytest.raises(UserError, match=r"makes batches has died .*; saved in .*step-\d+; go on with: RESUME"):
         run(corpus, out, steps=5000, workers=1)
     (path,) = checkpoint.list_checkpoints(out / "checkpoints")
     assert checkpoint.read_state(path).step == len(losses(out)) >= 3
