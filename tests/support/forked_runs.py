@@ -70,6 +70,7 @@ def _hook(name: str, number: int, action: Callable[[], None]) -> None:
 
 
 def _child(job: dict[str, Any], output: Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as fusebert.train.__main__ does
     os.setsid()
     handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)

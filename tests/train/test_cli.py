@@ -1,6 +1,7 @@
 """The command line: help without PyTorch, one line for every mistake."""
 
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,26 @@ def test_module_and_version() -> None:
         [sys.executable, "-m", "fusebert.train", "--version"], capture_output=True, text=True, check=True
     )
     assert result.stdout.startswith("fusebert 0.")
+
+
+def test_ctrl_c_is_not_lost_while_modules_are_imported() -> None:
+    """Python loses a KeyboardInterrupt that is raised in a weak reference's callback, as imports have them."""
+    script = (
+        "import os, signal, sys, weakref\n"
+        "sys.argv = ['fusebert', 'pretrain', '--help']\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'fusebert.train.cli':\n"
+        "            gone = type('Gone', (), {})()\n"
+        "            self.kept = weakref.ref(gone, lambda ref: os.kill(os.getpid(), signal.SIGINT))\n"
+        "            del gone\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from fusebert.train.__main__ import main\n"
+        "main()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == -signal.SIGINT
+    assert "Usage" not in result.stdout
 
 
 @pytest.mark.parametrize(
