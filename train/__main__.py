@@ -6,8 +6,8 @@ import sys
 
 def main() -> None:
     """Runs the command line. If a package is missing, prints in one line how to install it."""
-    # Python turns Ctrl-C into an exception, which is lost if it is raised in one of the callbacks of an import. `pretrain`
-    # handles signals itself, from its first line on.
+    # Python turns Ctrl-C into an exception, which is lost if it is raised in one of the callbacks of an import.
+    # `pretrain` handles signals itself, from its first line on.
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         from .cli import main as run
