@@ -103,6 +103,14 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and allowed else "ieee"
 
 
+def in_autocast_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Converts as autocast does for matrix products and attention. float64 stays."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device) or any(x.dtype == torch.float64 for x in tensors):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+
+
 def choose_backend(x: torch.Tensor) -> str:
     """``"triton"`` or ``"reference"`` for an operator whose main input is ``x``.
 

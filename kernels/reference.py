@@ -38,6 +38,11 @@ def widest(x: Tensor, *parameters: Tensor | None) -> tuple[Any, ...]:
     return (x.to(dtype), *(None if parameter is None else parameter.to(dtype) for parameter in parameters))
 
 
+def zeros_of(x: Tensor) -> Tensor:
+    """Zeros of x's shape, also where x is not finite, for which autograd gives x zero gradients."""
+    return x.masked_fill(x.new_ones((), dtype=torch.bool), 0.0)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -120,7 +125,7 @@ def attention_varlen(
         )
         outs.append(out[0])
         lses.append(lse[0])
-    rest = q[:, bounds_q[-1] :] * 0.0
+    rest = zeros_of(q[:, bounds_q[-1] :])
     outs.append(rest)
     lses.append(torch.full_like(rest[..., 0], -math.inf))
     return torch.cat(outs, dim=1).transpose(0, 1), torch.cat(lses, dim=1)

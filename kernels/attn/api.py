@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
-from ..backend import choose_backend
+from ..backend import choose_backend, in_autocast_dtype
 from ..checks import (
     check_attention_options,
     check_cu_seqlens,
@@ -18,14 +17,6 @@ from ..checks import (
     check_separate_qkv,
 )
 from . import op, torch_path
-
-
-def _in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Converts as autocast does for ``scaled_dot_product_attention``. float64 stays."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
-        return tensors
-    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
 
 
 def _scale(scale: float | None, head_dim: int) -> float:
@@ -111,7 +102,7 @@ def attention(
     if window is not None and q.shape[2] != k.shape[2]:
         raise ValueError(f"window needs as many queries as keys; got {q.shape[2]} and {k.shape[2]}")
     check_key_padding_mask(key_padding_mask, q, k)
-    q, k, v = _in_autocast_dtype(q, k, v)
+    q, k, v = in_autocast_dtype(q, k, v)
     path = torch_path if choose_backend(q) == "reference" else op
     options = (_scale(scale, q.shape[-1]), dropout_p, seed, window, return_lse)
     return _result(path.padded(q, k, v, key_padding_mask, *options), return_lse)
@@ -177,7 +168,7 @@ def attention_varlen(
     check_attention_options(scale, dropout_p, window)
     check_cu_seqlens("cu_seqlens", cu_seqlens, qkv.shape[0], "qkv", qkv)
     check_max_seqlen("max_seqlen", max_seqlen, cu_seqlens)
-    (qkv,) = _in_autocast_dtype(qkv)
+    (qkv,) = in_autocast_dtype(qkv)
     path = torch_path if choose_backend(qkv) == "reference" else op
     options = (_scale(scale, qkv.shape[-1]), dropout_p, seed, window, return_lse)
     return _result(path.packed_qkv(qkv, cu_seqlens, max_seqlen, *options), return_lse)
@@ -270,7 +261,7 @@ def attention_varlen_separate(
                 f"cu_seqlens_k must have as many segments as cu_seqlens_q, {cu_seqlens_q.numel() - 1}; got "
                 f"{cu_seqlens_k.numel() - 1}"
             )
-    q, k, v = _in_autocast_dtype(q, k, v)
+    q, k, v = in_autocast_dtype(q, k, v)
     path = torch_path if choose_backend(q) == "reference" else op
     options = (_scale(scale, q.shape[-1]), dropout_p, seed, window, return_lse)
     return _result(path.packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *options), return_lse)

@@ -10,6 +10,7 @@ functions of the same names and signatures.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -27,8 +28,14 @@ _QKV = "Tensor qkv, Tensor cu_seqlens, Tensor? seed, SymInt max_seqlen, float sc
 _BACKWARD = "Tensor out, Tensor stats, Tensor dout"
 
 
+def _new_out(q: Tensor) -> Tensor:
+    """As `new_output`, but not a view: autograd refuses to modify a view that a function returns."""
+    order = (0, 2, 1, 3) if q.dim() == 4 else (0, 1, 2)
+    return torch.empty_permuted(q.shape, order, dtype=q.dtype, device=q.device)
+
+
 def _forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    out, stats = new_output(problem.q), new_stats(problem.q)
+    out, stats = _new_out(problem.q), new_stats(problem.q)
     launch_forward(problem, out, stats)
     return out, stats
 
@@ -57,7 +64,7 @@ def _attention_qkv_backward(*arguments: Any) -> Tensor:
 _attention_op = register(
     f"attention({_PROBLEM}) -> (Tensor out, Tensor stats)",
     lambda *inputs: _forward(Problem(*inputs)),
-    lambda q, *_: (new_output(q), new_stats(q)),
+    lambda q, *_: (_new_out(q), new_stats(q)),
 )
 _attention_backward_op = register(
     f"attention_backward({_PROBLEM}, {_BACKWARD}) -> (Tensor dq, Tensor dk, Tensor dv)",
@@ -67,7 +74,7 @@ _attention_backward_op = register(
 _attention_qkv_op = register(
     f"attention_qkv({_QKV}) -> (Tensor out, Tensor stats)",
     lambda *inputs: _forward(_qkv_problem(*inputs)),
-    lambda qkv, *_: (new_output(qkv[:, 0]), new_stats(qkv[:, 0])),
+    lambda qkv, *_: (_new_out(qkv[:, 0]), new_stats(qkv[:, 0])),
 )
 _attention_qkv_backward_op = register(
     f"attention_qkv_backward({_QKV}, {_BACKWARD}) -> Tensor dqkv",
@@ -78,6 +85,28 @@ _attention_qkv_backward_op = register(
 
 # Both functions save out, which the short backward does not read: the projection that consumes it keeps it anyway. They
 # do not materialize gradients: autograd would fill zeros for that of stats, one launch per layer.
+
+
+def _aside(out: Tensor) -> tuple[Tensor, tuple[Tensor, int] | None]:
+    """What to save of out where the caller may modify it in place, and what `_is_modified` reads.
+
+    The first shares out's memory but not its version, so that the backward does not raise; the second its version but
+    not its memory. A compiled graph has no in-place arithmetic: it saves out itself.
+    """
+    if torch.compiler.is_compiling():
+        return out, None
+    version = out.detach()
+    version.data = _nothing(out.dtype, out.device)
+    return out.data, (version, version._version)
+
+
+@functools.cache
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(0, dtype=dtype, device=device)
+
+
+def _is_modified(aside: tuple[Tensor, int] | None) -> bool:
+    return aside is not None and aside[0]._version != aside[1]
 
 
 class _Attention(torch.autograd.Function):
@@ -97,7 +126,8 @@ class _Attention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         tensors = (q, k, v, cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k, key_mask, seed)
         out, stats = _attention_op(*tensors, *options)
-        ctx.save_for_backward(*tensors, out, stats)
+        saved, ctx.version = _aside(out)
+        ctx.save_for_backward(*tensors, saved, stats)
         ctx.options = options
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
@@ -107,6 +137,8 @@ class _Attention(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dout: Tensor, _dstats: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, out, stats = ctx.saved_tensors
+        if _is_modified(ctx.version):
+            out, _ = _attention_op(*tensors, *ctx.options)
         dq, dk, dv = _attention_backward_op(*tensors, *ctx.options, out, stats, dout)
         return dq, dk, dv, None, None, None, None, *(None,) * len(ctx.options)
 
@@ -117,7 +149,8 @@ class _AttentionQKV(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, cu_seqlens: Tensor, seed: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
         out, stats = _attention_qkv_op(qkv, cu_seqlens, seed, *options)
-        ctx.save_for_backward(qkv, cu_seqlens, seed, out, stats)
+        saved, ctx.version = _aside(out)
+        ctx.save_for_backward(qkv, cu_seqlens, seed, saved, stats)
         ctx.options = options
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
@@ -127,6 +160,8 @@ class _AttentionQKV(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dout: Tensor, _dstats: Tensor) -> tuple[Tensor | None, ...]:
         qkv, cu_seqlens, seed, out, stats = ctx.saved_tensors
+        if _is_modified(ctx.version):
+            out, _ = _attention_qkv_op(qkv, cu_seqlens, seed, *ctx.options)
         dqkv = _attention_qkv_backward_op(qkv, cu_seqlens, seed, *ctx.options, out, stats, dout)
         return dqkv, None, None, *(None,) * len(ctx.options)
 

@@ -33,7 +33,7 @@ def padded(
     if window is None and not return_lse and (seed is None or dropout_p == 0.0):
         mask = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale, enable_gqa=h != k.shape[1]
+            q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale, enable_gqa=bool(h != k.shape[1])
         ), None
     kept = None
     if dropout_p > 0.0 and seed is not None:
@@ -96,7 +96,7 @@ def _segment_by_segment(
     lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
     rest_q, rest_k = q.shape[0] - sum(lengths_q), k.shape[0] - sum(lengths_k)  # rows after the last segment
     sdpa = functools.partial(
-        F.scaled_dot_product_attention, dropout_p=dropout_p, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        F.scaled_dot_product_attention, dropout_p=dropout_p, scale=scale, enable_gqa=bool(q.shape[1] != k.shape[1])
     )
     if rest_q == rest_k == 0 and len(set(lengths_q)) == len(set(lengths_k)) == 1 and lengths_q[0] and lengths_k[0]:
         batch = [x.unflatten(0, (len(lengths_q), -1)).transpose(1, 2) for x in (q, k, v)]  # each [S, h, n, D]
@@ -108,9 +108,11 @@ def _segment_by_segment(
     *queries, rest = split(q, [*lengths_q, rest_q])
     keys, values = split(k, [*lengths_k, rest_k])[:-1], split(v, [*lengths_k, rest_k])[:-1]
     outs = [
-        sdpa(x, y, z) if y.shape[2] else x * 0.0 for x, y, z in zip(queries, keys, values, strict=True) if x.shape[2]
+        sdpa(x, y, z) if y.shape[2] else reference.zeros_of(x)
+        for x, y, z in zip(queries, keys, values, strict=True)
+        if x.shape[2]
     ]
-    return torch.cat([*outs, rest * 0.0], dim=2)[0].transpose(0, 1)
+    return torch.cat([*outs, reference.zeros_of(rest)], dim=2)[0].transpose(0, 1)
 
 
 def _padded_segments(
@@ -127,8 +129,10 @@ def _padded_segments(
     """Pads all segments to max_q and max_k: no shape depends on a value, so it compiles without a graph break."""
 
     def pad(x: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
-        rows = cu_seqlens[:-1, None] + torch.arange(longest, device=x.device)
-        return x[rows.clamp(max=x.shape[0] - 1)].transpose(1, 2)  # [S, h, longest, D]
+        slots = torch.arange(longest, device=x.device)
+        rows = (cu_seqlens[:-1, None] + slots).clamp(max=x.shape[0] - 1)  # [S, longest]
+        real = slots < cu_seqlens.diff()[:, None]  # other rows may hold NaN
+        return torch.where(real[..., None, None], x[rows], 0.0).transpose(1, 2)  # [S, h, longest, D]
 
     real = torch.arange(max_k, device=q.device) < cu_seqlens_k.diff()[:, None]  # [S, max_k]
     out = F.scaled_dot_product_attention(
@@ -138,7 +142,7 @@ def _padded_segments(
         attn_mask=real[:, None, None, :],
         dropout_p=dropout_p,
         scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        enable_gqa=bool(q.shape[1] != k.shape[1]),
     ).transpose(1, 2)  # [S, max_q, h, D]
     rows = torch.arange(q.shape[0], device=q.device, dtype=cu_seqlens_q.dtype)
     segment = torch.bucketize(rows, cu_seqlens_q[1:], right=True)  # [T_q]; S after the last segment

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backend import choose_backend
+from ..backend import choose_backend, in_autocast_dtype
 from ..checks import (
     check_dtype,
     check_label_values,
@@ -70,7 +70,8 @@ def masked_lm_loss(
     hidden's dtype only and at most 2 GiB at a time, or not at all (``lean``).
 
     Args:
-        hidden: [.., H], e.g. [T, H] or [B, N, H], bfloat16, float16 or float32; float64 runs the reference.
+        hidden: [.., H], e.g. [T, H] or [B, N, H], bfloat16, float16 or float32; float64 runs the reference. Under
+            autocast hidden and weight are converted to autocast's dtype, as a linear layer does.
         weight: [V, H], hidden's dtype, any V. In BERT it is tied to the word embeddings.
         bias: [V], hidden's dtype or float32, or None. float32 is rounded to hidden's dtype; its gradient is not.
         labels: int64 [..], the token of each row, or ``ignore_index``.
@@ -110,6 +111,10 @@ def masked_lm_loss(
     check_loss_options(reduction, label_smoothing, z_loss)
     check_dtype("hidden", hidden)
     check_labels(labels, "hidden", hidden)
+    given = hidden.dtype
+    hidden, weight = in_autocast_dtype(hidden, weight)
+    if bias is not None and bias.dtype == given != torch.float32:
+        bias = bias.to(hidden.dtype)
     _check_decoder(hidden, weight, bias)
     if max_labels is not None and max_labels < 1:
         raise ValueError(f"max_labels must be at least 1, or None; got {max_labels}")

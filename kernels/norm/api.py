@@ -158,7 +158,7 @@ def dropout_add_layernorm(
 
     Args:
         x, residual: [.., H] of one shape, dtype and device, as x in `layernorm`. Under autocast a residual of another
-            dtype is converted to x's.
+            dtype is allowed: the wider dtype of the two is that of the sum and the result.
         weight, bias, eps: as in `layernorm`.
         linear_bias: [H] of x's dtype or float32, the bias of the linear layer that computed x. Adding it here saves
             that layer's backward one pass over x's gradient.
@@ -177,7 +177,8 @@ def dropout_add_layernorm(
         TypeError: a dtype is not allowed, or seed has another type.
     """
     if residual.dtype != x.dtype and torch.is_autocast_enabled(x.device.type):
-        residual = residual.to(x.dtype)
+        wider = torch.promote_types(x.dtype, residual.dtype)
+        x, residual = x.to(wider), residual.to(wider)
     return _apply(x, residual, weight, bias, linear_bias=linear_bias, seed=seed, p=p, eps=eps, return_sum=return_sum)
 
 

@@ -106,7 +106,7 @@ def padding_form(mask: Tensor | None, n_q: int, batch: int, n_k: int) -> tuple[T
         return mask, None
     if n_q != n_k:
         raise ValueError(f"a sliding window needs as many queries as keys; got {n_q} queries and {n_k} keys")
-    return mask[:, 0, 0, 0], mask.shape[3] - 1
+    return mask[:, 0, 0, 0], int(mask.shape[3]) - 1  # int: torch.jit.trace makes tensors of sizes
 
 
 def expanded_mask(mask: Tensor | None, n_q: int) -> Tensor | None:
