@@ -14,7 +14,7 @@ from .swap import Fused, restore_class, swap_class
 from .torch_nn import FusedEncoder, FusedEncoderLayer, FusedMultiheadAttention
 from .transformers import attention_plan, pretrained_models, restore_attention, set_attention
 from .transformers4 import FusedSelfAttention, PaddingMaskModel
-from .unpad import PackedEncoder, PackedModernBert, padding_reader
+from .unpad import PackedEncoder, PackedModernBert, padding_reader, unwatch_labels, watch_labels
 
 
 def fuse(
@@ -37,9 +37,9 @@ def fuse(
             rows only. The output then has a loss (float32) and *no logits*. Nothing changes in eval, without labels,
             and when labels are a positional argument.
         unpad: remove the padding of each batch before the layers, where the encoder is one of `unpad.PACKABLE` or
-            ModernBERT. After them the rows of padding are zeros, so a label on padding (which should be −100) changes
-            the loss. Synchronises with the device. The batch stays padded where a row of padding is read (see `unpad`),
-            when hidden states or attentions are recorded, and under ``torch.compile``.
+            ModernBERT. After them the rows of padding are zeros. Synchronises with the device. The batch stays padded
+            where a row of padding is read (see `unpad`), when hidden states or attentions are recorded, and under
+            ``torch.compile``.
 
     Returns:
         What was replaced and what was left, with reasons.
@@ -102,6 +102,8 @@ def fuse(
                 note(name, hf_model, "", f"unpad: {reason}")
         swap_all(PackedEncoder, skip=padded)
         swap_all(PackedModernBert, skip=padded)
+        for _, hf_model in pretrained:
+            watch_labels(hf_model)
         if not any(PackedEncoder.matches(module) or PackedModernBert.matches(module) for _, module in modules):
             note("", model, "", "unpad does not support its encoder")
     if mlm_loss:
@@ -116,4 +118,5 @@ def unfuse(model: nn.Module) -> None:
     for module in list(model.modules()):
         restore_attention(module)
         restore_decoder(module)
+        unwatch_labels(module)
         restore_class(module)

@@ -4,17 +4,19 @@ The real rows of [B, N, H] become one row of segments, [1, T, H]. The layers pas
 to `attention_interface`, which attends within segments. Computing T synchronises with the device.
 
 A batch stays padded where a row of padding is read: as the first token of a left-padded sequence, by a hook or a
-replaced forward between the layers, or by a head that `padding_reader` knows.
+replaced forward between the layers, by a label on padding, or by a head that `padding_reader` knows.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..batch import IGNORE
 from .attention_interface import NAME
 from .swap import CALL_HOOKS, Fused, original_class_name
 from .transformers import uses_interface
@@ -41,6 +43,36 @@ def padding_reader(model: nn.Module) -> str | None:
         if getattr(module, "summary_type", "first") != "first":
             return f"its head reads the rows of padding (summary_type {module.summary_type!r})"
     return None
+
+
+def watch_labels(model: nn.Module) -> None:
+    """Keep the padding of a batch with labels on padding: the loss of ``model`` reads those rows."""
+    if "labels" in inspect.signature(model.forward).parameters and _keep_labelled not in _pre_hooks(model).values():
+        model.register_forward_pre_hook(_keep_labelled, with_kwargs=True)
+
+
+def unwatch_labels(module: nn.Module) -> None:
+    """Undo `watch_labels`, for ``module`` as the model or as its packed encoder."""
+    for key in [key for key, hook in _pre_hooks(module).items() if hook is _keep_labelled]:
+        del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+    vars(module).pop("keeps_padding", None)
+
+
+def _pre_hooks(module: nn.Module) -> dict[int, Any]:
+    return module._forward_pre_hooks
+
+
+def _keep_labelled(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return  # stays padded
+    given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    labels, mask = given.get("labels"), given.get("attention_mask")
+    found = False
+    if isinstance(labels, Tensor) and isinstance(mask, Tensor) and labels.shape == mask.shape:
+        found = bool(((labels != IGNORE) & (mask.to(labels.device) == 0)).any())
+    for part in model.modules():
+        if isinstance(part, _Packed) and found != getattr(part, "keeps_padding", False):
+            part.keeps_padding = found  # type: ignore[assignment]
 
 
 def _is_row_by_row(hook: Any) -> bool:
@@ -153,7 +185,7 @@ def _real_rows(
         mask: [B, N] for a batch of this ``shape``, which may be packed, or anything else.
         window: whether the layers count the rows between two tokens, which a hole in the mask would change.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or getattr(module, "keeps_padding", False):
         return None  # T is not known in a compiled graph
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape != shape:
         return None

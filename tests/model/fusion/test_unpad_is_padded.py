@@ -88,6 +88,22 @@ def test_a_summary_of_all_rows(summary):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("mlm_loss", [False, True])
+@pytest.mark.parametrize("head", ["ForMaskedLM", "ForTokenClassification"])
+@FAMILY
+def test_labels_on_padding(family, head, mlm_loss):
+    """For example labels=input_ids.clone(), with the padding token as a label."""
+    model = _build(family, head)
+    plain, inputs = copy.deepcopy(model), batch("bert")
+    fuse(model, unpad=True, mlm_loss=mlm_loss)
+    everywhere = inputs["input_ids"] % 2
+    for labels in (everywhere, everywhere.masked_fill(inputs["attention_mask"] == 0, -100), everywhere):
+        with LinearInputs() as linears:
+            ours = model(inputs["input_ids"], inputs["attention_mask"], labels=labels)
+        torch.testing.assert_close(ours.loss, plain(**inputs, labels=labels).loss, rtol=1e-5, atol=1e-6)
+        assert ((1, 31) in linears.sizes) == (labels is not everywhere)
+
+
 def test_an_empty_sequence_stays_padded():
     model, inputs = build("bert").eval(), batch("bert")
     inputs["attention_mask"][1] = 0
