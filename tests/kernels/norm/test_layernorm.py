@@ -419,13 +419,13 @@ def test_activation_checkpointing(backend: str, seed: int | None) -> None:
 
 
 @BACKENDS
-def test_autocast_keeps_the_dtype_of_x(backend: str) -> None:
+def test_autocast_keeps_the_wider_dtype(backend: str) -> None:
     x, residual = make(9, 40, dtype=torch.bfloat16).requires_grad_(), make(9, 40).requires_grad_()
     module = FusedDropoutAddLayerNorm(40, device=DEVICE)
     with use_backend(backend):
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
             y = module(x, residual)
-            assert y.dtype == torch.bfloat16
+            assert y.dtype == torch.float32
             assert layernorm(residual, module.weight, module.bias).dtype == torch.float32
         y.sum().backward()
         assert residual.grad.dtype == torch.float32
