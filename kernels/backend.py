@@ -112,7 +112,7 @@ def in_autocast_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def choose_backend(x: torch.Tensor) -> str:
-    """``"triton"`` or ``"reference"`` for an operator whose main input is ``x``.
+    """``"triton"`` or ``"reference"`` for an operator with main input ``x``.
 
     Raises:
         TypeError: ``triton`` is selected and the kernels do not support x's dtype.

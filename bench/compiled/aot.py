@@ -87,7 +87,7 @@ class Resources:
         return next((op for op in ("UTCHMMA", "HGMMA", "HMMA") if self.count(op)), None)
 
     def count(self, prefix: str) -> int:
-        """Instructions whose opcode starts with ``prefix``, e.g. "HGMMA" or "LDG"."""
+        """Instructions with an opcode that starts with ``prefix``, e.g. "HGMMA" or "LDG"."""
         return sum(n for opcode, n in self.instructions.items() if opcode.startswith(prefix))
 
     def count_wide(self, prefix: str) -> int:

@@ -129,7 +129,7 @@ class Operator:
         name: as ``--op`` takes it.
         dimensions: the keys of its shapes.
         gpu_shapes, cpu_shapes: built-in shapes as (value, shapes); the lowest value runs first when time is short.
-        differentiated: the inputs whose gradients are computed and checked.
+        differentiated: the inputs that get gradients, which are checked.
         passes: those that are timed, see `Case.passes`.
         reference: the specification, called by name.
         yardstick: plain PyTorch, where it is not ``reference`` at the case's dtype.

@@ -31,7 +31,7 @@ CHUNK_ELEMENTS = 1 << 27
 
 
 def segment_lengths(kind: str, tokens: int, longest: int) -> list[int]:
-    """Lengths whose sum is ``tokens``; if they are equal, ``tokens`` rounded down to whole segments.
+    """Lengths that sum to ``tokens``; if they are equal, ``tokens`` rounded down to whole segments.
 
     Args:
         kind: "equal"; "real", see above; "half": 1 … ``longest`` in equal steps: a padded batch is half padding.

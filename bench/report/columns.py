@@ -162,7 +162,7 @@ STEP = (
 
 
 def train_columns(step: int) -> list[Column[Any]]:
-    """Of a training run whose losses are compared at ``step``."""
+    """Of a training run; losses are compared at ``step``."""
     return [
         CONTESTANT,
         VERDICT,

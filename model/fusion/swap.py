@@ -22,7 +22,7 @@ class Fused(nn.Module):
 
     A template's forward calls ``self.original.forward(self, ...)`` where the kernels do not compute what a call
     requests. A template without a forward keeps the original one. The original forward also
-    runs for a call where `touched` gives a reason, and after `unfuse` where somebody kept the bound method.
+    runs for a call where `touched` gives a reason, and after `unfuse` where a wrapper kept the bound method.
 
     Attributes:
         by: what runs now, for the report.

@@ -23,7 +23,7 @@ def assert_as_good_as_torch(
     """``actual`` is as close to ``oracle`` as twice PyTorch's own result at the same dtype.
 
     Args:
-        cancelled: where the oracle is exactly zero, the norm of the terms that cancel, whose rounding remains.
+        cancelled: where the oracle is exactly zero, the norm of the terms that cancel; their rounding remains.
         roundings: as in `allowance`.
     """
     assert actual.shape == oracle.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}"

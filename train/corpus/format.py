@@ -127,7 +127,7 @@ def check_manifest(path: Path, manifest: Any) -> None:
         for key in ARRAYS:
             total = splits[name].get(key)
             require(is_integer(total, 1) and total == sum(s[key] for s in shards), f"{key} of the split {name}")
-    # Older corpora have no hash of the manifest. Without one, a field that is not theirs is one whose name is damaged.
+    # Older corpora have no hash of the manifest. Without one, an unknown field is a known field with a damaged name.
     unknown = sorted(set(manifest) - {"sha256", *_FIELDS})
     if "sha256" in manifest:
         require(manifest["sha256"] == manifest_sha256(manifest), "damaged: its sha256 is that of another content")

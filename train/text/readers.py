@@ -78,7 +78,7 @@ def find_files(inputs: Sequence[str]) -> list[TextFile]:
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """Every file in ``folder`` and below whose name has a suffix of `SUFFIXES`. Links to folders are not followed."""
+    """Every file in ``folder`` and below with a suffix of `SUFFIXES`. Links to folders are not followed."""
     files, folders = [], [str(folder)]
     while folders:
         for entry in _entries(folders.pop()):

@@ -75,7 +75,7 @@ class Reader(html.parser.HTMLParser):
             self.rows[-1][1][-1] += data
 
     def row(self, *starts):
-        """The class and cells of the first row whose cells begin like this."""
+        """The class and cells of the first row that begins with these cells."""
         return next(each for each in self.rows if tuple(each[1][: len(starts)]) == starts)
 
 

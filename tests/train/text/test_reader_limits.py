@@ -1,4 +1,4 @@
-"""Readers of files that no one meant to be read: bombs, endless lines, loops, FIFOs, unreadable folders."""
+"""Readers of files that are not text or do not end: bombs, endless lines, loops, FIFOs, unreadable folders."""
 
 import gzip
 import os
