@@ -36,7 +36,10 @@ class Option:
         show_default: whether ``--help`` shows the default, or the text that it shows.
         parser: converts the word on the command line to the value.
         min: the smallest number that is allowed.
-        defaults: of the other options, computed from this one's value, which is read first.
+        defaults: of the other options, computed from the values of this one and of those in ``reads``, by name, which
+            are read first.
+        reads: see ``defaults``.
+        instead_of: an option that this one replaces: where this one is typed, the other has no value unless typed.
     """
 
     help: str
@@ -47,16 +50,26 @@ class Option:
     show_default: bool | str = True
     parser: Callable[[str], Any] | None = None
     min: float | None = None
-    defaults: Callable[[Any], dict[str, Any]] | None = None
+    defaults: Callable[..., dict[str, Any]] | None = None
+    reads: tuple[str, ...] = ()
+    instead_of: str | None = None
 
 
-def _sets_defaults(defaults: Callable[[Any], dict[str, Any]]) -> Callable[..., Any]:
-    """A callback for typer that makes ``defaults(value)`` the defaults of the command's other options."""
+def _sets_defaults(name: str, options: dict[str, Option]) -> Callable[..., Any] | None:
+    """A callback for typer that sets defaults once ``name`` is read. None if no default depends on it."""
     import typer
 
+    wanted = {(other, *option.reads): option.defaults for other, option in options.items() if option.defaults}
+    wanted = {names: defaults for names, defaults in wanted.items() if name in names}
+    if not wanted:
+        return None
+
     def callback(ctx: typer.Context, value: Any) -> Any:
-        if value is not None:
-            ctx.default_map = {**(ctx.default_map or {}), **defaults(value)}
+        read = {**ctx.params, name: value}
+        for names, defaults in wanted.items():
+            if defaults is not None and read.keys() >= set(names):
+                chosen = defaults(**{each: read[each] for each in names})
+                ctx.default_map = {**(ctx.default_map or {}), **chosen}
         return value
 
     callback.__annotations__ = {"ctx": typer.Context}
@@ -73,14 +86,16 @@ def command(settings: type[Settings], run: Callable[[Settings], None]) -> Callab
     import typer
 
     hints = typing.get_type_hints(settings, include_extras=True)
-    parameters = []
+    options: dict[str, Option] = {name: typing.get_args(hint)[1] for name, hint in hints.items()}
+    parameters = [inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
     for field in dataclasses.fields(settings):  # type: ignore[arg-type]
         kind, option = typing.get_args(hints[field.name])
         kind = str | None if option.parser else kind  # the parser returns the value, whatever the field's type
         words = {name: getattr(option, name) for name in ("help", "metavar", "show_default", "parser", "min")}
         words["rich_help_panel"] = option.panel
-        if option.defaults is not None:
-            words |= {"is_eager": True, "callback": _sets_defaults(option.defaults)}
+        callback = _sets_defaults(field.name, options)
+        if callback is not None:
+            words |= {"is_eager": True, "callback": callback}
         flags = (option.flags,) if option.flags else ()
         parameter = typer.Argument(**words) if option.positional else typer.Option(*flags, **words)
         parameters.append(
@@ -92,7 +107,14 @@ def command(settings: type[Settings], run: Callable[[Settings], None]) -> Callab
             )
         )
 
-    def parsed(**given: Any) -> None:
+    def parsed(ctx: typer.Context, **given: Any) -> None:
+        def is_typed(name: str) -> bool:
+            source = ctx.get_parameter_source(name)
+            return source is not None and source.name == "COMMANDLINE"
+
+        for name, option in options.items():
+            if option.instead_of is not None and is_typed(name) and not is_typed(option.instead_of):
+                given[option.instead_of] = None
         run(settings(**given))
 
     parsed.__doc__ = run.__doc__

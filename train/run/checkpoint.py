@@ -308,8 +308,13 @@ def _load_optimizer(model: BertForPreTraining, optimizer: torch.optim.Optimizer,
     # In PyTorch's state dict the parameters are numbered in the order of the groups.
     names = {parameter: name for name, parameter in model.named_parameters()}
     ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    keys = ("step", "exp_avg", "exp_avg_sq") if tensors else ()  # an empty state before the first step
-    state = {i: {key: tensors[f"{name}/{key}"] for key in keys} for i, name in enumerate(ordered) if keys}
+    number = {name: i for i, name in enumerate(ordered)}
+    state: dict[int, dict[str, Tensor]] = {}  # empty before the first step
+    for full_name, tensor in tensors.items():
+        name, _, key = full_name.rpartition("/")
+        state.setdefault(number[name], {})[key] = tensor
+    if state and state.keys() != set(number.values()):
+        raise KeyError("the optimiser's state does not have all parameters")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -153,7 +153,7 @@ def train(run: Run, stop: StopSignal) -> None:
                 supply.fail("")
         stop.armed = True
         while not done:
-            lr = learning_rate(plan.lr, schedule.progress(), settings.warmup)
+            lr = learning_rate(plan.lr, schedule.progress(), settings.warmup, settings.schedule)
             numbers = range(state.batches + ranks.rank, state.batches + micro_batches, ranks.world_size)
             seeds = [dropout_seed(settings.seed, number) for number in numbers]
             window = supply.window

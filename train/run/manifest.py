@@ -39,6 +39,8 @@ WITHOUT_EFFECT = {
     "tensorboard",
 }
 
+OF_A_SESSION = {"out", "resume", "reproduce"}  # not options of the run itself
+
 
 def settings_json(settings: Any) -> dict[str, Any]:
     """The options of a `PretrainSettings` by field name, paths absolute."""
@@ -124,6 +126,18 @@ def options_to_repeat(run: Path) -> dict[str, Any]:
     options = {name: value for name, value in content["settings"].items() if value is not None}
     beside = Path(os.path.abspath(run))
     return {**options, "resume": False, "out": str(beside.with_name(f"{beside.name}-reproduced"))}
+
+
+def options_to_continue(run: Path) -> dict[str, Any]:
+    """The options, by field name, of the last session of ``run``. None if it has no checkpoint to continue from.
+
+    Raises:
+        UserError: the manifest is damaged.
+    """
+    if not any((run / "checkpoints").glob("step-*")) or not (run / FILE).is_file():
+        return {}
+    options = read_manifest(run)["sessions"][-1]["settings"]
+    return {name: value for name, value in options.items() if value is not None and name not in OF_A_SESSION}
 
 
 def check_repetition(run: Path, identity: dict[str, Any], init_from_sha256: str | None) -> None:

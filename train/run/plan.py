@@ -11,7 +11,7 @@ import torch
 from ...model.config import PRESETS, BertConfig
 from ..errors import UserError
 from ..step.distributed import Ranks
-from ..step.optim import OPTIMIZERS
+from ..step.optim import OPTIMIZERS, SCHEDULES
 from ..step.precision import COMPUTE_DTYPES, PRECISIONS, check_precision, default_precision
 from ..step.sharding import PARALLEL
 from .settings import PretrainSettings
@@ -136,7 +136,7 @@ def _check(settings: PretrainSettings) -> None:
         if isinstance(value, int) and value > most:
             advice = ": give --batch-tokens for a larger step" if field.name == "tokens_per_batch" else ""
             raise UserError(f"{_option(field.name)} must be at most {most}; got {value}{advice}")
-    positive = ("steps", "minutes", "seqlen", "tokens_per_batch", "batch_tokens", "lr", "clip")
+    positive = ("steps", "minutes", "seqlen", "tokens_per_batch", "batch_tokens", "lr", "clip", "muon_scale")
     for name in (*positive, "eval_every", "save_every", "log_every", "threads"):
         value = getattr(settings, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
@@ -148,16 +148,21 @@ def _check(settings: PretrainSettings) -> None:
     for name in ("warmup", "dropout"):
         if not 0.0 <= getattr(settings, name) < 1.0:
             raise UserError(f"{_option(name)} must be in [0, 1); got {getattr(settings, name)}")
-    if settings.parallel == "fsdp" and (settings.precision == "fp16" or settings.optimizer == "lamb"):
+    if settings.parallel == "fsdp" and (settings.precision == "fp16" or settings.optimizer != "adamw"):
         raise UserError(
-            "--parallel fsdp shards every tensor, but --precision fp16 and --optimizer lamb need whole tensors: give "
-            "--parallel ddp"
+            "--parallel fsdp shards every tensor, but --precision fp16, --optimizer lamb and --optimizer muon need whole "
+            "tensors: give --parallel ddp"
         )
     if not 0.0 < settings.mlm_probability < 1.0:
         raise UserError(f"--mlm-probability must be between 0 and 1; got {settings.mlm_probability}")
     if settings.seqlen < 8:
         raise UserError(f"--seqlen must be at least 8, for a pair of sentences; got {settings.seqlen}")
-    allowed_words = {"precision": ("auto", *PRECISIONS), "optimizer": OPTIMIZERS, "parallel": PARALLEL}
+    allowed_words = {
+        "precision": ("auto", *PRECISIONS),
+        "optimizer": OPTIMIZERS,
+        "schedule": tuple(SCHEDULES),
+        "parallel": PARALLEL,
+    }
     for name, allowed in allowed_words.items():
         if getattr(settings, name) not in allowed:
             raise UserError(

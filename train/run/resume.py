@@ -14,7 +14,9 @@ from ..batches.shape import BatchShape
 from ..corpus.reader import Corpus
 from ..errors import UserError
 from ..step.distributed import Ranks
+from ..step.optim import learning_rate
 from .checkpoint import CheckpointError, TrainerState, clean_up, list_checkpoints, read_state
+from .manifest import FILE, OF_A_SESSION, read_manifest, settings_json
 from .plan import Plan
 from .settings import PretrainSettings
 
@@ -114,3 +116,37 @@ def check_identity(saved: dict[str, Any], now: dict[str, Any], out: Path) -> Non
             f"the run in {out} cannot be continued with another {name} ({detail}): give the value that it was started "
             "with, or another --out"
         )
+
+
+def describe_changes(state: TrainerState, chosen: PretrainSettings) -> list[str]:
+    """How a continued run differs from its earlier sessions, a sentence each.
+
+    Args:
+        state: of the checkpoint that the run continues from.
+        chosen: the options of this session, with the values that the run chose.
+    """
+    if chosen.steps is not None and state.step > chosen.steps:
+        past = [f"the run has done {state.step:,} steps, more than --steps {chosen.steps:,}: nothing is left to train"]
+    else:
+        past = []
+    if not (chosen.out / FILE).is_file():
+        return [*past, f"{chosen.out} has no {FILE}: options that are not given again have their defaults"]
+    before = read_manifest(chosen.out)["sessions"][-1]["settings"]
+    now = settings_json(chosen)
+    changed = [name for name in now if name not in OF_A_SESSION and name in before and before[name] != now[name]]
+    if not changed:
+        return past
+    words = ", ".join(f"--{name.replace('_', '-')} {now[name]} (before: {before[name]})" for name in changed)
+    sentences = [*past, f"other options than before: {words}"]
+    if {"steps", "minutes", "lr", "warmup", "schedule"} & set(changed):
+        old, new = (_rate(state, each) for each in (before, now))
+        sentences.append(f"the learning rate goes on at {new:.3g}; with the options from before it would be {old:.3g}")
+    return sentences
+
+
+def _rate(state: TrainerState, settings: dict[str, Any]) -> float:
+    if settings["steps"] is not None:
+        progress = (state.step + 0.5) / settings["steps"]
+    else:
+        progress = state.elapsed_s / (60.0 * settings["minutes"])
+    return learning_rate(settings["lr"], progress, settings["warmup"], settings.get("schedule", "linear"))

@@ -13,10 +13,21 @@ LENGTH, MODEL, BATCH = "How long", "Model", "Batches and examples"
 OPTIMISER, RECORD, MACHINE = "Optimiser", "Evaluation, checkpoints, log", "Machine"
 
 
-def _options_to_repeat(run: Path) -> dict[str, Any]:
+def _repeated(reproduce: Path | None) -> dict[str, Any]:
+    """The options of the run ``reproduce``."""
     from .manifest import options_to_repeat
 
-    options = options_to_repeat(run)
+    return {} if reproduce is None else _known(options_to_repeat(reproduce), reproduce)
+
+
+def _continued(resume: bool, out: Path) -> dict[str, Any]:
+    """The options of the run in ``out`` if it is continued."""
+    from .manifest import options_to_continue
+
+    return _known(options_to_continue(out), out) if resume else {}
+
+
+def _known(options: dict[str, Any], run: Path) -> dict[str, Any]:
     unknown = options.keys() - {field.name for field in dataclasses.fields(PretrainSettings)}
     if unknown:
         raise UserError(
@@ -35,17 +46,24 @@ class PretrainSettings:
     data: Annotated[Path, Option("Folder that [bold]fusebert prepare[/bold] made.")]
     out: Annotated[Path, Option("Folder for the run: checkpoints/, hf/ (the model), log.jsonl, loss.png, report.md.")]
 
-    steps: Annotated[int | None, Option("Optimisation steps.", LENGTH)] = None
+    steps: Annotated[int | None, Option("Optimisation steps.", LENGTH, instead_of="minutes")] = None
     minutes: Annotated[
         float | None,
-        Option("Wall-clock minutes, evaluation and export included. Warm-up and decay follow the clock.", LENGTH),
+        Option(
+            "Wall-clock minutes, evaluation and export included. Warm-up and decay follow the clock.",
+            LENGTH,
+            instead_of="steps",
+        ),
     ] = None
     resume: Annotated[
         bool,
         Option(
-            "Continue from the newest checkpoint in --out, exactly where it stopped. Start if there is none.",
+            "Continue from the newest checkpoint in --out, exactly where it stopped. Options that you do not give again "
+            "keep their values. Start if there is none.",
             LENGTH,
             flags="--resume",
+            defaults=_continued,
+            reads=("out",),
         ),
     ] = False
 
@@ -56,7 +74,7 @@ class PretrainSettings:
             "Writes to a folder beside it, or to --out. To the bit on a CPU.",
             LENGTH,
             metavar="RUN",
-            defaults=_options_to_repeat,
+            defaults=_repeated,
         ),
     ] = None
 
@@ -99,7 +117,10 @@ class PretrainSettings:
         bool,
         Option("Sentence pairs with next-sentence prediction (BERT), or full sentences (RoBERTa).", BATCH),
     ] = True
-    mlm_probability: Annotated[float, Option("Share of the tokens that are masked and predicted.", BATCH)] = 0.15
+    mlm_probability: Annotated[
+        float,
+        Option("Share of the tokens that are masked and predicted. Held-out text is always masked at 0.15.", BATCH),
+    ] = 0.15
     whole_word: Annotated[bool, Option("Mask all pieces of a word together.", BATCH, flags="--whole-word")] = False
 
     verify: Annotated[
@@ -117,16 +138,33 @@ class PretrainSettings:
             "Peak learning rate. Default by model: 2e-3 tiny, 1e-3 mini, 5e-4 small, 1e-4 base and large.", OPTIMISER
         ),
     ] = None
-    warmup: Annotated[
-        float, Option("Share of the run in which the learning rate rises; then it falls to 0.", OPTIMISER)
-    ] = 0.1
+    warmup: Annotated[float, Option("Share of the run in which the learning rate rises to its peak.", OPTIMISER)] = 0.1
+    schedule: Annotated[
+        str,
+        Option(
+            "Of the learning rate after the warm-up: linear (falls to 0), cosine (falls to 0), wsd (stays, then falls to "
+            "0 in the last fifth of the run), constant.",
+            OPTIMISER,
+        ),
+    ] = "linear"
     weight_decay: Annotated[
         float, Option("Weight decay of the matrices. Biases and LayerNorms do not decay.", OPTIMISER)
     ] = 0.01
     clip: Annotated[
         float, Option("Largest 2-norm of the gradient: a longer gradient is scaled down to it.", OPTIMISER)
     ] = 1.0
-    optimizer: Annotated[str, Option("adamw, or lamb for very large batches.", OPTIMISER)] = "adamw"
+    optimizer: Annotated[
+        str,
+        Option(
+            "adamw, lamb for very large batches, or muon, which makes the updates of the layers' matrices orthogonal and "
+            "needs fewer tokens.",
+            OPTIMISER,
+        ),
+    ] = "adamw"
+    muon_scale: Annotated[
+        float,
+        Option("With muon: learning rate of the layers' matrices as a multiple of --lr.", OPTIMISER),
+    ] = 3.0
     seed: Annotated[int, Option("Seed of initialisation, dropout and the order of the data.", OPTIMISER)] = 0
 
     eval_every: Annotated[

@@ -36,10 +36,11 @@ from .lock import RunLock
 from .log import RunLog
 from .manifest import check_repetition, write_manifest
 from .plan import Plan, resolve
-from .resume import check_identity, find_checkpoint, keep_batch_sizes, run_identity
+from .resume import check_identity, describe_changes, find_checkpoint, keep_batch_sizes, run_identity
 from .settings import PretrainSettings
 
 MAX_LANES = 16  # each lane holds a chunk in memory; with more ranks than lanes some ranks make the same chunks
+HELDOUT_PROBABILITY = 0.15
 HELDOUT_TOKENS = {"cpu": 65_536, "cuda": 1_048_576}  # the most that an evaluation uses
 
 
@@ -158,12 +159,23 @@ def _set_up(settings: PretrainSettings, resume_command: str, ranks: Ranks, lock:
     if plan.precision == "fp8":
         use_fp8(model)
     kind: dict[str, Any] = {"nsp": settings.nsp, "mlm_probability": settings.mlm_probability}
-    shape = fit_shape(corpus.split("train"), plan.tokens_per_batch, settings.seqlen, **kind)
-    kind["whole_word"] = settings.whole_word
-    examples = PackedExamples(BatchMaker(corpus, "train", shape, **kind), seed=settings.seed)
-    heldout = heldout_batches(BatchMaker(corpus, "heldout", shape, **kind), tokens=HELDOUT_TOKENS[plan.device.type])
+    size = (corpus.split("train"), plan.tokens_per_batch, settings.seqlen)
+    shape = fit_shape(*size, **kind)
+    maker = BatchMaker(corpus, "train", shape, **kind, whole_word=settings.whole_word)
+    examples = PackedExamples(maker, seed=settings.seed)
+    # However the training masks, losses on held-out text are comparable.
+    kind["mlm_probability"] = HELDOUT_PROBABILITY
+    maker = BatchMaker(corpus, "heldout", fit_shape(*size, **kind), **kind)
+    heldout = heldout_batches(maker, tokens=HELDOUT_TOKENS[plan.device.type])
     called = distribute(model, plan.device, ranks, settings.parallel)
-    optimizer = make_optimizer(model, plan.lr, settings.weight_decay, settings.optimizer)
+    optimizer = make_optimizer(
+        model,
+        plan.lr,
+        settings.weight_decay,
+        settings.optimizer,
+        muon_scale=settings.muon_scale,
+        muon_dtype=plan.compute_dtype,
+    )
     step = TrainingStep(
         called,
         optimizer,
@@ -182,6 +194,7 @@ def _set_up(settings: PretrainSettings, resume_command: str, ranks: Ranks, lock:
     state = TrainerState(identity=identity, lanes=count_lanes(plan, examples))
     length = {"steps": settings.steps, "minutes": settings.minutes}
     complete = False
+    changes: list[str] = []
     if found is not None:
         path, state = found
         check_identity(state.identity, identity, settings.out)
@@ -198,6 +211,8 @@ def _set_up(settings: PretrainSettings, resume_command: str, ranks: Ranks, lock:
     log: RunLog | None = None
     if ranks.first:
         corpus.tokenizer_path = inputs.keep(settings.out)
+        if found is not None:
+            changes = describe_changes(state, chosen_settings(settings, plan))
         if not complete:
             write_manifest(
                 settings.out,
@@ -233,6 +248,8 @@ def _set_up(settings: PretrainSettings, resume_command: str, ranks: Ranks, lock:
         log=log,
     )
     _introduce(run)
+    for sentence in changes:
+        run.say(f"continuing: {sentence}")
     clock.read()
     return run
 

@@ -105,3 +105,40 @@ def test_another_corpus_or_other_weights_are_noticed(
 def test_pretrain_still_needs_its_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(monkeypatch, *command_line(steps=1)) == 2
     assert "Missing option" in capsys.readouterr().err
+
+
+def test_a_continued_run_keeps_its_options(
+    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only --out is given again; then another length and rate, which it says."""
+    corpus, _ = made
+    out, threads = tmp_path / "run", torch.get_num_threads()
+    given = {**SMALL, "data": corpus, "out": out, "lr": 1e-3, "warmup": 0.5, "dropout": 0.0, "weight_decay": 0.2}
+    assert call(monkeypatch, *command_line(**given, clip=0.5, steps=2)) == 0
+    capsys.readouterr()
+    assert call(monkeypatch, "pretrain", "--resume", "--out", out, "--steps", "4") == 0
+    said = capsys.readouterr().out
+    assert "continuing: other options than before: --steps 4 (before: 2)\n" in said
+    assert "continuing: the learning rate goes on at 0.00075; with the options from before it would be 0\n" in said
+    settings = read_manifest(out)["sessions"][1]["settings"]
+    expected = {"lr": 1e-3, "warmup": 0.5, "dropout": 0.0, "weight_decay": 0.2, "clip": 0.5, "steps": 4, "threads": 1}
+    assert {name: settings[name] for name in expected} == expected
+    assert settings["tensorboard"] is False
+
+    assert call(monkeypatch, "pretrain", "--out", out, "--resume", "--minutes", "0.01", "--lr", "2e-3") == 0
+    said = capsys.readouterr().out
+    assert "--steps None (before: 4), --minutes 0.01 (before: None), --lr 0.002 (before: 0.001)" in said
+    assert call(monkeypatch, "pretrain", "--out", out, "--resume", "--steps", "3") == 0
+    assert "the run has done 4 steps, more than --steps 3: nothing is left to train" in capsys.readouterr().out
+    torch.set_num_threads(threads)
+
+
+def test_a_run_of_an_earlier_version_continues_and_says_what_is_missing(
+    made: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus, first = made
+    out = shutil.copytree(first, tmp_path / "run")
+    (out / "run.json").unlink()
+    settings: dict[str, Any] = {**SMALL, "data": corpus, "out": out, "batch_tokens": 512, "steps": 5, "resume": True}
+    pretrain(PretrainSettings(**settings), resume_command="RESUME")
+    assert "has no run.json: options that are not given again have their defaults" in capsys.readouterr().out
