@@ -58,7 +58,7 @@ class PretrainSettings:
     resume: Annotated[
         bool,
         Option(
-            "Continue from the newest checkpoint in --out, exactly where it stopped. Options that you do not give again "
+            "Continue from the newest checkpoint in --out, exactly where it stopped. Options that are not given again "
             "keep their values. Start if there is none.",
             LENGTH,
             flags="--resume",
@@ -142,8 +142,8 @@ class PretrainSettings:
     schedule: Annotated[
         str,
         Option(
-            "Of the learning rate after the warm-up: linear (falls to 0), cosine (falls to 0), wsd (stays, then falls to "
-            "0 in the last fifth of the run), constant.",
+            "Of the learning rate after the warm-up: linear (falls to 0), cosine (falls to 0), wsd (stays, then falls "
+            "to 0 in the last fifth of the run), constant.",
             OPTIMISER,
         ),
     ] = "linear"
@@ -156,8 +156,7 @@ class PretrainSettings:
     optimizer: Annotated[
         str,
         Option(
-            "adamw, lamb for very large batches, or muon, which makes the updates of the layers' matrices orthogonal and "
-            "needs fewer tokens.",
+            "adamw, lamb for very large batches, or muon, which makes the updates of the layers' matrices orthogonal.",
             OPTIMISER,
         ),
     ] = "adamw"

@@ -16,7 +16,7 @@ from ...model.fp8 import use_fp8
 from ...model.hf.format import WEIGHTS_FILE
 from ...model.hf.load import from_hf
 from ...model.pretraining import BertForPreTraining
-from ..batches.batch_maker import BatchMaker, fit_shape
+from ..batches.batch_maker import MLM_PROBABILITY, BatchMaker, fit_shape
 from ..batches.dataset import PackedExamples, heldout_batches
 from ..batches.shape import BatchShape
 from ..corpus.format import file_sha256
@@ -40,7 +40,6 @@ from .resume import check_identity, describe_changes, find_checkpoint, keep_batc
 from .settings import PretrainSettings
 
 MAX_LANES = 16  # each lane holds a chunk in memory; with more ranks than lanes some ranks make the same chunks
-HELDOUT_PROBABILITY = 0.15
 HELDOUT_TOKENS = {"cpu": 65_536, "cuda": 1_048_576}  # the most that an evaluation uses
 
 
@@ -164,8 +163,8 @@ def _set_up(settings: PretrainSettings, resume_command: str, ranks: Ranks, lock:
     maker = BatchMaker(corpus, "train", shape, **kind, whole_word=settings.whole_word)
     examples = PackedExamples(maker, seed=settings.seed)
     # However the training masks, losses on held-out text are comparable.
-    kind["mlm_probability"] = HELDOUT_PROBABILITY
-    maker = BatchMaker(corpus, "heldout", fit_shape(*size, **kind), **kind)
+    at_default = shape if settings.mlm_probability == MLM_PROBABILITY else fit_shape(*size, nsp=settings.nsp)
+    maker = BatchMaker(corpus, "heldout", at_default, nsp=settings.nsp)
     heldout = heldout_batches(maker, tokens=HELDOUT_TOKENS[plan.device.type])
     called = distribute(model, plan.device, ranks, settings.parallel)
     optimizer = make_optimizer(

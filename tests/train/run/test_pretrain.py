@@ -141,6 +141,17 @@ def test_continuing_in_fp16_with_lamb_is_bit_identical(corpus: Path, tmp_path: P
     assert_same_run(complete, cut, steps=4)
 
 
+def test_continuing_with_muon_is_bit_identical(corpus: Path, tmp_path: Path) -> None:
+    settings = {"steps": 4, "save_every": 2, "optimizer": "muon", "schedule": "wsd", "mlm_probability": 0.3}
+    complete, cut = without_last_checkpoint(corpus, tmp_path, **settings)
+    run(corpus, cut, resume=True, **settings)
+    assert_same_run(complete, cut, steps=4)
+    # Its first evaluation is that of a run that masks at 0.15.
+    run(corpus, tmp_path / "other", steps=1)
+    masked, usual = (records(out, "eval")[0]["mlm_loss"] for out in (complete, tmp_path / "other"))
+    assert masked == pytest.approx(usual, abs=1e-6)
+
+
 # Holds step 4 until the signal has come, however slow the machine is.
 WAITS_IN_STEP_4 = """
 import signal, time

@@ -45,6 +45,24 @@ def test_learning_rate_rises_then_falls_to_zero() -> None:
     assert learning_rate(2.0, 0.0, 0.0) == 2.0
 
 
+@pytest.mark.parametrize(
+    ("schedule", "at_half", "at_nine_tenths", "at_end"),
+    [
+        ("linear", 0.5 / 0.9, 0.1 / 0.9, 0.0),
+        ("cosine", 0.5 * (1 + math.cos(math.pi * 0.4 / 0.9)), 0.5 * (1 + math.cos(math.pi * 0.8 / 0.9)), 0.0),
+        ("wsd", 1.0, 0.5, 0.0),
+        ("constant", 1.0, 1.0, 1.0),
+    ],
+)
+def test_schedules(schedule: str, at_half: float, at_nine_tenths: float, at_end: float) -> None:
+    rates = [learning_rate(2.0, x, 0.1, schedule) for x in (0.0, 0.05, 0.1, 0.5, 0.9, 1.0, 1.01)]
+    assert rates == pytest.approx([0.0, 1.0, 2.0, 2 * at_half, 2 * at_nine_tenths, 2 * at_end, 2 * at_end])
+
+
+def test_a_warm_up_longer_than_wsds_plateau_leaves_none() -> None:
+    assert learning_rate(1.0, 0.95, 0.9, "wsd") == pytest.approx(0.5)
+
+
 def test_micro_batches_give_the_gradient_of_the_mean_over_all_labels() -> None:
     generator = torch.Generator().manual_seed(1)
     window = [

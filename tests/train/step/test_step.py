@@ -48,7 +48,7 @@ def assert_same(one: TrainingStep, other: TrainingStep, steps: int = 5) -> None:
     assert all(torch.equal(a, b) for a, b in zip(results, results_too, strict=True))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb", "muon"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_on_static_buffers_it_is_the_same_step_to_the_bit(dtype: torch.dtype, optimizer: str) -> None:
     assert_same(make(dtype, optimizer), make(dtype, optimizer, graph=True))
@@ -110,7 +110,7 @@ def test_a_step_uses_the_weights_as_it_finds_them() -> None:
     assert_same(step, fresh, steps=3)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb", "muon"])
 def test_fp16_skips_a_step_that_overflows_and_lowers_the_scale(optimizer: str) -> None:
     step = make(torch.float16, optimizer)
     ordinary, poisoned, after = windows(3)
@@ -146,7 +146,7 @@ def test_fp16_gradients_are_those_of_the_unscaled_loss() -> None:
 
 
 @gpu
-@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb", "muon"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_replayed_it_is_the_same_step(dtype: torch.dtype, optimizer: str, micro_batches: int) -> None:
