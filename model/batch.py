@@ -11,12 +11,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 IGNORE = -100  # the label of positions and pairs without a loss, as in PyTorch's cross_entropy
+
+
+Batch = TypeVar("Batch")
+
+
+def map_tensors(batch: Batch, fn: Callable[[Tensor], Tensor]) -> Batch:
+    """The dataclass ``batch`` with ``fn`` applied to each of its tensors."""
+    values = ((field.name, getattr(batch, field.name)) for field in dataclasses.fields(batch))  # type: ignore[arg-type]
+    changes: dict[str, Any] = {name: fn(value) for name, value in values if isinstance(value, Tensor)}
+    return dataclasses.replace(batch, **changes)  # type: ignore[type-var]
 
 
 @dataclasses.dataclass
@@ -77,9 +87,7 @@ class PackedBatch:
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> PackedBatch:
         """The batch with ``fn`` applied to each of its tensors."""
-        values = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
-        changes: dict[str, Any] = {name: fn(value) for name, value in values if isinstance(value, Tensor)}
-        return dataclasses.replace(self, **changes)
+        return map_tensors(self, fn)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The batch with its tensors on ``device`` (``non_blocking`` as in ``Tensor.to``)."""

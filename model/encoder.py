@@ -46,6 +46,20 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+@torch.no_grad()
+def initialise(module: nn.Module, config: BertConfig) -> None:
+    """BERT's initialisation of all linears, embeddings and LayerNorms in ``module``, from torch's generator."""
+    for each in module.modules():
+        if isinstance(each, nn.Linear | nn.Embedding):
+            nn.init.normal_(each.weight, std=config.initializer_range)
+        if isinstance(each, nn.Embedding) and each.padding_idx is not None:
+            each.weight[each.padding_idx].zero_()
+        if isinstance(each, nn.LayerNorm):
+            nn.init.ones_(each.weight)
+        if isinstance(each, nn.Linear | nn.LayerNorm):
+            nn.init.zeros_(each.bias)
+
+
 class ReadRows(NamedTuple):
     """The rows of the token axis that are read after the last layer.
 
@@ -60,14 +74,16 @@ class ReadRows(NamedTuple):
 
 
 class BertEmbeddings(nn.Module):
-    """Word + token type + learned position, LayerNorm, dropout."""
+    """Word + token type + learned position, LayerNorm, dropout; then a linear to H if the tables have another width."""
 
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: BertConfig, embedding_size: int | None = None) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.norm = FusedLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        width = config.hidden_size if embedding_size is None else embedding_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
+        self.norm = FusedLayerNorm(width, eps=config.layer_norm_eps)
+        self.projection = nn.Linear(width, config.hidden_size) if width != config.hidden_size else None
         self.dropout_p = config.hidden_dropout_prob
 
     def forward(
@@ -77,11 +93,18 @@ class BertEmbeddings(nn.Module):
 
         Args:
             input_ids, token_type_ids, position_ids: int64 [T].
-            words: [T, H], the word embeddings of ``input_ids`` if they are looked up already.
+            words: [T, E], the word embeddings of ``input_ids`` if they are looked up already.
         """
+        x = self._normalised(input_ids, token_type_ids, position_ids, words)  # [T, E]
+        return x if self.projection is None else self.projection(x)  # [T, H]
+
+    def _normalised(
+        self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor, words: Tensor | None
+    ) -> Tensor:
+        """The tokens before the projection, [T, E]: E is the width of the tables, H without a projection."""
         word = self.word_embeddings
         if words is not None:
-            x = words + self.token_type_embeddings(token_type_ids) + self.position_embeddings(position_ids)  # [T, H]
+            x = words + self.token_type_embeddings(token_type_ids) + self.position_embeddings(position_ids)  # [T, E]
             x = self.norm(x).to(compute_dtype(word.weight))
             return F.dropout(x, self.dropout_p, self.training)
         return embed_layernorm(
@@ -175,15 +198,18 @@ class BertLayer(nn.Module):
 class BertEncoder(nn.Module):
     """Embeddings and L layers.
 
+    Args:
+        embedding_size: E, the width of the embedding tables, followed by a linear to H (ELECTRA); None: H, without one.
+
     Attributes:
         checkpoint_activations: save only each layer's input, H elements a token, and recompute the layer in the
             backward with the same dropout masks: bitwise the same gradients for a third more matrix products
             (Chen et al. 2016).
     """
 
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: BertConfig, embedding_size: int | None = None) -> None:
         super().__init__()
-        self.embeddings = BertEmbeddings(config)
+        self.embeddings = BertEmbeddings(config, embedding_size)
         self.layers = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
         self.max_position_embeddings = config.max_position_embeddings
         self.checkpoint_activations = False

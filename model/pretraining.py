@@ -23,7 +23,7 @@ from ..kernels import FusedLayerNorm, FusedLinearGELU, masked_lm_loss
 from ..kernels.backend import choose_backend
 from .batch import IGNORE, PackedBatch
 from .config import BertConfig
-from .encoder import BertEncoder, ReadRows
+from .encoder import BertEncoder, ReadRows, initialise
 from .tied_embedding import tied_rows
 
 
@@ -48,32 +48,27 @@ class BertForPreTraining(nn.Module):
 
     Initialised like BERT, from torch's generator: weights and embeddings normal(0, initializer_range), biases 0,
     LayerNorms 1 and 0, the padding token's embedding 0.
+
+    Args:
+        embedding_size: as of `BertEncoder`; the decoder, which is tied to the embeddings, has this width too.
     """
 
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: BertConfig, embedding_size: int | None = None) -> None:
         super().__init__()
         self.config = config
-        self.encoder = BertEncoder(config)
-        self.mlm_dense = FusedLinearGELU(config.hidden_size, config.hidden_size)
-        self.mlm_norm = FusedLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.encoder = BertEncoder(config, embedding_size)
+        width = config.hidden_size if embedding_size is None else embedding_size
+        self.mlm_dense = FusedLinearGELU(config.hidden_size, width)
+        self.mlm_norm = FusedLayerNorm(width, eps=config.layer_norm_eps)
         self.mlm_bias = nn.Parameter(torch.empty(config.vocab_size))
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
         self.nsp_classifier = nn.Linear(config.hidden_size, 2)
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise every parameter again."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=self.config.initializer_range)
-            if isinstance(module, nn.LayerNorm):
-                nn.init.ones_(module.weight)
-            if isinstance(module, nn.Linear | nn.LayerNorm):
-                nn.init.zeros_(module.bias)
+        initialise(self, self.config)
         nn.init.zeros_(self.mlm_bias)
-        if self.config.pad_token_id is not None:
-            self.encoder.embeddings.word_embeddings.weight[self.config.pad_token_id].zero_()
 
     def num_parameters(self) -> int:
         """Number of trainable scalars; the tied decoder counts once."""
@@ -139,7 +134,7 @@ class BertForPreTraining(nn.Module):
         return self.encoder.embeddings.word_embeddings.weight
 
     def transform(self, hidden: Tensor) -> Tensor:
-        """The MLM head before the decoder, LN(GELU(W x + b)): [.., H] → [.., H]."""
+        """The MLM head before the decoder, LN(GELU(W x + b)): [.., H] → [.., E]."""
         return self.mlm_norm(self.mlm_dense(hidden))
 
     def predict_tokens(self, hidden: Tensor) -> Tensor:

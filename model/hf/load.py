@@ -11,14 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..config import BertConfig
-from ..json_file import read_json
 from ..pretraining import BertForPreTraining
-from .format import CONFIG_FILE, FIELDS, MLM_BIAS, WEIGHTS_FILE, WORD_EMBEDDINGS, import_safetensors, parameter_names
+from .folder import check_settings, listed, read_settings, read_tensors
+from .format import CONFIG_FILE, FIELDS, MLM_BIAS, WORD_EMBEDDINGS, parameter_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-INDEX_FILE = "model.safetensors.index.json"
 
 # Transformers omits a field from config.json when it has the default of its BertConfig.
 HF_DEFAULTS: dict[str, Any] = {
@@ -27,15 +25,6 @@ HF_DEFAULTS: dict[str, Any] = {
     "num_hidden_layers": 12,
     "num_attention_heads": 12,
     "intermediate_size": 3072,
-}
-# Settings that change what is computed: each must be absent or have this value.
-REQUIRED_SETTINGS: dict[str, Any] = {
-    "position_embedding_type": "absolute",
-    "is_decoder": False,
-    "add_cross_attention": False,
-    "tie_word_embeddings": True,
-    "pruned_heads": {},
-    "quantization_config": None,
 }
 # Copies that a file may have of tied parameters.
 DECODER_BIAS = "cls.predictions.decoder.bias"
@@ -71,8 +60,8 @@ def from_hf(source: str | Path | PreTrainedModel) -> BertForPreTraining:
                 "`hf download NAME --local-dir FOLDER`, and give that folder"
             )
         where = str(directory)
-        config = _read_config(_read_json(directory / CONFIG_FILE), str(directory / CONFIG_FILE))
-        tensors = _read_tensors(directory)
+        config = _read_config(read_settings(directory / CONFIG_FILE), str(directory / CONFIG_FILE))
+        tensors = read_tensors(directory)
     elif isinstance(source, nn.Module) and hasattr(getattr(source, "config", None), "to_dict"):
         where = type(source).__name__
         config = _read_config(source.config.to_dict(), f"{where}.config")
@@ -93,62 +82,16 @@ def from_hf(source: str | Path | PreTrainedModel) -> BertForPreTraining:
     return model
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = read_json(path)
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: is the folder a Hugging Face model?") from None
-    except ValueError as error:  # not a file, not UTF-8, or not JSON
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: expected a JSON object")
-    return content
-
-
 def _read_config(settings: Mapping[str, Any], where: str) -> BertConfig:
     model_type = settings.get("model_type")
     if model_type != "bert":
         raise ValueError(f"{where}: model_type must be 'bert'; got {model_type!r}")
-    for name, required in REQUIRED_SETTINGS.items():
-        value = settings.get(name)
-        if value is not None and value != required:
-            raise ValueError(f"{where}: {name} must be {required!r}; got {value!r}")
+    check_settings(settings, where)
     given = {name: settings[name] for name in FIELDS if name in settings}
     try:
         return BertConfig(**{**HF_DEFAULTS, **given})
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-
-
-def _read_tensors(directory: Path) -> dict[str, Tensor]:
-    """The tensors of model.safetensors, or of all shards that its index names."""
-    files = [WEIGHTS_FILE]
-    if not (directory / WEIGHTS_FILE).is_file() and (directory / INDEX_FILE).is_file():
-        weight_map = _read_json(directory / INDEX_FILE).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(name, str) and Path(name).name == name for name in weight_map.values()
-        ):
-            raise ValueError(
-                f"{directory / INDEX_FILE} is damaged: weight_map must name a file of the folder for each tensor"
-            )
-        files = sorted(set(weight_map.values()))
-    elif not (directory / WEIGHTS_FILE).is_file() and (directory / "pytorch_model.bin").is_file():
-        raise ValueError(
-            f"{directory} has its weights in pytorch_model.bin. That is a pickle, which can run code, so it is not "
-            "opened: convert it with Transformers, BertForPreTraining.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-        )
-    safetensors = import_safetensors()
-    tensors: dict[str, Tensor] = {}
-    for name in files:
-        path = directory / name
-        if not path.is_file():
-            raise ValueError(f"{path} is missing: the folder must contain all weights of the model")
-        try:
-            with safetensors.safe_open(path, framework="pt") as opened:
-                tensors.update({key: opened.get_tensor(key) for key in opened.keys()})  # noqa: SIM118 (not a dict)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
-    return tensors
 
 
 def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -212,6 +155,5 @@ def _checked(tensors: Mapping[str, Tensor], config: BertConfig, where: str) -> t
         elif not tensor.is_floating_point():
             problems.append(f"{name} has dtype {tensor.dtype}, not a floating-point dtype")
     if problems:
-        shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
-        raise ValueError(f"{where} does not hold a BertForPreTraining: {shown}")
+        raise ValueError(f"{where} does not hold a BertForPreTraining: {listed(problems)}")
     return {name: tensors[name] for name in expected}, absent

@@ -1,0 +1,158 @@
+"""Models for tasks on packed texts: embeddings, and one label a text.
+
+    SentenceEncoder      a vector a text: mean, max or first token of the hidden states, or the pooler's output
+    SequenceClassifier   first token → linear → activation → dropout → linear → C outputs, as in Transformers'
+                         BertForSequenceClassification and its relatives
+
+The classifier's last layer computes only the rows that its head reads, the first tokens. Losses are sums over the
+labelled texts, so that the mean over several batches is exact.
+
+Shapes: T tokens, S segments, H hidden_size, C outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .batch import IGNORE
+from .config import BertConfig
+from .encoder import BertEncoder, ReadRows, initialise
+from .text_batch import TextBatch
+
+POOLINGS = ("mean", "cls", "max", "pooler")
+# Transformers' names for what a classification head's outputs are.
+SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+PROBLEMS = (SINGLE, MULTI, REGRESSION)
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "gelu": F.gelu, "relu": F.relu}
+
+
+class SentenceEncoder(nn.Module):
+    """An encoder and a pooling: packed texts → one vector a text.
+
+    Args:
+        pooling: "mean" or "max" over all tokens, special ones included; "cls", the first token; "pooler",
+            tanh(W x + b) of the first token.
+        embedding_size: as of `BertEncoder`.
+
+    Raises:
+        ValueError: ``pooling`` has another value.
+    """
+
+    def __init__(self, config: BertConfig, pooling: str = "mean", embedding_size: int | None = None) -> None:
+        super().__init__()
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}; got {pooling!r}")
+        self.config = config
+        self.pooling = pooling
+        self.encoder = BertEncoder(config, embedding_size)
+        self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if pooling == "pooler" else None
+        initialise(self, config)
+
+    def forward(self, batch: TextBatch) -> Tensor:
+        """float32 [S, H]. The rows of empty segments are undefined."""
+        if self.pooling in ("cls", "pooler"):
+            first = first_tokens(self.encoder, batch)  # [S, H]
+            return (first if self.pooler is None else torch.tanh(self.pooler(first))).float()
+        hidden = self.encoder(
+            batch.input_ids, batch.token_type_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen
+        )
+        # unsafe: else the offsets are checked on the host, which waits for the device.
+        return torch.segment_reduce(hidden.float(), self.pooling, offsets=batch.cu_seqlens.long(), unsafe=True)
+
+
+class ClassifierOutput(NamedTuple):
+    """Sums over the labelled texts of a batch: 0-dim tensors on the model's device.
+
+    Attributes:
+        loss_sum: cross entropy; binary cross entropy, averaged over the classes; or squared error.
+        correct: int64, the number of texts for which every output is right; 0 in a regression.
+    """
+
+    loss_sum: Tensor
+    correct: Tensor
+
+
+class SequenceClassifier(nn.Module):
+    """An encoder and a classification head, on packed texts.
+
+    Args:
+        num_outputs: C, the number of classes; 1 in a regression.
+        problem: one of `PROBLEMS`.
+        activation: of the head, a key of `ACTIVATIONS`.
+        head_dropout: probability in the head; None: the configuration's ``hidden_dropout_prob``.
+        input_dropout: the head drops its input too (RoBERTa, ELECTRA).
+        class_weights: C factors of the classes' losses; None: 1. Only with a single label a text.
+        embedding_size: as of `BertEncoder`.
+
+    Raises:
+        ValueError: an argument is not allowed.
+    """
+
+    def __init__(
+        self,
+        config: BertConfig,
+        num_outputs: int,
+        problem: str = SINGLE,
+        *,
+        activation: str = "tanh",
+        head_dropout: float | None = None,
+        input_dropout: bool = False,
+        class_weights: Sequence[float] | None = None,
+        embedding_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        if problem not in PROBLEMS:
+            raise ValueError(f"problem must be one of {', '.join(PROBLEMS)}; got {problem!r}")
+        if num_outputs < 1 or (problem == REGRESSION and num_outputs != 1):
+            raise ValueError(f"num_outputs must be positive, and 1 in a regression; got {num_outputs}")
+        if class_weights is not None and (problem != SINGLE or len(class_weights) != num_outputs):
+            raise ValueError(f"class_weights must be {num_outputs} numbers, with a single label a text")
+        self.config = config
+        self.problem = problem
+        self.encoder = BertEncoder(config, embedding_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out = nn.Linear(config.hidden_size, num_outputs)
+        self.activation = ACTIVATIONS[activation]
+        self.head_dropout = config.hidden_dropout_prob if head_dropout is None else head_dropout
+        self.input_dropout = input_dropout
+        weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+        self.register_buffer("class_weights", weights, persistent=False)
+        initialise(self, config)
+
+    def logits(self, batch: TextBatch) -> Tensor:
+        """float32 [S, C]. The rows of slack and of empty segments mean nothing."""
+        x = first_tokens(self.encoder, batch)  # [S, H]
+        if self.input_dropout:
+            x = F.dropout(x, self.head_dropout, self.training)
+        x = self.activation(self.dense(x))
+        return self.out(F.dropout(x, self.head_dropout, self.training)).float()
+
+    def forward(self, batch: TextBatch) -> ClassifierOutput:
+        """Loss and number of right predictions over the labelled texts."""
+        logits, labels = self.logits(batch), batch.labels
+        if self.problem == SINGLE:
+            loss = F.cross_entropy(logits, labels, self.class_weights, ignore_index=IGNORE, reduction="sum")
+            return ClassifierOutput(loss, (logits.argmax(-1) == labels).sum())
+        if self.problem == REGRESSION:
+            errors = logits.squeeze(-1) - labels  # [S]
+            loss = torch.where(labels.isnan(), 0.0, errors).square().sum()
+            return ClassifierOutput(loss, torch.zeros((), dtype=torch.int64, device=loss.device))
+        labelled = ~labels[:, 0].isnan()  # [S]
+        losses = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(), reduction="none").mean(-1)  # [S]
+        right = ((logits > 0.0) == (labels > 0.5)).all(-1)
+        return ClassifierOutput(torch.where(labelled, losses, 0.0).sum(), (right & labelled).sum())
+
+
+def first_tokens(encoder: BertEncoder, batch: TextBatch) -> Tensor:
+    """The hidden states of each segment's first token, [S, H]; undefined for empty segments, which must come last."""
+    starts, ends = batch.cu_seqlens[:-1], batch.cu_seqlens[1:]
+    filled = torch.cumsum(ends > starts, 0, dtype=torch.int32)  # [S]
+    rows = ReadRows(starts.long().clamp(max=batch.input_ids.shape[0] - 1), F.pad(filled, (1, 0)))
+    return encoder(
+        batch.input_ids, batch.token_type_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, rows
+    )
