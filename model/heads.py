@@ -153,6 +153,4 @@ def first_tokens(encoder: BertEncoder, batch: TextBatch) -> Tensor:
     starts, ends = batch.cu_seqlens[:-1], batch.cu_seqlens[1:]
     filled = torch.cumsum(ends > starts, 0, dtype=torch.int32)  # [S]
     rows = ReadRows(starts.long().clamp(max=batch.input_ids.shape[0] - 1), F.pad(filled, (1, 0)))
-    return encoder(
-        batch.input_ids, batch.token_type_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, rows
-    )
+    return encoder(batch.input_ids, batch.token_type_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, rows)

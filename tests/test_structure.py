@@ -16,6 +16,7 @@ from fusebert.bench.measure.settings import KernelsOptions, ParityOptions, StepO
 from fusebert.train.cli import app
 from fusebert.train.corpus.settings import PrepareSettings
 from fusebert.train.run.settings import PretrainSettings
+from fusebert.train.tasks.settings import EmbedSettings, EvaluateSettings, FillSettings, SummarizeSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("kernels", "model", "train", "bench")
@@ -305,6 +306,10 @@ def test_public_signatures_are_those_of_the_snapshot():
     [
         (("prepare",), PrepareSettings),
         (("pretrain",), PretrainSettings),
+        (("embed",), EmbedSettings),
+        (("fill",), FillSettings),
+        (("evaluate",), EvaluateSettings),
+        (("summarize",), SummarizeSettings),
         (("bench", "kernels"), KernelsOptions),
         (("bench", "step"), StepOptions),
         (("bench", "train"), TrainOptions),

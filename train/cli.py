@@ -1,4 +1,4 @@
-"""The ``fusebert`` command: prepare, pretrain, and the subcommands that other packages register.
+"""The ``fusebert`` command: prepare, pretrain, the tasks, and the subcommands that other packages register.
 
 A package registers a subcommand as an entry point ``name = package.module:app`` of the group ``fusebert.commands``,
 where ``app`` is a `typer.Typer`. ``fusebert bench`` is one. Heavy modules are imported when a subcommand runs.
@@ -6,7 +6,6 @@ where ``app`` is a `typer.Typer`. ``fusebert bench`` is one. Heavy modules are i
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import os
 import shlex
@@ -14,7 +13,6 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
 from typing import Annotated
 
 import typer
@@ -23,6 +21,8 @@ from .corpus.settings import PrepareSettings
 from .errors import UserError
 from .options import command
 from .run.settings import PretrainSettings
+from .run.signals import exit_on_sigterm
+from .tasks.commands import add_commands
 
 app = typer.Typer(
     name="fusebert",
@@ -34,7 +34,8 @@ app = typer.Typer(
     help=(
         "Pretrain BERT encoders fast: text in, a model that loads in Hugging Face Transformers out.\n\n"
         "[bold]fusebert prepare[/bold] --corpus pydocs --out data/pydocs    text → tokenizer and token ids\n\n"
-        "[bold]fusebert pretrain[/bold] --data data/pydocs --out runs/first --minutes 5    token ids → model"
+        "[bold]fusebert pretrain[/bold] --data data/pydocs --out runs/first --minutes 5    token ids → model\n\n"
+        "[bold]fusebert embed[/bold] --model runs/first/hf --input texts.txt --out vectors.npy    model → vectors"
     ),
 )
 
@@ -69,7 +70,7 @@ def _prepare(settings: PrepareSettings) -> None:
     from .corpus.prepare import prepare
 
     started = time.perf_counter()
-    with _exit_on_sigterm(), warnings.catch_warnings(record=True) as caught:
+    with exit_on_sigterm(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         made = prepare(settings, show_progress=True)
     for warning in caught:
@@ -83,16 +84,6 @@ def _prepare(settings: PrepareSettings) -> None:
     typer.echo(f"vocabulary of {made.vocab_size:,} tokens; unigram entropy {made.unigram_entropy:.3f} nats a token")
     typer.echo(f"corpus in {settings.out}, made in {time.perf_counter() - started:.0f} s")
     typer.echo(f"next: fusebert pretrain --data {settings.out}")
-
-
-@contextlib.contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
-    """Turns SIGTERM, which a batch system sends, into SystemExit, so that temporary files are removed."""
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 app.command("prepare")(command(PrepareSettings, _prepare))
@@ -145,6 +136,9 @@ def _pretrain(settings: PretrainSettings) -> None:
 
 
 app.command("pretrain", help=PRETRAIN_HELP)(command(PretrainSettings, _pretrain))
+
+
+add_commands(app)
 
 
 def _add_registered_commands() -> None:

@@ -62,7 +62,7 @@ class Family:
         if self.positions_after_pad:
             pad, positions = values.get("pad_token_id"), values.get("max_position_embeddings")
             if not isinstance(pad, int) or not isinstance(positions, int) or positions <= pad + 1:
-                raise ValueError(f"max_position_embeddings must be above pad_token_id + 1; got {positions!r} and {pad!r}")
+                raise ValueError(f"max_position_embeddings must be above pad_token_id + 1; got {positions!r}, {pad!r}")
             values["max_position_embeddings"] = positions - pad - 1
         return BertConfig(**values)
 

@@ -41,7 +41,9 @@ def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
     return int(stopped.value.code or 0)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["pretrain", "--help"], ["prepare", "--help"], ["bench", "--help"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["pretrain", "--help"], ["prepare", "--help"], ["embed", "--help"], ["bench", "--help"]]
+)
 def test_help_does_not_load_torch(words: list[str]) -> None:
     script = (
         f"import sys; sys.argv = ['fusebert', *{words!r}]\n"

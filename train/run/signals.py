@@ -6,8 +6,11 @@ them has done what it was told, so its exit status is 0. After Ctrl-C (SIGINT) i
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sys
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -93,3 +96,13 @@ class StopSignal:
         self.received = number
         if not self.silent:
             os.write(2, b"\nfinishing the step, then saving; once more to stop at once\n")
+
+
+@contextlib.contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Turns SIGTERM, which a batch system sends, into SystemExit, so that temporary files are removed."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

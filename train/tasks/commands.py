@@ -1,0 +1,150 @@
+"""The subcommands of ``fusebert`` that use a trained model. PyTorch is imported when one runs."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from ..options import command
+from ..run.signals import exit_on_sigterm
+from .rows import STDIN
+from .settings import EmbedSettings, EvaluateSettings, FillSettings, SummarizeSettings
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Adds the commands to ``app``."""
+    for name, settings, run in (
+        ("embed", EmbedSettings, _embed),
+        ("fill", FillSettings, _fill),
+        ("evaluate", EvaluateSettings, _evaluate),
+        ("summarize", SummarizeSettings, _summarize),
+    ):
+        # typer keeps the line breaks within a docstring's paragraph: join its lines.
+        paragraphs = inspect.cleandoc(run.__doc__ or "").split("\n\n")
+        help_text = "\n\n".join(" ".join(part.split("\n")) for part in paragraphs)
+        app.command(name, help=help_text)(command(settings, run))  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def _running() -> Iterator[None]:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see `cli`
+    with exit_on_sigterm():
+        yield
+
+
+def _tell(lines: Iterable[str]) -> None:
+    for line in lines:
+        typer.echo(f"fusebert: {line}", err=True)
+
+
+def write_lines(out: str, records: Iterable[dict[str, Any]]) -> int:
+    """Writes one JSON object a line to the file ``out``, whole or not at all, or prints them for "-". Their number."""
+    from ...model.atomic import replace_file
+
+    count = 0
+    with contextlib.ExitStack() as stack:
+        file = sys.stdout
+        if out != STDIN:
+            path = Path(out)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(stack.enter_context(replace_file(path)), "w", encoding="utf-8"))
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+def _embed(settings: EmbedSettings) -> None:
+    """Turn texts into vectors, for search, clustering, or any learner that takes numbers.
+
+    A text of a sentence-transformers folder gets the vector that this library gives it. Texts are packed by length,
+    without padding.
+
+    Examples:
+
+        fusebert embed --model runs/first/hf --input texts.txt --out vectors.npy
+
+        fusebert embed --model all-MiniLM-L6-v2/ --input reviews.tsv --text review --out vectors.parquet
+
+        zcat texts.gz | fusebert embed --model runs/first/hf --input - --out vectors.npy --normalize
+    """
+    with _running():
+        from .embed import embed
+
+        _tell(embed(settings))
+
+
+def _fill(settings: FillSettings) -> None:
+    """Guess the words behind the mask tokens of a text.
+
+    Examples:
+
+        fusebert fill --model runs/first/hf "the \\[MASK] sat on the mat"
+
+        fusebert fill --model runs/first/hf --input texts.txt --top 3 --out guesses.jsonl
+    """
+    with _running():
+        from .fill import fill
+
+        results, model = fill(settings)
+        _tell(model.notes)
+        if settings.sentence is None or settings.out != STDIN:
+            write_lines(settings.out, (filled.to_json() for filled in results))
+            return
+        for filled in results:
+            typer.echo(filled.filled)
+            for i, guesses in enumerate(filled.masks, 1):
+                typer.echo(f"  mask {i}: " + ", ".join(f"{token} {p:.1%}" for token, p in guesses))
+
+
+def _evaluate(settings: EvaluateSettings) -> None:
+    """Measure how well a model predicts text that it was not trained on.
+
+    Masked-LM loss, perplexity and accuracy with 15 % of the tokens masked, as in pretraining; the pseudo-perplexity,
+    with each token masked in turn; and next-sentence accuracy if the model has that head.
+
+    Examples:
+
+        fusebert evaluate --model runs/first/hf --data data/pydocs
+
+        fusebert evaluate --model bert-base-uncased/ --text news.txt --pseudo 50 --out figures.json
+    """
+    with _running():
+        from .evaluate_model import evaluate_model, write_json
+
+        result, model = evaluate_model(settings)
+        _tell([*model.notes, *filter(None, [model.tokenizer.warning()])])
+        write_json(settings, result)
+        for line in result.lines():
+            typer.echo(line)
+
+
+def _summarize(settings: SummarizeSettings) -> None:
+    """Pick the sentences of a document that say most of the rest.
+
+    Extractive: the sentences nearest to all others in embedding space, in the document's order. A model trained for
+    embeddings (a sentence-transformers folder) chooses better than one that is only pretrained.
+
+    Examples:
+
+        fusebert summarize --model all-MiniLM-L6-v2/ --input article.txt
+
+        fusebert summarize --model all-MiniLM-L6-v2/ --input articles.jsonl --text-field body --sentences 2 --out s.jsonl
+    """
+    with _running():
+        from .summarize import summarize
+
+        summaries = summarize(settings)
+        if settings.out != STDIN:
+            write_lines(settings.out, ({"summary": sentences} for sentences in summaries))
+            return
+        for i, sentences in enumerate(summaries):
+            typer.echo(("\n" if i else "") + "\n".join(sentences))

@@ -1,0 +1,127 @@
+"""The options of the commands that use a trained model. This module does not import PyTorch, so that ``--help`` is
+quick."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+from ..options import Option
+
+DATA, MACHINE = "Data", "Machine"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The options of every command that loads a model."""
+
+    model: Annotated[
+        Path,
+        Option(
+            "Folder of the model: a run's [bold]hf/[/bold], or a Hugging Face folder of a BERT, MiniLM, RoBERTa, "
+            "XLM-R, CamemBERT, ELECTRA or DistilBERT (config.json, model.safetensors, tokenizer.json)."
+        ),
+    ]
+    seqlen: Annotated[
+        int | None,
+        Option("Longest text in tokens; longer ones are cut. Default: what the model's folder says.", DATA),
+    ] = None
+    tokens_per_batch: Annotated[
+        int | None,
+        Option("Tokens computed at once, packed without padding. Default: 4096 on a CPU, 65536 on a GPU.", MACHINE),
+    ] = None
+    device: Annotated[str, Option("auto, cpu or cuda; auto takes a GPU if there is one.", MACHINE)] = "auto"
+    precision: Annotated[
+        str,
+        Option("Of the matrix products: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp16, fp32 or tf32.", MACHINE),
+    ] = "auto"
+    threads: Annotated[int | None, Option("Threads of PyTorch on a CPU. Default: PyTorch's choice.", MACHINE)] = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EmbedSettings(ModelSettings):
+    """The options of ``fusebert embed``."""
+
+    input: Annotated[
+        str,
+        Option("Texts: a .txt (a text a line), .tsv, .csv, .jsonl or .parquet file, or - for standard input.", DATA),
+    ]
+    out: Annotated[Path, Option("File to write: .npy (float32, a row a text) or .parquet (text, embedding).", DATA)]
+    text: Annotated[
+        str | None,
+        Option("Column of the texts; its number from 1 if the file has no header. Default: text.", DATA),
+    ] = None
+    pooling: Annotated[
+        str,
+        Option(
+            "mean, cls (the first token), max or pooler; auto: what a sentence-transformers folder says, else mean.",
+        ),
+    ] = "auto"
+    normalize: Annotated[
+        bool | None,
+        Option(
+            "Scale each embedding to length 1. Default: what a sentence-transformers folder says, else not.",
+            flags="--normalize/--no-normalize",
+        ),
+    ] = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FillSettings(ModelSettings):
+    """The options of ``fusebert fill``."""
+
+    sentence: Annotated[
+        str | None, Option("A text with one or more mask tokens, such as 'the \\[MASK] sat'.", positional=True)
+    ] = None
+    input: Annotated[
+        str | None,
+        Option("Texts, in place of one on the command line: a file, or - for standard input.", DATA),
+    ] = None
+    text: Annotated[str | None, Option("Column of the texts in --input. Default: text.", DATA)] = None
+    out: Annotated[str, Option("File for one JSON object a line; - prints.", DATA)] = "-"
+    top: Annotated[int, Option("Guesses for each mask.")] = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateSettings(ModelSettings):
+    """The options of ``fusebert evaluate``."""
+
+    data: Annotated[
+        Path | None,
+        Option(
+            "Folder that [bold]fusebert prepare[/bold] made: its held-out text. Its vocabulary must be the model's.",
+            DATA,
+        ),
+    ] = None
+    text: Annotated[
+        str | None,
+        Option("Or a file of texts (.txt, .tsv, .csv, .jsonl, .parquet; - for standard input).", DATA),
+    ] = None
+    column: Annotated[str | None, Option("Column of the texts in --text. Default: text.", DATA)] = None
+    pseudo: Annotated[
+        int,
+        Option(
+            "Texts for the pseudo-perplexity, from the start of --text. Each of their tokens is masked in turn, so a "
+            "text of n tokens costs n texts; 0 leaves it out."
+        ),
+    ] = 100
+    seed: Annotated[int, Option("Seed of the masks.")] = 0
+    out: Annotated[Path | None, Option("Also write the figures to this JSON file.")] = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SummarizeSettings(ModelSettings):
+    """The options of ``fusebert summarize``."""
+
+    input: Annotated[
+        str,
+        Option(
+            "Documents: a .txt (a blank line ends a document) or .jsonl file, or - for one on standard input.", DATA
+        ),
+    ]
+    text_field: Annotated[str, Option("Field of the text in .jsonl.", DATA)] = "text"
+    out: Annotated[str, Option("File for one JSON object a line, or - to print the sentences.", DATA)] = "-"
+    sentences: Annotated[int, Option("Sentences of a summary.")] = 3
+    pooling: Annotated[str, Option("As in [bold]fusebert embed[/bold].")] = "auto"
+    splitter: Annotated[str, Option("How to find sentences: auto, blingfire, or lines (a sentence a line).")] = "auto"
