@@ -93,6 +93,8 @@ class SequenceClassifier(nn.Module):
         ValueError: an argument is not allowed.
     """
 
+    class_weights: Tensor | None
+
     def __init__(
         self,
         config: BertConfig,

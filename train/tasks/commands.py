@@ -137,7 +137,7 @@ def _summarize(settings: SummarizeSettings) -> None:
 
         fusebert summarize --model all-MiniLM-L6-v2/ --input article.txt
 
-        fusebert summarize --model all-MiniLM-L6-v2/ --input articles.jsonl --text-field body --sentences 2 --out s.jsonl
+        fusebert summarize --model all-MiniLM-L6-v2/ --input articles.jsonl --text-field body --out s.jsonl
     """
     with _running():
         from .summarize import summarize

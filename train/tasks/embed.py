@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -75,9 +75,12 @@ class Embedder:
         return vectors
 
 
-def blocks(texts: Iterable[str], size: int = BLOCK) -> Iterator[list[str]]:
-    """``texts`` in lists of ``size``, the last one shorter."""
-    source = iter(texts)
+Each = TypeVar("Each")
+
+
+def blocks(items: Iterable[Each], size: int = BLOCK) -> Iterator[list[Each]]:
+    """``items`` in lists of ``size``, the last one shorter."""
+    source = iter(items)
     while block := list(itertools.islice(source, size)):
         yield block
 
@@ -86,6 +89,8 @@ class VectorWriter(Protocol):
     """Appends vectors to a file."""
 
     def write(self, texts: list[str], vectors: np.ndarray) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class NpyWriter:
@@ -137,7 +142,7 @@ class ParquetWriter:
         self._writer.close()
 
 
-WRITERS = {".npy": NpyWriter, ".parquet": ParquetWriter}
+WRITERS: dict[str, Callable[[Path, int], VectorWriter]] = {".npy": NpyWriter, ".parquet": ParquetWriter}
 
 
 def embed(settings: EmbedSettings) -> list[str]:

@@ -1,7 +1,7 @@
 """``fusebert evaluate``: how well a model predicts held-out text.
 
-The masked-LM figures mask 15 % of the tokens as pretraining does. The pseudo-perplexity (Salazar et al. 2020) masks each
-token of a text in turn and leaves all others:
+The masked-LM figures mask 15 % of the tokens as pretraining does. The pseudo-perplexity (Salazar et al. 2020) masks
+each token of a text in turn and leaves all others:
 
     PPPL = exp(−(1/N) Σ_texts Σ_i log p(w_i | text without w_i)),  N tokens without special ones
 """
@@ -9,6 +9,7 @@ token of a text in turn and leaves all others:
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -119,7 +120,7 @@ def _originals(batches: Sequence[PackedBatch], count: int) -> list[EncodedText]:
         labelled = batch.masked_labels != IGNORE
         ids[batch.masked_positions[labelled]] = batch.masked_labels[labelled]
         bounds = batch.cu_seqlens.tolist()
-        for start, end in zip(bounds, bounds[1:], strict=False):
+        for start, end in itertools.pairwise(bounds):
             if len(texts) == count:
                 return texts
             if start < end <= batch.num_tokens:

@@ -76,7 +76,6 @@ def _mask_token(folder: EncoderFolder, tokenizer: TextTokenizer) -> tuple[str, i
     given = read_settings(path).get("mask_token") if path.is_file() else None
     stated = [given.get("content") if isinstance(given, dict) else given]
     for token in [*stated, *MASK_TOKENS]:
-        number = tokenizer.tokenizer.token_to_id(token) if isinstance(token, str) else None
-        if number is not None:
-            return token, number
+        if isinstance(token, str) and (number := tokenizer.tokenizer.token_to_id(token)) is not None:
+            return token, int(number)
     raise UserError(f"the tokenizer in {folder.directory} has no mask token ({' or '.join(MASK_TOKENS)})")
