@@ -3,7 +3,7 @@
 from .batch import IGNORE, PackedBatch, pack_padded, to_padded
 from .config import PRESETS, BertConfig
 from .encoder import BertEncoder
-from .fusion import FuseReport, fuse, register_attention, unfuse
+from .fusion import FuseReport, fuse, register_attention, register_family, unfuse
 from .hf import from_hf, save_hf
 from .pretraining import BertForPreTraining, PreTrainingOutput
 
@@ -20,6 +20,7 @@ __all__ = [
     "fuse",
     "pack_padded",
     "register_attention",
+    "register_family",
     "save_hf",
     "to_padded",
     "unfuse",

@@ -143,6 +143,8 @@ def _packed(
 
     As in Transformers' flash attention, query i attends to key j where |i − j| < ``sliding_window``.
     """
+    if mask is not None and mask.numel() == 0:
+        mask = None  # see masks.no_mask
     if query.shape[0] != 1 or causal or mask is not None or output_attentions or position_bias is not None:
         raise ValueError(
             "cu_seq_lens_q needs a packed batch of one row with bidirectional attention, without attention_mask, "

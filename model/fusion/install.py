@@ -8,13 +8,13 @@ from torch import nn
 
 from .attention_interface import NAME
 from .masked_lm import MaskedLanguageModel, defer_decoder, restore_decoder
-from .norms import FusedNorm, FusedPostNorm
+from .norms import FusedNorm, FusedPostNorm, FusedRMSNorm
 from .report import FuseReport, Left, Replaced
 from .swap import Fused, restore_class, swap_class
 from .torch_nn import FusedEncoder, FusedEncoderLayer, FusedMultiheadAttention
 from .transformers import attention_plan, pretrained_models, restore_attention, set_attention
 from .transformers4 import FusedSelfAttention, PaddingMaskModel
-from .unpad import PackedEncoder, PackedModernBert, padding_reader, unwatch_labels, watch_labels
+from .unpad import PackedEncoder, PackedModel, padding_reader, unregistered, unwatch_labels, watch_labels
 
 
 def fuse(
@@ -22,7 +22,7 @@ def fuse(
 ) -> FuseReport:
     """Put the kernels into ``model``, in place. Parameters, ``state_dict`` and results stay the same.
 
-    Works on Transformers' encoders (BERT, RoBERTa, ELECTRA, DistilBERT, ModernBERT, ViT and similar ones), PyTorch's
+    Works on Transformers' encoders (docs/drop-in.md lists the families that are tested), PyTorch's
     ``nn.TransformerEncoder``, its layers and ``nn.MultiheadAttention``, and any module that contains one of these or a
     LayerNorm. Call it before ``torch.compile``, DDP or FSDP. Fusing again changes nothing.
 
@@ -32,14 +32,15 @@ def fuse(
     Args:
         attention: fuse attention. A Transformers model gets ``attn_implementation="fusebert"`` (see
             `register_attention`) on a copy of its config, so that other models with the same config do not change.
-        layernorm: fuse LayerNorms, with the dropout and the residual before them at the end of a post-LN sub-layer.
-        mlm_loss: in training, compute the masked-language loss of the models in `masked_lm.MLM_LOGITS` on the labelled
+        layernorm: fuse RMSNorms and LayerNorms, these with the dropout and the residual before them at the end of a
+            post-LN sub-layer.
+        mlm_loss: in training, compute the masked-language loss of the models in `families.MASKED_LMS` on the labelled
             rows only. The output then has a loss (float32) and *no logits*. Nothing changes in eval, without labels,
             and when labels are a positional argument.
-        unpad: remove the padding of each batch before the layers, where the encoder is one of `unpad.PACKABLE` or
-            ModernBERT. After them the rows of padding are zeros. Synchronises with the device. The batch stays padded
-            where a row of padding is read (see `unpad`), when hidden states or attentions are recorded, and under
-            ``torch.compile``.
+        unpad: remove the padding of each batch before the layers, where the encoder is in `families` (see
+            `register_family`). After them the rows of padding are zeros. Synchronises with the device. The batch stays
+            padded where a row of padding is read (see `unpad`), when hidden states or attentions are recorded, under
+            ``torch.compile``, and where packing would save less than it costs.
 
     Returns:
         What was replaced and what was left, with reasons.
@@ -90,6 +91,7 @@ def fuse(
     if layernorm:
         swap_all(FusedPostNorm)
         swap_all(FusedNorm, skip={module.LayerNorm for _, module in modules if isinstance(module, FusedPostNorm)})
+        swap_all(FusedRMSNorm)
     if attention:
         swap_all(FusedEncoderLayer)
         swap_all(FusedEncoder)
@@ -101,11 +103,15 @@ def fuse(
                 padded.update(hf_model.modules())
                 note(name, hf_model, "", f"unpad: {reason}")
         swap_all(PackedEncoder, skip=padded)
-        swap_all(PackedModernBert, skip=padded)
+        swap_all(PackedModel, skip=padded)
         for _, hf_model in pretrained:
             watch_labels(hf_model)
-        if not any(PackedEncoder.matches(module) or PackedModernBert.matches(module) for _, module in modules):
-            note("", model, "", "unpad does not support its encoder")
+        supported = any(PackedEncoder.matches(module) or PackedModel.matches(module) for _, module in modules)
+        unknown = [entry for name, hf_model in pretrained for entry in unregistered(name, hf_model)]
+        if not supported and not unknown:
+            unknown = [("", model, "unpad does not support its encoder")]
+        for name, module, reason in unknown:
+            note(name, module, "", reason)
     if mlm_loss:
         for name, hf_model in pretrained:
             swap(name, hf_model, MaskedLanguageModel)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,19 +14,8 @@ from torch import Tensor, nn
 
 from ...kernels import masked_lm_loss
 from ..batch import IGNORE
-from .swap import Fused, swap_class, why_touched
-
-# Models with a known loss (mean cross entropy over the labels that are not IGNORE) → the name of their logits.
-MLM_LOGITS = {
-    "BertForMaskedLM": "logits",
-    "BertForPreTraining": "prediction_logits",
-    "CamembertForMaskedLM": "logits",
-    "DistilBertForMaskedLM": "logits",
-    "ElectraForMaskedLM": "logits",
-    "ModernBertForMaskedLM": "logits",
-    "RobertaForMaskedLM": "logits",
-    "XLMRobertaForMaskedLM": "logits",
-}
+from .families import MASKED_LMS, parameter_names
+from .swap import Fused, class_name, swap_class, why_touched
 
 
 class DeferredDecoder(Fused):
@@ -40,51 +33,78 @@ class DeferredDecoder(Fused):
 
 
 class MaskedLanguageModel(Fused):
-    """A model of `MLM_LOGITS`. In training, with labels, it returns the loss by `masked_lm_loss` and no logits."""
+    """A model of `families.MASKED_LMS`. In training, with labels, it returns `masked_lm_loss` and no logits."""
 
     by = "masked_lm_loss on the labelled rows; while training its output has no logits"
 
     @classmethod
     def obstacle(cls, module: Any) -> str | None:
-        if type(module).__name__ not in MLM_LOGITS or not type(module).__module__.startswith("transformers.models."):
-            return f"mlm_loss does not support its class; it supports {', '.join(MLM_LOGITS)}"
+        if class_name(type(module)) not in MASKED_LMS:
+            return "mlm_loss does not support its class; see register_family"
         if getattr(module.config, "sparse_pred_ignore_index", IGNORE) != IGNORE:
             return f"its config ignores labels other than {IGNORE}"
-        return DeferredDecoder.obstacle(module.get_output_embeddings())
+        if getattr(module, "sparse_prediction", False):
+            return "it computes the logits of the labelled rows only (sparse_prediction)"
+        return cls.touched(module)
 
     @classmethod
     def touched(cls, module: Any) -> str | None:
-        return DeferredDecoder.obstacle(module.get_output_embeddings())
+        decoder = module.get_output_embeddings()
+        reason = DeferredDecoder.obstacle(decoder)
+        if reason is None and decoder.out_features != module.config.vocab_size:
+            return "its output embedding does not make the logits"
+        return reason
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kind, decoder = type(self).__name__, self.get_output_embeddings()
-        targets = ("labels", "next_sentence_label") if kind == "BertForPreTraining" else ("labels",)
+        decoder, known = self.get_output_embeddings(), parameter_names(self.original)
+        targets = [name for name in ("labels", "next_sentence_label") if name in known]
         given = all(kwargs.get(name) is not None for name in targets)
         if not self.training or not given or "deferred" not in vars(decoder):
             return self.original.forward(self, *args, **kwargs)
         others = {name: value for name, value in kwargs.items() if name not in (*targets, "return_dict")}
-        decoder.deferred = True
-        try:
+        with _deferred(self, decoder) as bias:
             output = self.original.forward(self, *args, **others, return_dict=True)
-        finally:
-            decoder.deferred = False
         fields = dict(output.items())
-        hidden = fields.pop(MLM_LOGITS[kind]).flatten(0, -2)  # [B·N, H]
+        hidden = fields.pop(MASKED_LMS[class_name(type(self))]).flatten(0, -2)  # [B·N, H]
         labels = kwargs["labels"].to(hidden.device).flatten()  # [B·N]
         if not torch.compiler.is_compiling():  # a compiled graph has static shapes: it computes the loss of all rows
             rows = (labels != IGNORE).nonzero().squeeze(-1)  # [M]
             hidden, labels = hidden[rows], labels[rows]  # [M, H], [M]
-        # ModernBERT divides by the trainer's count of labels in all batches of a step; the other models do not.
-        items = kwargs.get("num_items_in_batch") if kind == "ModernBertForMaskedLM" else None
+        items = kwargs.get("num_items_in_batch") if _uses_loss_function(self.original) else None
         reduction = "mean" if items is None else "sum"
-        loss: Any = masked_lm_loss(hidden, decoder.weight, decoder.bias, labels, reduction=reduction)
+        loss: Any = masked_lm_loss(hidden, decoder.weight, bias, labels, reduction=reduction)
         if items is not None:
             loss = loss / items
-        if kind == "BertForPreTraining":
+        if "next_sentence_label" in targets:
             pairs = fields["seq_relationship_logits"].view(-1, 2)  # [B, 2]
             loss = loss + F.cross_entropy(pairs, kwargs["next_sentence_label"].view(-1))
         output = type(output)(loss=loss, **fields)
         return output if kwargs.get("return_dict", getattr(self.config, "return_dict", True)) else output.to_tuple()
+
+
+@functools.cache
+def _uses_loss_function(cls: Any) -> bool:
+    """Whether the loss is divided by the trainer's count of labels in all batches of a step: it is in newer models."""
+    return "loss_function" in inspect.unwrap(cls.forward).__code__.co_names
+
+
+@contextlib.contextmanager
+def _deferred(model: Any, decoder: Any) -> Iterator[Tensor | None]:
+    """Within the block ``decoder`` returns its input. Yields the bias of the logits, [V] or None.
+
+    ESM's head adds the bias after the decoder. Within the block it adds 0.
+    """
+    head = next(part for part in model.modules() if decoder in part._modules.values())
+    late = None if decoder.bias is not None else head._parameters.get("bias")
+    decoder.deferred = True
+    if late is not None:
+        head._parameters["bias"] = late.new_zeros(())
+    try:
+        yield decoder.bias if late is None else late
+    finally:
+        decoder.deferred = False
+        if late is not None:
+            head._parameters["bias"] = late
 
 
 def defer_decoder(model: Any) -> None:

@@ -6,13 +6,14 @@ Transformers builds a mask once a forward pass with `build_mask` and hands it to
     bool [B, 1, 1, N_k]         True where a key is real
     bool [B, 1, 1, w + 1, N_k]  the same with a window: query i attends to key j only where |i − j| ≤ w. The fourth axis
                                 is expanded without memory; its size encodes w.
+    [1, 1, 0, 0]                no mask; Transformers hands it on as it is: see `no_mask`
     [B, 1 or H, N_q, N_k]       any other mask (causal, packed, given by the caller): Transformers' SDPA attention runs
 
 A layer on another attention reads the first two rightly, and SDPA raises for the third. A bool [B, N_k] is taken as
 padding too, but never made: SDPA would read it as [N_q, N_k] where B = N_q.
 
-The values of a mask are never read to decide which form it takes: that would synchronise with the device and break
-compiled graphs.
+The values of a mask on a GPU are never read to decide which form it takes: that would synchronise with the device and
+break compiled graphs. On a CPU a mask without padding becomes None, as SDPA's does.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ...kernels.checks import values_are_readable
 
 
 def build_mask(
@@ -61,7 +64,7 @@ def build_mask(
     plain = kwargs.get("allow_is_bidirectional_skip") is True and not use_vmap and kv_offset == 0
     plain = plain and (attention_mask is None or attention_mask.shape[-1] == kv_length)
     if plain and (local_size is not None or mask_function is bidirectional_mask_function):
-        if attention_mask is None and local_size is None:
+        if local_size is None and (attention_mask is None or _is_all_real(attention_mask)):
             return None
         if attention_mask is None:
             real = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)  # [B, N_k]
@@ -84,6 +87,30 @@ def build_mask(
         use_vmap=use_vmap,
         **kwargs,
     )
+
+
+def _is_all_real(mask: Tensor) -> bool:
+    """Whether no key is padding, where that is free to know."""
+    return values_are_readable(mask) and not torch.jit.is_tracing() and bool(mask.all())
+
+
+def no_mask(device: torch.device) -> Tensor:
+    """A mask without elements, for the rows of a packed batch: models make no mask of their own where they get it."""
+    return torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device)
+
+
+def padding_of(mask: Any) -> Any:
+    """The bool mask [B, N] of a padding mask [B, 1, 1, N], bool or additive; anything else as it is.
+
+    Reads the values of an additive mask, which synchronises with its device.
+    """
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[1:3] != (1, 1):
+        return mask
+    if mask.dtype == torch.bool:
+        return mask[:, 0, 0]
+    real = mask == 0
+    only_padding = mask.is_floating_point() and bool((real | (mask == torch.finfo(mask.dtype).min)).all())
+    return real[:, 0, 0] if only_padding else mask
 
 
 def padding_form(mask: Tensor | None, n_q: int, batch: int, n_k: int) -> tuple[Tensor | None, int | None] | None:

@@ -1,4 +1,4 @@
-"""LayerNorms on the kernels, alone or with the dropout and the residual before them."""
+"""LayerNorms and RMSNorms on the kernels, alone or with the dropout and the residual before them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels import dropout_add_layernorm, layernorm
+from ...kernels import dropout_add_layernorm, layernorm, rmsnorm
 from .swap import Fused, why_touched
 
 
@@ -41,6 +41,40 @@ def is_elsewhere(parameter: Tensor | None, x: Tensor) -> bool:
     return parameter is not None and parameter.device != x.device
 
 
+def has_code_of(function: Any, cls: type) -> bool:
+    """Whether ``cls.forward`` compiles to the code of ``function``, whatever the class is called."""
+    ours, theirs = function.__code__, getattr(cls.forward, "__code__", None)
+    return all(getattr(theirs, part, None) == getattr(ours, part) for part in ("co_code", "co_names", "co_varnames"))
+
+
+def _rms_norm(self, hidden_states):  # type: ignore[no-untyped-def]
+    """The forward that `FusedRMSNorm` replaces: its bytecode is compared."""
+    input_dtype = hidden_states.dtype
+    hidden_states = hidden_states.to(torch.float32)
+    variance = hidden_states.pow(2).mean(-1, keepdim=True)
+    hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+    return self.weight * hidden_states.to(input_dtype)
+
+
+class FusedRMSNorm(Fused):
+    """Transformers' RMSNorm of Llama, EuroBERT and others, each a class of its own with the same code."""
+
+    by = "rmsnorm"
+
+    @staticmethod
+    def matches(module: Any) -> bool:
+        return has_code_of(_rms_norm, module.original if isinstance(module, Fused) else type(module))
+
+    @classmethod
+    def obstacle(cls, module: Any) -> str | None:
+        return None
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        if hidden_states.dtype != self.weight.dtype or is_elsewhere(self.weight, hidden_states):
+            return self.original.forward(self, hidden_states)
+        return rmsnorm(hidden_states, self.weight, eps=self.variance_epsilon)
+
+
 def add_norm(x: Tensor, residual: Tensor, dropout: nn.Dropout, norm: nn.LayerNorm) -> Tensor:
     """norm(residual + dropout(x)), in one kernel where it takes the operands.
 
@@ -72,9 +106,7 @@ class FusedPostNorm(Fused):
         """Whether the forward compiles to the code of `_post_norm`, whatever the class is called."""
         if isinstance(module, FusedPostNorm):
             return True
-        ours, theirs = _post_norm.__code__, getattr(type(module).forward, "__code__", None)
-        parts = ("co_code", "co_names", "co_varnames")
-        return all(getattr(theirs, part, None) == getattr(ours, part) for part in parts)
+        return has_code_of(_post_norm, type(module))
 
     @classmethod
     def obstacle(cls, module: Any) -> str | None:
@@ -84,6 +116,10 @@ class FusedPostNorm(Fused):
     def touched(cls, module: Any) -> str | None:
         norm, dropout = module.LayerNorm, module.dropout
         return why_touched(norm, nn.LayerNorm, "LayerNorm") or why_touched(dropout, nn.Dropout, "dropout")
+
+    @classmethod
+    def parts(cls, module: Any) -> tuple[Any, ...]:
+        return module.LayerNorm, module.dropout
 
     def forward(self: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         return add_norm(self.dense(hidden_states), input_tensor, self.dropout, self.LayerNorm)

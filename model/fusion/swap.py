@@ -10,9 +10,12 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .attention_interface import register_attention
 
@@ -46,13 +49,19 @@ class Fused(nn.Module):
 
     @classmethod
     def touched(cls, module: Any) -> str | None:
-        """The reason why a part of ``module`` may differ from what its class says, or None. Asked at every call."""
+        """The reason why a part of ``module`` may differ from what its class says, or None. Holds at every call."""
         return None
+
+    @classmethod
+    def parts(cls, module: Any) -> Iterable[Any]:
+        """The modules inside ``module`` that `touched` looks at."""
+        return list(module.modules())[1:]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if _fused_class_of(type(self)) is not type(self):  # another library's class on top
             return super().__reduce_ex__(protocol)
-        return _empty_instance, (self.template, self.original), self.__dict__
+        state = {name: value for name, value in self.__dict__.items() if name != SEEN}
+        return _empty_instance, (self.template, self.original), state
 
     def extra_repr(self) -> str:
         return ", ".join(part for part in (self.original.extra_repr(self), "fused") if part)
@@ -70,6 +79,7 @@ def restore_class(module: nn.Module) -> None:
     fused = _fused_class_of(cls)
     if fused is not None:
         module.__class__ = _without(cls, fused)
+        vars(module).pop(SEEN, None)
 
 
 def _fused_class_of(cls: Any) -> Any:
@@ -88,9 +98,9 @@ def _without(cls: Any, fused: Any) -> Any:
     return type(cls)(cls.__name__, tuple(_without(base, fused) for base in cls.__bases__), members)
 
 
-def original_class_name(module: nn.Module) -> str:
-    """``package.module.Class`` of the class that ``module`` has, or had before `fuse`."""
-    cls = module.original if isinstance(module, Fused) else type(module)
+def class_name(cls: Any) -> str:
+    """``package.module.Class`` of the class that ``cls`` is, or was before `fuse`."""
+    cls = cls.original if issubclass(cls, Fused) else cls
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
@@ -122,6 +132,52 @@ def why_touched(part: Any, kind: type, name: str, hooks: tuple[str, ...] = CALL_
     return f"its {name} has hooks" if any(map(own.get, hooks)) else None
 
 
+# Attribute of a fused module: what its parts were when `touched` last gave no reason.
+SEEN = "_fusebert_seen"
+METHODS = ("forward", "_sa_block", "_ff_block")  # that fused code replaces
+
+
+def _is_untouched(module: Any, template: Any) -> bool:
+    """Whether ``template.touched(module)`` is None, without calling it where nothing changed since the last time.
+
+    A hook on any module advances ``RemovableHandle.next_id``. The rest is compared.
+    """
+    if torch.compiler.is_compiling():
+        return template.touched(module) is None
+    own = module.__dict__
+    seen = own.get(SEEN)
+    if seen is not None and seen[0] == RemovableHandle.next_id and _is_as_seen(own, *seen[1:]):
+        return True
+    own.pop(SEEN, None)
+    if template.touched(module) is not None:
+        return False
+    parts = [(part, part.__class__, _children(part.__dict__), _config(part)) for part in template.parts(module)]
+    configs = {id(config): (config, config._attn_implementation) for *_, config in parts if config is not None}
+    own[SEEN] = (RemovableHandle.next_id, _children(own), parts, list(configs.values()))
+    return True
+
+
+def _is_as_seen(own: dict[str, Any], children: tuple[Any, ...], parts: list[Any], configs: list[Any]) -> bool:
+    if _children(own) != children or not own.keys().isdisjoint(METHODS[1:]):
+        return False
+    for part, cls, inner, config in parts:
+        its = part.__dict__
+        if part.__class__ is not cls or _children(its) != inner or not its.keys().isdisjoint(METHODS):
+            return False
+        if config is not None and its["config"] is not config:
+            return False
+    return all(config._attn_implementation == name for config, name in configs)
+
+
+def _children(own: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(own["_modules"].values())
+
+
+def _config(part: Any) -> Any:
+    config = part.__dict__.get("config")
+    return config if hasattr(config, "_attn_implementation") else None
+
+
 @functools.cache
 def _fused_class(template: Any, original: Any) -> Any:
     """``original`` with ``template``'s forward.
@@ -134,7 +190,7 @@ def _fused_class(template: Any, original: Any) -> Any:
     if "forward" in vars(template):
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            fused = isinstance(self, Fused) and template.touched(self) is None
+            fused = isinstance(self, Fused) and _is_untouched(self, template)
             return (template if fused else original).forward(self, *args, **kwargs)
 
         forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]

@@ -68,13 +68,19 @@ def attention_obstacle(model: Any) -> str | None:
         return "its class supports eager attention only"
     if attention_is_set(model):
         return f"attn_implementation is {NAME!r} already"
-    if any(getattr(module, "is_causal", False) is True for module in model.modules()):
+    if any(map(_is_causal, model.modules())):
         return "its attention is causal"
     if any("forward" in vars(layer) for layer in layers):
         return "the forward of an attention layer was replaced on the instance"
     if model.config.output_attentions:
         return "its config requests the attention weights (output_attentions)"
     return None
+
+
+def _is_causal(module: Any) -> bool:
+    """Whether an attention is causal. ``is_causal=False`` in its config makes a decoder bidirectional."""
+    config = vars(module).get("config")
+    return getattr(module, "is_causal", False) is True and getattr(config, "is_causal", True) is not False
 
 
 def set_attention(model: Any) -> str:

@@ -16,7 +16,7 @@ from ...kernels import attention
 from ...kernels.checks import MAX_HEAD_DIM
 from .attention_interface import NAME
 from .masks import additive_mask
-from .swap import Fused, original_class_name
+from .swap import Fused, class_name
 
 # Name of the model's file → prefix of its classes.
 PREFIXES = {"bert": "Bert", "roberta": "Roberta", "camembert": "Camembert", "xlm_roberta": "XLMRoberta"}
@@ -37,7 +37,7 @@ class FusedSelfAttention(Fused):
 
     @staticmethod
     def matches(module: Any) -> bool:
-        return original_class_name(module) in SELF_ATTENTIONS
+        return class_name(type(module)) in SELF_ATTENTIONS
 
     @classmethod
     def obstacle(cls, module: Any) -> str | None:
@@ -71,7 +71,7 @@ class PaddingMaskModel(Fused):
 
     @staticmethod
     def matches(module: Any) -> bool:
-        return original_class_name(module) in MODELS and any(map(FusedSelfAttention.matches, module.modules()))
+        return class_name(type(module)) in MODELS and any(map(FusedSelfAttention.matches, module.modules()))
 
     @classmethod
     def obstacle(cls, module: Any) -> str | None:

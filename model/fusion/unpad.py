@@ -18,20 +18,15 @@ from torch import Tensor, nn
 
 from ..batch import IGNORE
 from .attention_interface import NAME
-from .swap import CALL_HOOKS, Fused, original_class_name
+from .families import ENCODERS, MODELS, parameter_names
+from .masks import no_mask, padding_of
+from .swap import CALL_HOOKS, Fused, class_name
 from .transformers import uses_interface
 
-# Encoders that add positions before their layers, which are then independent of a row's place in the batch.
-PACKABLE = (
-    "transformers.models.bert.modeling_bert.BertEncoder",
-    "transformers.models.camembert.modeling_camembert.CamembertEncoder",
-    "transformers.models.distilbert.modeling_distilbert.Transformer",
-    "transformers.models.electra.modeling_electra.ElectraEncoder",
-    "transformers.models.roberta.modeling_roberta.RobertaEncoder",
-    "transformers.models.xlm_roberta.modeling_xlm_roberta.XLMRobertaEncoder",
-)
-MODERNBERT = "transformers.models.modernbert.modeling_modernbert.ModernBertModel"
 RECORDED = ("output_hidden_states", "output_attentions")
+OTHER_ROWS = ("encoder_hidden_states", "cache", "past_key_values")  # that a packed batch has no place for
+PER_TOKEN = ("input_ids", "token_type_ids", "position_ids", "inputs_embeds", "position_embeddings")
+MOST_FILLED = 0.97  # share of real rows above which packing saves less than it costs
 ROW_BY_ROW = ("torch", "transformers")  # hooks of these packages (FSDP2, pruning, recorded outputs) take packed rows
 
 
@@ -43,6 +38,28 @@ def padding_reader(model: nn.Module) -> str | None:
         if getattr(module, "summary_type", "first") != "first":
             return f"its head reads the rows of padding (summary_type {module.summary_type!r})"
     return None
+
+
+def unregistered(name: str, model: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """(path, module, reason) of each encoder in ``model`` with fused attention that is not in `families`."""
+    found: dict[str, tuple[str, nn.Module, str]] = {}
+    for path, part in model.named_modules():
+        if not (uses_interface(type(part)) and getattr(vars(part).get("config"), "_attn_implementation", "") == NAME):
+            continue
+        words = path.split(".")
+        depth = next((i for i, word in enumerate(words) if word.isdigit()), 1) - 1  # of the list of layers
+        chain = [model, *(model.get_submodule(".".join(words[: i + 1])) for i in range(depth))]
+        if any(PackedEncoder.matches(each) or PackedModel.matches(each) for each in chain):
+            continue
+        encoder = chain[-1]
+        takes = parameter_names(type(next(each for each in reversed(chain) if hasattr(each, "config_class"))))
+        kind = "model" if hasattr(encoder, "config_class") else "encoder"
+        if "input_ids" not in takes or (kind == "model" and "position_ids" not in takes):
+            reason = "unpad does not support its encoder"
+        else:
+            reason = f"unpad does not know it: register_family({kind}={type(encoder).__name__}) may make it packed"
+        found[".".join(words[:depth])] = (".".join([name, *words[:depth]]).strip("."), encoder, reason)
+    return list(found.values())
 
 
 def watch_labels(model: nn.Module) -> None:
@@ -95,95 +112,98 @@ class _Packed(Fused):
     def touched(cls, module: Any) -> str | None:
         if torch.compiler.is_compiling():
             return None  # a compiled batch stays padded
-        attentions = 0
         part: Any
         for part in module.modules():
             own = part.__dict__
             if getattr(own.get("config"), "_attn_implementation", NAME) != NAME:
                 return f"its attn_implementation is not {NAME!r}"
-            attentions += uses_interface(part.__class__)
             if part is module:
                 continue
             if "forward" in own:
                 return f"the forward of its {type(part).__name__} was replaced on the instance"
             if any(not _is_row_by_row(hook) for name in CALL_HOOKS for hook in own[name].values()):
                 return f"its {type(part).__name__} has hooks, which would see packed rows"
-        layers = getattr(module, "layer", None) or module.layers
-        return None if attentions == len(layers) else "its attention is of another kind"
+        layers = _layers(module)
+        attends = [any(uses_interface(part.__class__) for part in layer.modules()) for layer in layers]
+        return None if attends and all(attends) else "its attention is of another kind"
+
+
+def _layers(encoder: nn.Module) -> list[nn.Module]:
+    """The innermost elements of the lists of modules in ``encoder``."""
+    lists = [part for part in encoder.modules() if isinstance(part, nn.ModuleList)]
+    elements = [layer for each in lists for layer in each]
+    return [layer for layer in elements if not any(isinstance(part, nn.ModuleList) for part in layer.modules())]
 
 
 class PackedEncoder(_Packed):
-    """One of `PACKABLE`."""
+    """One of `families.ENCODERS`."""
 
     @staticmethod
     def matches(module: Any) -> bool:
-        return original_class_name(module) in PACKABLE
+        return class_name(type(module)) in ENCODERS
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        mask: Any = kwargs.get("attention_mask")
-        others = args or any(
-            kwargs.get(name) is not None for name in ("encoder_hidden_states", "cache", "past_key_values")
-        )
-        if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1:3] == (1, 1) and mask.dtype == torch.bool:
-            mask = mask[:, 0, 0]  # [B, N]
+        mask: Any = args[0] if args else kwargs.get("attention_mask")
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            mask = padding_of(mask)  # [B, N]
+        others = len(args) > 1 or any(kwargs.get(name) is not None for name in OTHER_ROWS)
         rows = None if others else _real_rows(self, mask, hidden_states.shape[:2], kwargs)  # [T]
         if rows is None:
             return self.original.forward(self, hidden_states, *args, **kwargs)
-        kwargs |= {"attention_mask": None, **_segments(mask)}
-        output = self.original.forward(self, hidden_states.flatten(0, 1)[rows][None], **kwargs)
-        output.last_hidden_state = _padded(output.last_hidden_state, rows, mask)
-        return output
+        packed = {name: _packed(kwargs[name], rows, mask.shape) for name in PER_TOKEN if name in kwargs}
+        without = {"is_causal": False} if args else {"is_causal": False, "attention_mask": None}
+        output = self.original.forward(
+            self,
+            _packed(hidden_states, rows, mask.shape),
+            *(None for _ in args),
+            **{**kwargs, **packed, **without, **_segments(mask)},
+        )
+        return _with_padding(output, rows, mask)
 
 
-class PackedModernBert(_Packed):
-    """ModernBERT. Its layers rotate by ``position_ids``, so it is packed from the tokens on, with their positions."""
+class PackedModel(_Packed):
+    """One of `families.MODELS`. It is packed from the tokens on, with their positions, by which its layers rotate."""
 
     @staticmethod
     def matches(module: Any) -> bool:
-        return original_class_name(module) == MODERNBERT
+        return class_name(type(module)) in MODELS
 
-    def forward(
-        self: Any,
-        input_ids: Tensor | None = None,
-        attention_mask: Any = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        given: Any = input_ids if inputs_embeds is None else inputs_embeds
-        one = (input_ids is None) != (inputs_embeds is None)
-        rows = _real_rows(self, attention_mask, given.shape[:2], kwargs, window=True) if one else None  # [T]
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        names = parameter_names(self.original)
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        mask: Any = given.get("attention_mask")
+        tokens = [given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None]
+        others = given.get("use_cache") or any(given.get(name) is not None for name in OTHER_ROWS)
+        rows = None  # [T]
+        if len(tokens) == 1 and not others and len(args) <= len(names):
+            rows = _real_rows(self, mask, tokens[0].shape[:2], given, window=True)
         if rows is None:
-            return self.original.forward(self, input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
-        if position_ids is None:
-            position_ids = torch.arange(attention_mask.shape[1], device=rows.device)
-        return_dict = kwargs.pop("return_dict", None)
-        output = self.original.forward(
-            self,
-            input_ids=None if input_ids is None else input_ids.flatten()[rows][None],
-            attention_mask=dict.fromkeys(self.config.layer_types),  # no masks: layers have their window
-            position_ids=position_ids.expand(attention_mask.shape).flatten()[rows][None],
-            inputs_embeds=None if inputs_embeds is None else inputs_embeds.flatten(0, 1)[rows][None],
-            return_dict=True,
-            **_segments(attention_mask),
-            **kwargs,
-        )
-        output.last_hidden_state = _padded(output.last_hidden_state, rows, attention_mask)
+            return self.original.forward(self, *args, **kwargs)
+        if given.get("position_ids") is None:
+            given["position_ids"] = torch.arange(mask.shape[1], device=mask.device)[None]
+        given |= {name: _packed(given[name], rows, mask.shape) for name in PER_TOKEN if name in given}
+        given |= {"attention_mask": no_mask(mask.device), "return_dict": True, **_segments(mask)}
+        if "use_cache" in names:
+            given["use_cache"] = False  # its config's default, for a decoder
+        return_dict = kwargs.get("return_dict")
+        output = _with_padding(self.original.forward(self, **given), rows, mask)
+        if getattr(output, "pooler_output", None) is not None:
+            output.pooler_output = self.pooler(output.last_hidden_state)  # of each sequence, not of the packed row
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 
-def _config(encoder: Any) -> Any:
-    return encoder.config if hasattr(encoder, "config") else encoder.layer[0].attention.config
+def _config(encoder: nn.Module) -> Any:
+    return next(part.config for part in encoder.modules() if "config" in vars(part))
 
 
 def _real_rows(
     module: Any, mask: Any, shape: tuple[int, ...], kwargs: dict[str, Any], window: bool = False
 ) -> Tensor | None:
-    """Indices of the real rows in the flattened batch, [T]; None where the batch must stay padded.
+    """Indices of the real rows in the flattened batch, [T]; None where the batch must or should stay padded.
 
     Args:
         mask: [B, N] for a batch of this ``shape``, which may be packed, or anything else.
-        window: whether the layers count the rows between two tokens, which a hole in the mask would change.
+        window: whether the layers may count the rows between two tokens, which a hole in the mask would change.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or getattr(module, "keeps_padding", False):
         return None  # T is not known in a compiled graph
@@ -192,11 +212,14 @@ def _real_rows(
     config = _config(module)
     if any(kwargs.get(name) or getattr(config, name) for name in RECORDED):
         return None  # a recorded layer would show packed rows
-    real = mask != 0
-    as_padded = real[:, 0].all()  # the first token is read: by poolers and classifiers
+    real = mask != 0  # [B, N]
+    wanted = [real.sum(), real[:, 0].sum()]
     if window:
-        as_padded &= ~(real[:, 1:] & ~real[:, :-1]).any()
-    return real.flatten().nonzero().squeeze(-1) if as_padded else None
+        wanted.append((real[:, 1:] & ~real[:, :-1]).sum())
+    filled, starts, *holes = torch.stack(wanted).tolist()  # one synchronisation
+    if starts < shape[0] or any(holes):  # the first token is read: by poolers and classifiers
+        return None
+    return real.flatten().nonzero().squeeze(-1) if filled <= MOST_FILLED * real.numel() else None
 
 
 def _segments(mask: Tensor) -> dict[str, Any]:
@@ -205,7 +228,21 @@ def _segments(mask: Tensor) -> dict[str, Any]:
     return {"cu_seq_lens_q": cu_seqlens, "max_length_q": mask.shape[1]}
 
 
+def _packed(x: Any, rows: Tensor, shape: tuple[int, ...]) -> Any:
+    """[1, T, ...] from x [B or 1, N, ...], or a tuple of such tensors; None stays None."""
+    if isinstance(x, tuple):
+        return tuple(_packed(each, rows, shape) for each in x)
+    return None if x is None else x.expand(*shape, *x.shape[2:]).flatten(0, 1).index_select(0, rows)[None]
+
+
+def _with_padding(output: Any, rows: Tensor, mask: Tensor) -> Any:
+    """An encoder's ``output`` with its last hidden state as [B, N, H], zeros on padding, from [1, T, H]."""
+    if isinstance(output, tuple):
+        return (_padded(output[0], rows, mask), *output[1:])
+    output.last_hidden_state = _padded(output.last_hidden_state, rows, mask)
+    return output
+
+
 def _padded(real: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
-    """[B, N, H] from the real rows [1, T, H], zeros elsewhere."""
     flat = real.new_zeros(mask.numel(), real.shape[-1]).index_copy(0, rows, real[0])  # [B·N, H]
     return flat.view(*mask.shape, -1)

@@ -31,6 +31,7 @@ def models(tmp_path_factory):
         ("my-electra", "ElectraForMaskedLM", {**TEXT, "embedding_size": 16}),
         ("my-distilbert", "DistilBertForMaskedLM", DISTIL),
         ("my-modernbert", "ModernBertForMaskedLM", {**TEXT, **MODERN}),
+        ("my-bidirectional-qwen3", "Qwen3Model", {**TEXT, "head_dim": 16, "is_causal": False}),
         ("my-vit", "ViTForImageClassification", {**SIZES, **VIT}),
     ):
         cls = getattr(transformers, name)

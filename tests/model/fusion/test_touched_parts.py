@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from fusebert.model import fuse, unfuse
+from fusebert.model.fusion.norms import FusedPostNorm
+from fusebert.model.fusion.unpad import PackedEncoder
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
@@ -237,3 +239,30 @@ def test_a_parametrized_norm_is_copied_whole():
     parametrize.remove_parametrizations(model.embeddings.LayerNorm, "weight", leave_parametrized=False)
     unfuse(model)
     assert type(model.embeddings.LayerNorm) is nn.LayerNorm
+
+
+def test_parts_are_checked_again_only_after_a_change(monkeypatch):
+    model, inputs, calls = build("bert").eval(), batch("bert"), []
+    fuse(model, unpad=True)
+    for template in (PackedEncoder, FusedPostNorm):
+        touched = template.touched
+        monkeypatch.setattr(template, "touched", lambda module, touched=touched: calls.append(1) or touched(module))
+    with torch.no_grad():
+        model(**inputs)
+        assert len(calls) == 1 + 4
+        model(**inputs)
+        assert len(calls) == 1 + 4
+        handle = model.pooler.register_forward_hook(lambda module, args, out: None)
+        model(**inputs)
+    assert len(calls) == 2 * (1 + 4)
+    handle.remove()
+
+
+def test_another_attention_after_a_packed_batch():
+    model, inputs = build("bert").eval(), batch("bert")
+    with torch.no_grad():
+        expected = model(**inputs).last_hidden_state
+        fuse(model, unpad=True)
+        model(**inputs)
+        model.set_attn_implementation("sdpa")
+        torch.testing.assert_close(model(**inputs).last_hidden_state, expected, rtol=1e-4, atol=1e-5)
