@@ -6,9 +6,9 @@ BIN    := $(VENV)/bin
 # Keep the working directory off sys.path: kernels/ would shadow the Hugging Face package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: help pretrain test bench figures readme lint format clean
+.PHONY: help pretrain test test-slow bench figures readme lint format clean
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,9 @@ pretrain: $(VENV)/.train data/pydocs/manifest.json  ## install, prepare the inst
 
 test: $(VENV)/.dev  ## install and run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+test-slow: $(VENV)/.dev  ## the tests that take minutes each, which `make test` leaves out
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 bench: $(VENV)/.dev  ## every operator and the training step against reference and peers
 	$(BIN)/fusebert bench kernels --minutes 5

@@ -26,7 +26,8 @@ def pretrain_in(world_size: int, jobs: Sequence[Job], seconds: float = 900.0, se
     # because gloo's connections use the same range.
     stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in jobs]
     ports = [store.port for store in stores]
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # PyTorch is imported once in it, and computes nothing there
+    context.set_forkserver_preload(["fusebert.train.run.pretrain", "ranks"])
     errors = context.SimpleQueue()
     processes = [
         context.Process(target=_run, args=(rank, world_size, jobs, ports, setup, errors)) for rank in range(world_size)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch._inductor.config
 from oracle import DEVICE, assert_as_good_as_torch
 from steps import random_batch, small_model
 from torch import Tensor
@@ -22,12 +23,14 @@ LENGTHS = ([9, 4, 3], [5, 10, 1], [8, 8, 0], [10, 6, 0])  # 16 tokens in three s
 
 @pytest.fixture(autouse=True)
 def _a_compiler() -> Iterator[None]:
-    """Skips without a C++ compiler, which Inductor needs on a CPU, and clears what was compiled before."""
+    """Skips without a C++ compiler, which Inductor needs on a CPU, and clears what was compiled before. Compiling in
+    this process saves the start of others."""
     if DEVICE == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("torch.compile on a CPU needs a C++ compiler: install g++, or name one in CXX")
     torch.compiler.reset()
     counters.clear()
-    yield
+    with torch._inductor.config.patch(compile_threads=1):
+        yield
     torch.compiler.reset()
 
 
@@ -42,7 +45,7 @@ def windows(steps: int) -> list[list[PackedBatch]]:
 
 
 def make(dtype: torch.dtype, **options: bool) -> TrainingStep:
-    model = small_model(dropout=0.0).to(DEVICE, dtype).train()
+    model = small_model(dropout=0.0, layers=1).to(DEVICE, dtype).train()
     return TrainingStep(model, make_optimizer(model, 1e-3, 0.01), clip=0.5, compute_dtype=torch.float32, **options)
 
 
@@ -61,7 +64,7 @@ def test_compiled_it_is_the_same_step_and_is_compiled_once() -> None:
     first, *others = windows(4)
     compiled, eager, exact = make(torch.float32, compiled=True), make(torch.float32), make(torch.float64)
     ours, torchs, oracle = (gradients(step, first) for step in (compiled, eager, exact))
-    assert len(oracle) > 30
+    assert len(oracle) > 20
     assert ours.keys() == torchs.keys() == oracle.keys()
     for name in oracle:
         assert_as_good_as_torch(ours[name], oracle[name], torchs[name], name)
