@@ -8,9 +8,9 @@ from hf_families import DISTIL, NO_DROPOUT, TEXT, randomised
 from safetensors.torch import load_file, save_file
 from texts import text_batch
 
-from fusebert.model import BertForPreTraining
-from fusebert.model.heads import SentenceEncoder
-from fusebert.model.hf.encoders import load_weights, open_encoder
+from fusebert.model import BertConfig, BertForPreTraining
+from fusebert.model.heads import SentenceEncoder, SequenceClassifier
+from fusebert.model.hf.encoders import Loading, load_weights, open_encoder
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
@@ -74,7 +74,7 @@ def test_the_pooler(family, padded, tmp_path):
     theirs.save_pretrained(tmp_path)
     folder = open_encoder(tmp_path)
     ours = SentenceEncoder(folder.config, "pooler").eval()
-    assert load_weights(ours, folder) == type(load_weights(ours, folder))((), ())
+    assert load_weights(ours, folder) == Loading((), ())
     with torch.no_grad():
         torch.testing.assert_close(ours(text_batch(padded)), theirs(**padded).pooler_output, rtol=1e-4, atol=1e-5)
 
@@ -112,7 +112,7 @@ def test_our_own_folders_open(tmp_path):
     save_hf(bert(), tmp_path / "hf")
     folder = open_encoder(tmp_path / "hf")
     again = BertForPreTraining(folder.config)
-    assert load_weights(again, folder) == type(load_weights(again, folder))((), ())
+    assert load_weights(again, folder) == Loading((), ())
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), bert().parameters(), strict=True))
 
 
@@ -146,3 +146,48 @@ def test_a_decoder_that_is_not_tied_is_refused(tmp_path):
     load_weights(SentenceEncoder(folder.config), folder)  # does not use it
     with pytest.raises(ValueError, match=r"lm_head.decoder.weight differs from roberta\.embeddings"):
         load_weights(BertForPreTraining(folder.config), folder)
+
+
+PROBLEMS = {
+    "single_label_classification": torch.tensor([2, 0, 1, 1]),
+    "multi_label_classification": torch.tensor([[1.0, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]]),
+    "regression": torch.tensor([0.5, -100.0, 3.0, 1.0]),
+}
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("family", ["Bert", "Roberta", "Electra", "DistilBert"])
+def test_the_classification_head(family, problem, padded, tmp_path):
+    """Logits and the mean loss; empty segments count nothing, and their gradient is not NaN."""
+    labels = PROBLEMS[problem]
+    outputs = 1 if problem == "regression" else 3
+    theirs = model(f"{family}ForSequenceClassification", num_labels=outputs, problem_type=problem)
+    theirs.save_pretrained(tmp_path)
+    folder = open_encoder(tmp_path)
+    ours = SequenceClassifier(
+        folder.config,
+        outputs,
+        problem,
+        activation=folder.family.activation,
+        embedding_size=folder.embedding_size,
+    ).eval()
+    assert load_weights(ours, folder) == Loading((), ())
+    expected = theirs(**inputs(family, padded), labels=labels)
+    batch = text_batch(padded, labels, empty=2)
+    torch.testing.assert_close(ours.logits(batch)[:4], expected.logits, rtol=1e-4, atol=1e-5)
+    result = ours(batch)
+    torch.testing.assert_close(result.loss_sum / 4, expected.loss, rtol=1e-4, atol=1e-5)
+    result.loss_sum.backward()
+    assert all(p.grad.isfinite().all() for p in ours.parameters() if p.requires_grad)
+    if problem == "single_label_classification":
+        assert int(result.correct) == int((expected.logits.argmax(-1) == labels).sum())
+
+
+def test_class_weights_scale_the_loss_of_a_class(padded):
+    config = BertConfig.preset("tiny", 61)
+    torch.manual_seed(0)
+    plain = SequenceClassifier(config, 2).eval()
+    weighted = SequenceClassifier(config, 2, class_weights=[1.0, 3.0]).eval()
+    weighted.load_state_dict(plain.state_dict())
+    only = text_batch(padded, torch.tensor([1, 1, 1, 1]))
+    torch.testing.assert_close(weighted(only).loss_sum, 3 * plain(only).loss_sum)
