@@ -24,6 +24,8 @@ TRAIN = [
     "tqdm>=4.66",
     # Sentence boundaries at 12-21 MB/s a core; pure-Python splitters reach 0.1-0.4 MB/s. Its Linux wheels are x86-64.
     "blingfire>=0.1.8; platform_machine == 'x86_64' or platform_machine == 'AMD64'",
+    # Unicode properties in patterns: the sentence ends of every script (Sentence_Terminal).
+    "regex>=2024.4.16",
     # Reads .zst; the standard library does so from Python 3.14 on.
     "zstandard>=0.22",
 ]

@@ -23,9 +23,17 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..text import pydocs
+from ..text.characters import count_characters, needs_marks
 from ..text.readers import Progress, TextFile, find_files, read_documents
 from ..text.sentences import sentence_splitter
-from ..text.tokenizer import VOCAB_SIZE, load_tokenizer, train_tokenizer
+from ..text.tokenizer import (
+    LOST_TO_LENGTH,
+    VOCAB_SIZE,
+    load_tokenizer,
+    normalisation,
+    share_in_long_words,
+    train_tokenizer,
+)
 from ..text.workers import available_cores, ordered_map
 from .encode import encode_documents, start_encoding
 from .format import TOKENIZER
@@ -52,12 +60,13 @@ def prepare(settings: PrepareSettings, *, show_progress: bool = False) -> Corpus
         UserError, CorpusError: an option, an input or the destination is wrong; the message is one line.
         OSError: reading or writing failed, for example because the disk is full.
     """
-    inputs, out, max_bytes, lowercase = settings.inputs or [], settings.out, settings.max_bytes, settings.lowercase
+    inputs, out, max_bytes = settings.inputs or [], settings.out, settings.max_bytes
     place = out.resolve()
     remove_leftovers(place)
     check_destination(out, settings.overwrite)
     sentence_splitter(settings.sentences)
-    tokenizer = None if settings.tokenizer is None else load_tokenizer(settings.tokenizer, lowercase)
+    strip = {"auto": None, "keep": False, "strip": True}[settings.accents]
+    tokenizer = None if settings.tokenizer is None else load_tokenizer(settings.tokenizer, settings.lowercase, strip)
     files = find_files([name for name in inputs if name != "-"])
 
     with contextlib.ExitStack() as stack, _name_in_errors(out):
@@ -87,8 +96,7 @@ def prepare(settings: PrepareSettings, *, show_progress: bool = False) -> Corpus
             )
 
         if tokenizer is None:
-            lowercase = lowercase is not False
-            tokenizer = _learn_tokenizer(survey.sample, settings.vocab_size or VOCAB_SIZE, lowercase, show_progress)
+            tokenizer = _learn_tokenizer(survey.sample, settings, show_progress)
         tokenizer_file = scratch / TOKENIZER
         if settings.tokenizer is not None and settings.tokenizer.suffix == ".json":
             shutil.copyfile(settings.tokenizer, tokenizer_file)  # unchanged, so that its hash identifies it
@@ -98,7 +106,7 @@ def prepare(settings: PrepareSettings, *, show_progress: bool = False) -> Corpus
 
         source |= {
             "tokenizer": "learned" if settings.tokenizer is None else str(settings.tokenizer),
-            "lowercase": lowercase,
+            **normalisation(tokenizer),
             "text_field": settings.text_field,
             "sentences": "blingfire" if settings.sentences == "auto" else settings.sentences,
             "max_bytes": max_bytes,
@@ -191,10 +199,20 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _learn_tokenizer(sample: list[str], vocab_size: int, lowercase: bool, show_progress: bool) -> Tokenizer:
+def _learn_tokenizer(sample: list[str], settings: PrepareSettings, show_progress: bool) -> Tokenizer:
+    vocab_size, lowercase = settings.vocab_size or VOCAB_SIZE, settings.lowercase is not False
     if show_progress:
         print(f"learning a vocabulary of {vocab_size:,} pieces ...", file=sys.stderr, flush=True)
-    learned = train_tokenizer(sample, vocab_size, lowercase)
+    strip = lowercase if settings.accents == "auto" else settings.accents == "strip"
+    if settings.accents == "auto" and strip:
+        strip = not needs_marks(count_characters(sample))
+    learned = train_tokenizer(
+        sample,
+        vocab_size,
+        lowercase,
+        strip_accents=None if strip == lowercase else strip,  # None is how BERT's own files say it
+        cut_runs=share_in_long_words(sample) > LOST_TO_LENGTH,
+    )
     if (reached := learned.get_vocab_size()) < vocab_size:
         warnings.warn(
             f"the text repeats too little to fill a vocabulary of {vocab_size} tokens: it has {reached}", stacklevel=3

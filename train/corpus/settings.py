@@ -12,6 +12,7 @@ from ..options import Option
 from ..text.special_tokens import MAX_VOCAB_SIZE
 
 CORPORA = ("pydocs",)
+ACCENTS = ("auto", "keep", "strip")
 MAX_BYTES = 1 << 62
 MAX_WORKERS = 256
 
@@ -74,11 +75,19 @@ class PrepareSettings:
     lowercase: Annotated[
         bool | None,
         Option(
-            "Fold case and accents, or keep them.",
+            "Fold case, or keep it.",
             flags="--lowercase/--cased",
-            show_default="lowercase; for a vocab.txt, whatever it looks like",
+            show_default="lowercase; for a vocab.txt, as its tokenizer_config.json says or it looks",
         ),
     ] = None
+    accents: Annotated[
+        str,
+        Option(
+            "'keep' or 'strip' accents and other marks. 'auto' strips them with --lowercase, as BERT does, unless the "
+            "text is in a script that spells with them (Indic scripts, Thai, Hangul, kana, Arabic, Cyrillic, "
+            "Vietnamese)."
+        ),
+    ] = "auto"
     text_field: Annotated[str, Option("The field of a .jsonl object that holds the text.")] = "text"
     sentences: Annotated[
         str,
@@ -113,6 +122,8 @@ class PrepareSettings:
             raise UserError(f"give either inputs (files, folders, globs, -) or --corpus, {what}")
         if self.vocab_size is not None and self.tokenizer is not None:
             raise UserError("give either --vocab-size, to learn a vocabulary, or --tokenizer, which has one, not both")
+        if self.accents not in ACCENTS:
+            raise UserError(f"--accents must be one of {', '.join(ACCENTS)}; got {self.accents!r}")
         if not 0 < self.heldout < 1:
             raise UserError(f"--heldout must be a fraction between 0 and 1; got {self.heldout}")
         if not 0 <= self.seed < 1 << 64:

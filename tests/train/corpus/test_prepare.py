@@ -291,8 +291,8 @@ def rewrite(path):
 def test_a_text_that_changes_meanwhile_is_an_error(tmp_path, monkeypatch, change, moment):
     original = getattr(prepare_module, moment)
 
-    def changing(*args):
-        made = original(*args)
+    def changing(*args, **options):
+        made = original(*args, **options)
         change(tmp_path / "a.txt")
         return made
 

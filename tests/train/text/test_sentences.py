@@ -28,3 +28,18 @@ def test_without_blingfire(monkeypatch):
     monkeypatch.setitem(sys.modules, "blingfire", None)
     with pytest.raises(UserError, match=r"pip install blingfire.*--sentences lines"):
         sentence_splitter("auto")
+
+
+@pytest.mark.parametrize(
+    "sentences",
+    [
+        ["यह एक है।", "दो है॥", "तीन?"],
+        ['इसने कहा "ठीक है।"', "फिर गया।"],
+        ["i saw dr. smith, e.g. at work.", "wait…", "3.14 is pi.", "is it?", "(yes.)"],
+        ["Πού πάτε;", "Εγώ πάω."],
+        ["A list; of things; in Latin."],
+    ],
+    ids=["danda", "danda and quotes", "no capitals", "Greek question mark", "semicolons"],
+)
+def test_sentence_ends_by_script(sentences):
+    assert sentence_splitter("auto")(" ".join(sentences)) == sentences

@@ -109,6 +109,26 @@ def test_whether_a_vocabulary_is_cased_shows(tmp_path):
         assert load_tokenizer(tmp_path / "vocab.txt", lowercase=True).encode("A").tokens[1] == "a"
 
 
+def test_a_vocabulary_with_marks_is_not_stripped(tmp_path):
+    """Composed Hangul, voiced kana and combining marks come from text with marks only."""
+    for token, text in (("한국", "한국"), ("が", "が"), ("में", "में"), ("café", "Café")):
+        pieces = [c for c in text.lower()] + [f"##{c}" for c in text.lower()]
+        tokens = dict.fromkeys([*SPECIAL_TOKENS, token, *pieces])
+        (tmp_path / "vocab.txt").write_text("\n".join(tokens) + "\n\n")  # with a blank line at the end
+        assert load_tokenizer(tmp_path / "vocab.txt", lowercase=True).encode(text).tokens[1] == token
+    assert load_tokenizer(tmp_path / "vocab.txt", strip_accents=True).encode("é").tokens[1] == "[UNK]"
+
+
+def test_settings_beside_a_vocabulary_are_followed(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL_TOKENS, "a", "A", "漢字", "漢", "字"]))
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": true, "tokenize_chinese_chars": false}')
+    assert load_tokenizer(tmp_path / "vocab.txt").encode("A 漢字").tokens[1:-1] == ["a", "漢字"]
+    assert load_tokenizer(tmp_path / "vocab.txt", lowercase=False).encode("A").tokens[1] == "A"
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"tokenizer_config\.json cannot be read .*move vocab\.txt away"):
+        load_tokenizer(tmp_path / "vocab.txt")
+
+
 def lacking(path):
     vocab = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *string.ascii_lowercase])}
     data = json.loads(bert_tokenizer(vocab, lowercase=True).to_str())
