@@ -150,8 +150,8 @@ def _check(settings: PretrainSettings) -> None:
             raise UserError(f"{_option(name)} must be in [0, 1); got {getattr(settings, name)}")
     if settings.parallel == "fsdp" and (settings.precision == "fp16" or settings.optimizer != "adamw"):
         raise UserError(
-            "--parallel fsdp shards every tensor, but --precision fp16 and --optimizer lamb or muon need whole ones: give "
-            "--parallel ddp"
+            "--parallel fsdp shards every tensor, but --precision fp16, --optimizer lamb and --optimizer muon need "
+            "whole ones: give --parallel ddp"
         )
     if not 0.0 < settings.mlm_probability < 1.0:
         raise UserError(f"--mlm-probability must be between 0 and 1; got {settings.mlm_probability}")
