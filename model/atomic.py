@@ -16,15 +16,17 @@ def replace_file(path: Path) -> Iterator[Path]:
     removed.
 
     Raises:
-        OSError: the file cannot be written, for example because the disk is full.
+        OSError: the file cannot be written, for example because the disk is full. It names ``path``.
     """
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         yield partial
         sync_file(partial)
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, partial, str(partial)):
+            error.filename, error.filename2 = str(path), None
         raise
     sync_directory(path.parent)
 

@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 
 from .corpus.settings import PrepareSettings
-from .errors import UserError
+from .errors import UserError, in_words
 from .options import command
 from .run.settings import PretrainSettings
 from .run.signals import exit_on_sigterm
@@ -191,8 +191,7 @@ def main() -> None:
     except (UserError, ValueError) as error:
         _fail(str(error), 2)
     except OSError as error:
-        reason = error.strerror or str(error)
-        _fail(f"{error.filename}: {reason}" if error.filename else reason, 1)
+        _fail(in_words(error), 1)
     except ImportError as error:  # fusebert's own say what to install; Python's have the module in error.name
         _fail(f"{error}: pip install 'fusebert[train]'" if error.name else str(error), 1)
     except Exception as error:

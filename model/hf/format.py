@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from ..config import BertConfig
 
@@ -59,6 +64,22 @@ def import_safetensors() -> Any:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{WEIGHTS_FILE} needs the package safetensors: pip install safetensors") from error
     return safetensors
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file.
+
+    Raises:
+        OSError: the operating system's error, which safetensors wraps in a message of its own.
+    """
+    safetensors = import_safetensors()
+    try:
+        safetensors.torch.save_file(tensors, path, metadata=metadata or None)
+    except safetensors.SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def json_bytes(content: dict[str, Any]) -> bytes:

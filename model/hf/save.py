@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import uuid
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..atomic import sync_directory, sync_file
 from ..config import BertConfig
 from ..pretraining import BertForPreTraining
-from .format import CONFIG_FILE, FIELDS, WEIGHTS_FILE, import_safetensors, json_bytes, parameter_names
+from .format import CONFIG_FILE, FIELDS, WEIGHTS_FILE, json_bytes, parameter_names, save_tensors
 from .tokenizer_files import tokenizer_files
 
 
@@ -33,7 +34,8 @@ def save_hf(model: BertForPreTraining, directory: str | Path, tokenizer: str | P
         TypeError: ``model`` is not a `BertForPreTraining`.
         ValueError: the tokenizer's file is missing or damaged or has more tokens than the model has rows, or
             ``directory`` is a file.
-        OSError: a file cannot be written, for example because the disk is full; ``directory`` is then unchanged.
+        OSError: a file cannot be written, for example because the disk is full; ``directory`` is then unchanged. The
+            error names the file.
     """
     if not isinstance(model, BertForPreTraining):
         raise TypeError(
@@ -46,24 +48,26 @@ def save_hf(model: BertForPreTraining, directory: str | Path, tokenizer: str | P
     files = {} if tokenizer is None else tokenizer_files(Path(tokenizer), model.config)
     files[CONFIG_FILE] = json_bytes(_settings(model.config))
 
-    safetensors = import_safetensors()
+    for name in (WEIGHTS_FILE, *files):
+        if (directory / name).is_dir():
+            raise IsADirectoryError(errno.EISDIR, "a folder is in the place of a file: move it", str(directory / name))
     partial = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.partial")
     partial.mkdir(parents=True)
     try:
-        try:
-            safetensors.torch.save_file(_tensors(model), partial / WEIGHTS_FILE, metadata={"format": "pt"})
-        except safetensors.SafetensorError as error:  # also raised for a full disk
-            raise OSError(f"cannot write {directory / WEIGHTS_FILE}: {error}") from None
+        name = WEIGHTS_FILE
+        save_tensors(partial / WEIGHTS_FILE, _tensors(model), {"format": "pt"})
         for name, content in files.items():
             (partial / name).write_bytes(content)
         # safetensors makes its file readable by the owner only, whatever the umask is.
         (partial / WEIGHTS_FILE).chmod((partial / CONFIG_FILE).stat().st_mode)
-        for path in partial.iterdir():
-            sync_file(path)
+        for name in (WEIGHTS_FILE, *files):
+            sync_file(partial / name)
         if directory.exists():
             _move_files(partial, directory)
         else:
             partial.rename(directory)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(directory / name)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     sync_directory(directory.parent)

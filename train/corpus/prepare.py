@@ -101,7 +101,7 @@ def prepare(settings: PrepareSettings, *, show_progress: bool = False) -> Corpus
         if settings.tokenizer is not None and settings.tokenizer.suffix == ".json":
             shutil.copyfile(settings.tokenizer, tokenizer_file)  # unchanged, so that its hash identifies it
         else:
-            tokenizer.save(str(tokenizer_file))
+            tokenizer_file.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
         survey.sample.clear()
 
         source |= {
@@ -226,10 +226,12 @@ def _bar(description: str, total: int, show: bool) -> tqdm:
 
 @contextlib.contextmanager
 def _name_in_errors(out: Path) -> Iterator[None]:
-    """Adds ``out`` to errors that name no file, such as "No space left on device"."""
+    """Errors of writing, such as "No space left on device", name ``out`` and say how to go on."""
     try:
         yield
     except OSError as error:
-        if error.errno is not None and error.filename is None:
-            raise OSError(error.errno, error.strerror, str(out)) from error
-        raise
+        # Files that are written have names that the user did not choose, see `work_folder`.
+        if error.errno is None or not (error.filename is None or str(error.filename).startswith(f"{out.resolve()}.")):
+            raise
+        reason = f"{error.strerror}; nothing is changed there: solve the problem, then give the same command again"
+        raise OSError(error.errno, reason, str(out)) from error

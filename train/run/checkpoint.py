@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from ...model.atomic import replace_file, sync_directory
+from ...model.hf.format import save_tensors
 from ...model.pretraining import BertForPreTraining
 from ..errors import UserError
 from ..step.distributed import Ranks, lost_connection
@@ -319,22 +320,9 @@ def _load_optimizer(model: BertForPreTraining, optimizer: torch.optim.Optimizer,
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, int]:
-    """Writes a safetensors file and returns its size and CRC-32.
-
-    Raises:
-        OSError: the operating system's error, which safetensors wraps in a message.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        with replace_file(path) as partial:
-            save_file(tensors, partial)
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    """Writes a safetensors file and returns its size and CRC-32."""
+    with replace_file(path) as partial:
+        save_tensors(partial, tensors, {})
     return _fingerprint(path)
 
 

@@ -39,9 +39,14 @@ class RunLock:
             ) from None
         except OSError:  # no locks here
             return
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._file.flush()
+        try:
+            self._file.truncate(0)
+            self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            self._file.flush()
+        except OSError as error:
+            with contextlib.suppress(OSError):  # closing writes again
+                self._file.close()
+            raise OSError(error.errno, error.strerror, str(out / NAME)) from error
 
     def release(self) -> None:
         """Releases the folder; removes it if this lock made it and nothing was written to it."""

@@ -5,7 +5,10 @@ Every record has "kind" ("run", "train", "eval" or "skip") and "step".
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,22 +40,45 @@ class RunLog:
         kept = [r for r in read_log(self.path) if r["step"] <= resume_step] if resume_step is not None else []
         with replace_file(self.path) as partial:
             partial.write_text("".join(strict_json(record) + "\n" for record in kept), encoding="utf-8")
-        self._file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
         self._tensorboard = _tensorboard_writer(directory / "tensorboard", resume_step, tensorboard)
 
     def write(self, kind: str, step: int, **fields: Any) -> None:
-        """Appends a record. The numbers in ``fields`` also become TensorBoard scalars ``kind/name``."""
-        self._file.write(strict_json({"kind": kind, "step": step, **fields}) + "\n")
+        """Appends a record. The numbers in ``fields`` also become TensorBoard scalars ``kind/name``.
+
+        Raises:
+            OSError: the record is not written, and the file has whole lines only: no space is left, for example, or
+                the file was deleted or replaced.
+        """
+        self._append((strict_json({"kind": kind, "step": step, **fields}) + "\n").encode())
         if self._tensorboard is not None:
             for name, value in fields.items():
                 if isinstance(value, int | float):
                     self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
 
+    def _append(self, line: bytes) -> None:
+        before = os.fstat(self._file.fileno())
+        try:
+            same = os.path.samestat(before, self.path.stat())
+        except OSError:
+            same = False
+        if not same:
+            raise FileNotFoundError(errno.ENOENT, "deleted or replaced during the run", str(self.path))
+        try:
+            written = self._file.write(line)
+            if written < len(line):  # the disk has space for a part of it
+                self._file.write(line[written:])
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(before.st_size)
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+
     def close(self) -> None:
         """Closes the files."""
         self._file.close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with contextlib.suppress(OSError):  # `write` raised it before
+                self._tensorboard.close()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

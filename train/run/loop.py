@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ...model.batch import PackedBatch
 from ..batches.loader import batches
-from ..errors import UserError
+from ..errors import UserError, in_words
 from ..step.distributed import LostPeer
 from ..step.optim import learning_rate
 from .checkpoint import BlownUpWeights, save_checkpoint
@@ -150,7 +150,7 @@ def train(run: Run, stop: StopSignal) -> None:
         if not done:
             counts = supply.fetch()
             if supply.failed:
-                supply.fail("")
+                supply.fail(f"; solve the problem, then start with: {run.resume_command}" if run.log_error else "")
         stop.armed = True
         while not done:
             lr = learning_rate(plan.lr, schedule.progress(), settings.warmup, settings.schedule)
@@ -201,7 +201,7 @@ class Supply:
 
     Attributes:
         window: the micro-batches of the next step on this rank.
-        failed: a rank could not make its batches.
+        failed: a rank could not make its batches, or rank 0 not write the log.
         stopping, interrupted: a rank received a signal; it was Ctrl-C.
     """
 
@@ -217,6 +217,8 @@ class Supply:
             self.window = [next(self._source) for _ in range(self._run.plan.accumulation)]
         except Exception as error:  # raised when all ranks have saved
             self._error = error
+        if self._error is None:
+            self._error = self._run.log_error
         own = Counts.of(self._run.model.config, self.window)
         shared = [*own, self._run.clock.share(), float(self._error is not None), *self._stop.share()]
         *counts, self._run.clock.now, failed, interrupts, others = self._run.ranks.sum(shared)
@@ -232,7 +234,7 @@ class Supply:
         if self._error is None:
             raise LostPeer
         if isinstance(self._error, UserError | ValueError | OSError):
-            raise UserError(f"{self._error}{saved}") from self._error
+            raise UserError(f"{in_words(self._error)}{saved}") from self._error
         self._run.say(saved.removeprefix("; "))
         raise self._error
 
@@ -275,7 +277,7 @@ def save(run: Run) -> Path:
     """Writes a checkpoint. A collective call.
 
     Raises:
-        BlownUpWeights: the weights are not finite. As the next, its message names the last good checkpoint.
+        BlownUpWeights: the weights are not finite. The message names the last good checkpoint.
         OSError: no space left, for example.
     """
     state = run.state
@@ -288,14 +290,18 @@ def save(run: Run) -> Path:
             f"the weights have blown up by step {state.step} ({error}): not saved; lower --lr or raise --warmup; "
             f"{run.last_good()}"
         ) from error
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"could not save step {state.step} ({error.strerror}); {run.last_good()}; solve the problem, then go on "
-            f"with: {run.resume_command}",
-        ) from error
     run.clock.read()
     return path
+
+
+@contextlib.contextmanager
+def errors_explained(run: Run) -> Iterator[None]:
+    """Errors of the operating system, such as a full disk, get the last good checkpoint and the command to go on."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"{error.strerror or error}; {run.last_good()}; solve the problem, then go on with: "
+        raise OSError(error.errno, reason + run.resume_command, error.filename) from error
 
 
 def check_inputs(run: Run) -> None:

@@ -20,8 +20,9 @@ from ..step.sharding import unsharded
 from .evaluate import Evaluation
 from .guesses import guess_masked_words
 from .log import read_log
-from .loop import check_inputs, evaluate_and_log, save, train
+from .loop import check_inputs, errors_explained, evaluate_and_log, save, train
 from .loss_curve import plot_loss_curve
+from .places import check_places
 from .plan import choose_device
 from .report import Report
 from .settings import PretrainSettings
@@ -42,7 +43,7 @@ def pretrain(settings: PretrainSettings, resume_command: str) -> Report | None:
         UserError: an option or a checkpoint is not usable, loss or weights are not finite, or another process of the
             job ended.
         CorpusError: ``settings.data`` is missing or damaged.
-        OSError: for example no space left. Earlier checkpoints are intact.
+        OSError: for example no space left. It names the path, the last good checkpoint and the command to go on.
         signals.Interrupted: a signal came; a checkpoint was saved. A signal before the first step ends the process.
     """
     ranks = Ranks.from_environment()
@@ -51,14 +52,8 @@ def pretrain(settings: PretrainSettings, resume_command: str) -> Report | None:
             ranks.join(choose_device(settings.device, ranks))
             run = set_up(settings, resume_command, ranks)
             try:
-                train(run, stop)
-                report = _finish(run, stop)
-            except Stopped as stopped:
-                where = run.last_good() if run.schedule.complete else f"saved in {save(run)}"
-                raise Interrupted(
-                    f"stopped after step {run.state.step}, {where}; go on with:\n{run.resume_command}",
-                    exit_status(stopped.interrupted),
-                ) from None
+                with errors_explained(run):
+                    report = _run(run, stop)
             finally:
                 run.close()
             ranks.leave()
@@ -73,6 +68,18 @@ def pretrain(settings: PretrainSettings, resume_command: str) -> Report | None:
             raise
 
 
+def _run(run: Run, stop: StopSignal) -> Report | None:
+    try:
+        train(run, stop)
+        return _finish(run, stop)
+    except Stopped as stopped:
+        where = run.last_good() if run.schedule.complete else f"saved in {save(run)}"
+        raise Interrupted(
+            f"stopped after step {run.state.step}, {where}; go on with:\n{run.resume_command}",
+            exit_status(stopped.interrupted),
+        ) from None
+
+
 def _finish(run: Run, stop: StopSignal) -> Report | None:
     """Evaluates, saves, exports to hf/, draws loss.png and writes the report, which rank 0 returns."""
     settings, state, out, complete = run.settings, run.state, run.settings.out, run.schedule.complete
@@ -84,10 +91,16 @@ def _finish(run: Run, stop: StopSignal) -> Report | None:
     model = unsharded(run.model, run.ranks)
     if model is None:
         return None
+    if run.log_error is not None:
+        raise run.log_error
+    check_places(out)
     save_hf(model, out / "hf", run.inputs.keep(out))
     try:
-        plot_loss_curve(read_log(out / "log.jsonl"), run.corpus.unigram_entropy, out / "loss.png")
-        loss_curve = str(out / "loss.png")
+        records = read_log(out / "log.jsonl")
+        loss_curve = "not drawn: log.jsonl has no evaluation, perhaps because it was deleted"
+        if any(record["kind"] == "eval" for record in records):
+            plot_loss_curve(records, run.corpus.unigram_entropy, out / "loss.png")
+            loss_curve = str(out / "loss.png")
     except ModuleNotFoundError as error:
         loss_curve = f"not drawn: {error}"
     assert state.first_evaluation is not None

@@ -19,12 +19,11 @@ from torch import Tensor
 
 from ...model.atomic import replace_file
 from ...model.batch import PackedBatch
+from ...model.hf.format import save_tensors
 
 
 def save_window(path: Path, window: Sequence[PackedBatch], seeds: Sequence[int]) -> Path:
     """Writes the micro-batches of a step and their dropout seeds to ``path``, which it returns."""
-    from safetensors.torch import save_file
-
     tensors: dict[str, Tensor] = {}
     numbers = []
     for i, batch in enumerate(window):
@@ -33,7 +32,7 @@ def save_window(path: Path, window: Sequence[PackedBatch], seeds: Sequence[int])
         numbers.append({name: each for name, each in fields.items() if not isinstance(each, Tensor)})
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as partial:
-        save_file(tensors, partial, metadata={"numbers": json.dumps(numbers), "seeds": json.dumps(list(seeds))})
+        save_tensors(partial, tensors, {"numbers": json.dumps(numbers), "seeds": json.dumps(list(seeds))})
     return path
 
 

@@ -35,6 +35,7 @@ from .inputs import RunInputs
 from .lock import RunLock
 from .log import RunLog
 from .manifest import check_repetition, write_manifest
+from .places import check_places
 from .plan import Plan, resolve
 from .resume import check_identity, describe_changes, find_checkpoint, keep_batch_sizes, run_identity
 from .settings import PretrainSettings
@@ -56,6 +57,7 @@ class Run:
         inputs: what the run keeps of the corpus.
         lock: on the run's folder; on rank 0 only.
         log: on rank 0 only, and not in a run that had ended before.
+        log_error: why a record could not be written. The loop then saves and ends the run.
     """
 
     ranks: Ranks
@@ -77,6 +79,7 @@ class Run:
     inputs: RunInputs
     lock: RunLock | None
     log: RunLog | None
+    log_error: OSError | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -98,8 +101,11 @@ class Run:
         Args:
             step: None: the current step.
         """
-        if self.log is not None:
-            self.log.write(kind, self.state.step if step is None else step, **fields)
+        if self.log is not None and self.log_error is None:
+            try:
+                self.log.write(kind, self.state.step if step is None else step, **fields)
+            except OSError as error:
+                self.log_error = error
 
     def say(self, text: str) -> None:
         """Prints above the progress bar, on rank 0."""
@@ -128,12 +134,18 @@ def set_up(settings: PretrainSettings, resume_command: str, ranks: Ranks) -> Run
 
     Raises as `pretrain.pretrain` does.
     """
-    lock = RunLock(settings.out) if ranks.first else None
+    lock: RunLock | None = None
+    if ranks.first:
+        check_places(settings.out)
     try:
+        lock = RunLock(settings.out) if ranks.first else None
         return _set_up(settings, resume_command, ranks, lock)
-    except BaseException:
+    except BaseException as error:
         if lock is not None:
             lock.release()
+        if isinstance(error, OSError) and error.errno is not None:
+            reason = f"{error.strerror}; solve the problem, then start with: {resume_command}"
+            raise OSError(error.errno, reason, error.filename) from error
         raise
 
 

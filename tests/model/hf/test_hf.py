@@ -157,7 +157,7 @@ def test_a_save_that_fails_leaves_the_old_model_and_no_other_files(model, folder
 
     monkeypatch.setattr("safetensors.torch.save_file", disk_full)
     for target in (folder, folder.parent / "other"):
-        with pytest.raises(OSError, match=r"cannot write .*model\.safetensors: .*No space left"):
+        with pytest.raises(OSError, match=r"No space left.*model\.safetensors"):
             save_hf(model, target)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert sorted(p.name for p in folder.parent.iterdir()) == ["bert"]

@@ -133,7 +133,7 @@ def test_no_space_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing:
 def test_safetensors_reports_the_systems_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """safetensors wraps errno in a message; a full disk must not look like a bug in safetensors."""
     original = safetensors.torch.save_file
-    monkeypatch.setattr(safetensors.torch, "save_file", lambda tensors, path: original(tensors, path / "nowhere"))
+    monkeypatch.setattr(safetensors.torch, "save_file", lambda tensors, path, **_: original(tensors, path / "nowhere"))
     with pytest.raises(OSError, match="No such file or directory") as caught:
         save_checkpoint(tmp_path, *trained(seed=0), TrainerState(step=1))
     assert caught.value.errno == errno.ENOENT

@@ -278,7 +278,7 @@ def test_a_run_that_diverges_is_stopped_at_the_next_checkpoint(
 def test_a_full_disk_leaves_the_last_checkpoint(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = safetensors.torch.save_file
 
-    def full(tensors: Any, path: Path) -> None:
+    def full(tensors: Any, path: Path, metadata: Any) -> None:
         if "step-00000004" in str(path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         original(tensors, path)
