@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import os
 import resource
@@ -39,18 +40,26 @@ class Ended:
 
 def import_everything() -> None:
     """Imports what a run needs. Call it once, before `run`."""
-    import matplotlib.figure  # noqa: F401
-    import safetensors.torch  # noqa: F401
-    import tokenizers  # noqa: F401
-
-    import fusebert.train.cli
-    import fusebert.train.run.pretrain  # noqa: F401
+    # Most are imported by others, on first use.
+    for name in (
+        "matplotlib.backends.backend_agg",
+        "matplotlib.figure",
+        "pydantic.type_adapter",
+        "safetensors.torch",
+        "tokenizers",
+        "torch._dynamo",
+        "typer._adapters",
+        "fusebert.train.cli",
+        "fusebert.train.run.pretrain",
+    ):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     from fusebert.train.step import flops
 
     flops.MATMUL_SIZE["cpu"] = 64  # the denominator of MFU, which takes longer than these runs
 
 
-def run(words: Sequence[str], place: Path, how: str = "", at: float = 0.0) -> Ended:
+def run(words: Sequence[str], place: Path, how: str = "", at: float = 0.0, plot: bool = True) -> Ended:
     """Runs ``fusebert WORDS`` in a new session.
 
     Args:
@@ -59,6 +68,7 @@ def run(words: Sequence[str], place: Path, how: str = "", at: float = 0.0) -> En
             removed, a folder made). "time": SIGKILL after ``at`` seconds. "bytes": SIGXFSZ kills the process when a
             file grows beyond ``at`` bytes, in the middle of a write. "full": from the file event number ``at`` on, no
             file can grow. Name of a signal: sent to all processes after ``at`` seconds. "": nothing.
+        plot: whether matplotlib is installed.
     """
     output, count = place / "output", place / "events"
     count.unlink(missing_ok=True)
@@ -67,7 +77,7 @@ def run(words: Sequence[str], place: Path, how: str = "", at: float = 0.0) -> En
     process = os.fork()
     if process == 0:
         os.close(reader)
-        _child(words, writer, count, how, at)
+        _child(words, writer, count, how, at, plot)
     os.close(writer)
     os.set_blocking(reader, False)
     started, text, found, status = time.monotonic(), b"", 0, 0
@@ -105,7 +115,7 @@ def _end(process: int, number: int) -> None:
         os.killpg(process, number)
 
 
-def _child(words: Sequence[str], output: int, count: Path, how: str, at: float) -> None:
+def _child(words: Sequence[str], output: int, count: Path, how: str, at: float, plot: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as fusebert.train.__main__ does
     os.setsid()
     os.dup2(output, 1)
@@ -131,6 +141,8 @@ def _child(words: Sequence[str], output: int, count: Path, how: str, at: float) 
         if how == "bytes":
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
             resource.setrlimit(resource.RLIMIT_FSIZE, (int(at), hard))
+        if not plot:
+            sys.modules["matplotlib"] = None  # type: ignore[assignment]
         sys.addaudithook(hook)
         sys.argv = ["fusebert", *words]
         cli.main()

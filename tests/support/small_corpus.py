@@ -34,7 +34,10 @@ def write_text(path: Path, documents: int = 400, seed: int = 0) -> Path:
 
 def make_corpus(directory: Path, seed: int = 0, vocab_size: int = 240) -> Path:
     """The text of ``seed``, prepared in ``directory``/corpus."""
-    text = write_text(directory / "text.txt", seed=seed)
-    out = directory / "corpus"
+    return prepare_text(write_text(directory / "text.txt", seed=seed), directory / "corpus", vocab_size)
+
+
+def prepare_text(text: Path, out: Path, vocab_size: int = 240) -> Path:
+    """A corpus in ``out``, with a tenth of the documents held out."""
     prepare(PrepareSettings(out, [str(text)], vocab_size=vocab_size, heldout=0.1, workers=1))
     return out
