@@ -65,6 +65,7 @@ class TrainerState:
         batches: micro-batches consumed by all ranks.
         lanes: chunks that the batches are read from side by side, see `loader.batches`.
         skipped: steps, of those done, that changed nothing because loss or gradient was not finite.
+        spikes: log lines with which a spike of the training loss began.
         tokens: real tokens seen.
         elapsed_s: wall-clock seconds of the run.
         train_s: seconds of the steps alone.
@@ -80,6 +81,7 @@ class TrainerState:
     batches: int = 0
     lanes: int = 1
     skipped: int = 0
+    spikes: int = 0
     tokens: int = 0
     elapsed_s: float = 0.0
     train_s: float = 0.0
@@ -247,7 +249,10 @@ def _read_fields(content: Any) -> TrainerState:
 
     evaluation = {"mlm_loss", "mlm_accuracy", "nsp_loss", "nsp_accuracy", "num_masked", "num_pairs"}
     allowed = {
-        **{name: is_number(getattr(state, name), int) for name in ("step", "batches", "skipped", "tokens", "flops")},
+        **{
+            name: is_number(getattr(state, name), int)
+            for name in ("step", "batches", "skipped", "spikes", "tokens", "flops")
+        },
         **{name: is_number(getattr(state, name)) for name in ("elapsed_s", "train_s")},
         "lanes": is_number(state.lanes, int) and state.lanes > 0,
         "length": is_table(state.length) and state.length.keys() <= {"steps", "minutes"},

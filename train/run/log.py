@@ -1,6 +1,6 @@
 """The run's log: one JSON object a line in log.jsonl, and TensorBoard scalars if TensorBoard is installed.
 
-Every record has "kind" ("run", "train", "eval" or "skip") and "step".
+Every record has "kind" ("run", "train", "eval", "skip" or "spike") and "step".
 """
 
 from __future__ import annotations

@@ -26,10 +26,12 @@ from ..step.distributed import LostPeer
 from ..step.optim import learning_rate
 from .checkpoint import BlownUpWeights, save_checkpoint
 from .evaluate import Evaluation, evaluate
+from .log import read_log
 from .metrics import Counts, Interval, Readback, peak_memory_bytes
 from .replay import save_window
 from .setup import Run
 from .signals import Stopped, StopSignal
+from .spikes import Spikes
 
 MAX_SKIPS = 20  # in a row; fp16 may need 16 to lower its scale from 2^16 to 1
 
@@ -135,6 +137,8 @@ def train(run: Run, stop: StopSignal) -> None:
     )
     run.model.train()
     limit, skips = RunAheadLimit(plan.device), Skips(run)
+    before = read_log(settings.out / "log.jsonl") if ranks.first and state.step else []
+    spikes = Spikes(r["mlm_loss"] for r in before if r["kind"] == "train" and r["mlm_loss"] is not None)
     interval = Interval(plan.device)
     closed: list[Interval] = []  # copied to the host at the moment
     schedule.start()
@@ -178,7 +182,7 @@ def train(run: Run, stop: StopSignal) -> None:
                 interval = Interval(plan.device)
             # Several ranks sum their intervals, so they must read them at the same step, ready or not.
             while closed and (pause or not ranks.alone or closed[0].ready()):
-                _log_interval(run, closed.pop(0), bar)
+                _log_interval(run, closed.pop(0), bar, spikes)
             if pause:
                 skips.look_at(limit.drain())
                 check_inputs(run)
@@ -322,7 +326,7 @@ def check_inputs(run: Run) -> None:
         )
 
 
-def _log_interval(run: Run, interval: Interval, bar: tqdm) -> None:
+def _log_interval(run: Run, interval: Interval, bar: tqdm, spikes: Spikes) -> None:
     """Reads a closed interval, writes a log line and updates the progress bar."""
     state = run.state
     fields = interval.read(run.matmul_rate, run.ranks)
@@ -345,6 +349,14 @@ def _log_interval(run: Run, interval: Interval, bar: tqdm) -> None:
     nsp = f" NSP {fields['nsp_loss']:.3f}" if fields["nsp_loss"] is not None else ""
     if fields["mlm_loss"] is None:  # all steps were skipped
         return
+    spike = spikes.add(fields["mlm_loss"])
+    if spike is not None:
+        state.spikes += 1
+        run.record("spike", step=interval.step, mlm_loss=fields["mlm_loss"], level=spike[0], limit=spike[1])
+        run.warn(
+            f"step {interval.step:,}: the training loss, {fields['mlm_loss']:.3f}, is far above its recent level, "
+            f"{spike[0]:.3f}; if it does not come back, lower --lr"
+        )
     bar.set_postfix_str(
         f"MLM {fields['mlm_loss']:.3f}{nsp}, {fields['tokens_per_second']:,.0f} tokens/s, MFU {fields['mfu']:.0%}, "
         f"lr {interval.lr:.1e}, |g| {fields['grad_norm']:.2f}, {memory / 2**30:.1f} GiB"

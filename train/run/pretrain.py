@@ -112,6 +112,7 @@ def _finish(run: Run, stop: StopSignal) -> Report | None:
         precision=run.plan.precision,
         steps=state.step,
         tokens=state.tokens,
+        spikes=state.spikes,
         seconds=state.elapsed_s if complete else run.clock.elapsed(),
         tokens_per_second=state.tokens / train_s,
         mfu=state.flops / train_s / run.matmul_rate,

@@ -25,6 +25,7 @@ class Report:
         precision: one of `precision.PRECISIONS`.
         steps: optimisation steps.
         tokens: real tokens.
+        spikes: of the training loss.
         seconds: wall-clock time of the run.
         tokens_per_second: real tokens divided by the time of the steps.
         mfu: FLOP/s of the steps divided by ``matmul_rate``.
@@ -43,6 +44,7 @@ class Report:
     precision: str
     steps: int
     tokens: int
+    spikes: int
     seconds: float
     tokens_per_second: float
     mfu: float
@@ -90,6 +92,7 @@ class Report:
             "",
             f"Loss after, {after.mlm_loss:.3f}, is {self.verdict()}.",
             f"(Held-out: {counted}.)",
+            *([f"Spikes of the training loss: {self.spikes} (`spike` in log.jsonl)."] if self.spikes else []),
             "",
             "## Masked words guessed in held-out sentences",
             "",
