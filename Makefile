@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # Keep the working directory off sys.path: kernels/ would shadow the Hugging Face package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: help pretrain test test-slow bench figures readme lint format clean
+.PHONY: help pretrain test test-slow soak fuzz bench figures readme lint format clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -32,6 +32,14 @@ test: $(VENV)/.dev  ## install and run the tests
 
 test-slow: $(VENV)/.dev  ## the tests that take minutes each, which `make test` leaves out
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+SOAK_MINUTES ?= 60
+soak: $(VENV)/.dev  ## break tiny runs at random (kills, signals, full disks, flipped bits) for SOAK_MINUTES
+	PYTHONPATH=tests/support OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/support/soak.py $(SOAK_MINUTES)
+
+FUZZ_MINUTES ?= 60
+fuzz: $(VENV)/.dev  ## every reader on random and damaged files for FUZZ_MINUTES
+	$(BIN)/python tests/support/fuzz.py $(FUZZ_MINUTES)
 
 bench: $(VENV)/.dev  ## every operator and the training step against reference and peers
 	$(BIN)/fusebert bench kernels --minutes 5

@@ -78,12 +78,12 @@ class Trials:
         options: dict[str, Any] = {"steps": STEPS, "save_every": 1, "workers": workers, "data": corpus or self.corpus}
         return broken_runs.run([*command_line(**SMALL, **options, out=out), "--resume"], self._place, how, at, plot)
 
-    def _continue(self, out: Path, workers: int = 0) -> None:
+    def _continue(self, out: Path, workers: int = 0, without: str = "") -> None:
         ended = self._run(out, workers=workers)
         if ended.status != 0:
             raise Lost(f"status {ended.status} of the continued run: {ended.output[-500:]}")
         found = outcome(out)
-        differing = [name for name in self._expected if found.get(name) != self._expected[name]]
+        differing = [name for name in self._expected if name != without and found[name] != self._expected[name]]
         if differing:
             raise Lost(f"other content in {', '.join(differing)}")
 
@@ -136,7 +136,7 @@ class Trials:
             if str(self._work) not in ended.output.splitlines()[-1]:
                 raise Lost(f"{path.name}: the message names no file: {ended.output[-500:]}")
             return
-        self._continue(self._work)
+        self._continue(self._work, without=path.name if path.name == "log.jsonl" else "")  # it has no checksum
 
     def flip_in_corpus(self) -> None:
         """One bit of one file of a corpus: the same bits in the end, or an error that names a file."""

@@ -1,6 +1,5 @@
 """Readers of random and of damaged files: the content, or an error of one line that names the file."""
 
-import copy
 import gzip
 import json
 from collections.abc import Callable
@@ -12,6 +11,11 @@ import pytest
 import zstandard
 from small_corpus import make_corpus
 
+pytest.importorskip("hypothesis")
+import hypothesis
+from fuzzing import DAMAGE, JSON, KEPT, LINE, TEXT, check_message, damaged, few, places, with_change
+from hypothesis import strategies as st
+
 from fusebert.train.batches.passages import Passages
 from fusebert.train.corpus.format import CorpusError, manifest_sha256
 from fusebert.train.corpus.reader import Corpus
@@ -19,38 +23,7 @@ from fusebert.train.errors import UserError
 from fusebert.train.text.readers import SUFFIXES, TextFile, read_documents
 from fusebert.train.text.tokenizer import load_tokenizer
 
-hypothesis = pytest.importorskip("hypothesis")
-st = hypothesis.strategies
-few = hypothesis.settings(
-    max_examples=60,
-    deadline=None,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
-)
-
 PACKERS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
-NUMBERS = st.sampled_from([0, -1, 1, 2**16, 2**31, 2**32, 2**63, 10**30, 0.5, 1e308, float("nan"), float("inf")])
-JSON = st.recursive(
-    st.none() | st.booleans() | NUMBERS | st.integers() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
-    max_leaves=6,
-)
-LINE = st.builds(json.dumps, JSON | st.fixed_dictionaries({"text": JSON})).map(str.encode)
-TEXT = st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass")) | st.binary(max_size=200)
-DAMAGE = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=3)
-
-
-def damaged(data: bytes, damage: list[tuple[float, int]], kept: float) -> bytes:
-    """``data`` with some bytes replaced, and cut to the share ``kept``."""
-    changed = bytearray(data)
-    for place, byte in damage:
-        if changed:
-            changed[int(place * len(changed))] = byte
-    return bytes(changed[: round(kept * len(changed))])
-
-
-def check_message(error: Exception, path: Path) -> None:
-    assert str(path) in str(error)
-    assert "\n" not in str(error)
 
 
 def read(path: Path) -> list[str] | None:
@@ -67,7 +40,7 @@ def read(path: Path) -> list[str] | None:
     suffix=st.sampled_from(SUFFIXES),
     content=st.lists(TEXT | LINE, max_size=8).map(b"\n".join),
     damage=DAMAGE,
-    kept=st.just(1.0) | st.floats(0, 1),
+    kept=KEPT,
 )
 def test_text_files(tmp_path: Path, suffix: str, content: bytes, damage: list[tuple[float, int]], kept: float) -> None:
     name, _, packing = suffix[1:].partition(".")
@@ -86,22 +59,6 @@ def test_text_files(tmp_path: Path, suffix: str, content: bytes, damage: list[tu
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-def places(value: Any) -> list[tuple[Any, ...]]:
-    """The way to each value inside a JSON value."""
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else []
-    return [way for key, each in inner for way in [(key,), *((key, *rest) for rest in places(each))]]
-
-
-def with_change(value: Any, way: tuple[Any, ...], new: Any) -> Any:
-    """``value`` with ``new`` at the place ``way``."""
-    value = copy.deepcopy(value)
-    inner = value
-    for key in way[:-1]:
-        inner = inner[key]
-    inner[way[-1]] = new
-    return value
 
 
 def use(directory: Path) -> bool:
@@ -136,7 +93,7 @@ def test_manifests_with_another_value(corpus: Path, data: Any, new: Any, signed:
 
 
 @few
-@hypothesis.given(damage=DAMAGE, kept=st.just(1.0) | st.floats(0, 1))
+@hypothesis.given(damage=DAMAGE, kept=KEPT)
 def test_manifests_with_other_bytes(corpus: Path, damage: list[tuple[float, int]], kept: float) -> None:
     path = corpus / "manifest.json"
     original = path.read_bytes()
@@ -170,7 +127,7 @@ def test_tokenizers_with_another_value(corpus: Path, tmp_path: Path, data: Any, 
 
 
 @few
-@hypothesis.given(damage=DAMAGE, kept=st.just(1.0) | st.floats(0, 1), suffix=st.sampled_from([".json", ".txt"]))
+@hypothesis.given(damage=DAMAGE, kept=KEPT, suffix=st.sampled_from([".json", ".txt"]))
 def test_tokenizers_with_other_bytes(
     corpus: Path, tmp_path: Path, damage: list[tuple[float, int]], kept: float, suffix: str
 ) -> None:

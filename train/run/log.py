@@ -82,14 +82,24 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a log.jsonl, without a last line that a crash cut short; an empty list if there is no file."""
+    """The records of a log.jsonl, without damaged lines; an empty list if there is no file."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if _is_whole(record):
+            records.append(record)
     return records
+
+
+def _is_whole(record: Any) -> bool:
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return False
+    if record.get("kind") not in ("train", "eval"):
+        return isinstance(record.get("kind"), str)
+    return type(record.get("mlm_loss", "")) in (int, float, type(None))
 
 
 def _tensorboard_writer(directory: Path, resume_step: int | None, wanted: bool | None) -> ScalarWriter | None:

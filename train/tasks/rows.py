@@ -209,7 +209,9 @@ def _parquet_rows(path: Path, columns: Columns) -> Iterator[Row]:
                 for record in batch.to_pylist():
                     number += 1
                     yield _row(f"{path}, row {number}", {part: record[name] for part, name in wanted.items()})
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the system, not of Arrow
+            raise
         raise UserError(f"{path} is damaged or not a .parquet file ({str(error).splitlines()[0]})") from error
 
 
