@@ -103,7 +103,7 @@ def check_cu_seqlens(
     check_same_device(name, cu_seqlens, like_name, like)
     if not values_are_readable(cu_seqlens):
         return
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] > num_rows or bool((cu_seqlens.diff() < 0).any()):
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] > num_rows or bool((cu_seqlens[1:] < cu_seqlens[:-1]).any()):
         raise ValueError(
             f"{name} must start at 0, never fall and end at most at {num_rows}, the number of rows; got "
             f"{cu_seqlens.tolist() if cu_seqlens.numel() <= 16 else cu_seqlens}"

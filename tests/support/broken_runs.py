@@ -65,9 +65,10 @@ def run(words: Sequence[str], place: Path, how: str = "", at: float = 0.0, plot:
     Args:
         place: a folder for the output.
         how: what happens. "event": SIGKILL before the file event number ``at`` (a file opened for writing, renamed or
-            removed, a folder made). "time": SIGKILL after ``at`` seconds. "bytes": SIGXFSZ kills the process when a
-            file grows beyond ``at`` bytes, in the middle of a write. "full": from the file event number ``at`` on, no
-            file can grow. Name of a signal: sent to all processes after ``at`` seconds. "": nothing.
+            removed, a folder made). "time": SIGKILL after ``at`` seconds. "write": SIGXFSZ kills the process when a
+            file grows beyond 1,000 bytes after file event number ``at``: in the middle of a write. "full": from file
+            event number ``at`` on, no file can grow. Name of a signal: sent to all processes after ``at`` seconds.
+            "": nothing.
         plot: whether matplotlib is installed.
     """
     output, count = place / "output", place / "events"
@@ -133,14 +134,14 @@ def _child(words: Sequence[str], output: int, count: Path, how: str, at: float, 
             os.killpg(0, signal.SIGKILL)
         if events == at and how == "full":
             resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+        if events == at and how == "write":
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
 
     status = 70
     try:
         from fusebert.train import cli
 
-        if how == "bytes":
-            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (int(at), hard))
         if not plot:
             sys.modules["matplotlib"] = None  # type: ignore[assignment]
         sys.addaudithook(hook)

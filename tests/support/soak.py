@@ -58,7 +58,6 @@ class Trials:
         if whole.status != 0:
             raise SystemExit(whole.output)
         self._expected, self._events = outcome(place / "whole"), whole.events
-        self._largest = max(path.stat().st_size for path in (place / "whole").rglob("*") if path.is_file())
         at = self._events // 2
         while len(list((place / "broken" / "checkpoints").glob("step-*"))) < 2:
             at += 1
@@ -94,9 +93,8 @@ class Trials:
     def kill(self) -> None:
         """SIGKILL before a file event, at a random time, or in the middle of a write; sometimes again."""
         while True:
-            how = self._rng.choice(("event", "event", "time", "bytes"))
-            most = {"event": self._events, "time": self._seconds, "bytes": self._largest}[how]
-            at = self._rng.uniform(0.0, most) if how == "time" else self._rng.randint(1, most)
+            how = self._rng.choice(("event", "event", "write", "time"))
+            at = self._rng.uniform(0.0, self._seconds) if how == "time" else self._rng.randint(1, self._events)
             ended = self._run(self._work, how, at, plot=self._rng.random() < 0.25)
             killed = ended.status is not None and ended.status < 0
             self.kills[how] += killed
