@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # Keep the working directory off sys.path: kernels/ would shadow the Hugging Face package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: help pretrain test test-slow soak fuzz bench figures readme lint format clean
+.PHONY: help pretrain test test-slow test-real soak fuzz bench figures readme lint format clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -32,6 +32,9 @@ test: $(VENV)/.dev  ## install and run the tests
 
 test-slow: $(VENV)/.dev  ## the tests that take minutes each, which `make test` leaves out
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+test-real: $(VENV)/.dev  ## the tests with real weights (all-MiniLM-L6-v2, from the package index)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/model/test_real_weights.py
 
 SOAK_MINUTES ?= 60
 soak: $(VENV)/.dev  ## break tiny runs at random (kills, signals, full disks, flipped bits) for SOAK_MINUTES
