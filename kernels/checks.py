@@ -19,29 +19,47 @@ def values_are_readable(x: Tensor) -> bool:
     return x.device.type == "cpu" and not fake
 
 
+def check_tensor(name: str, x: Tensor) -> None:
+    """x is a tensor whose elements have strides: no list or array, and not sparse."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor; got the layout {x.layout}: convert it with {name}.to_dense()")
+
+
+def check_number(name: str, x: float) -> None:
+    if not isinstance(x, int | float | torch.SymInt | torch.SymFloat):
+        raise TypeError(f"{name} must be a number; got {type(x).__name__}")
+
+
 def check_dtype(name: str, x: Tensor, allowed: tuple[torch.dtype, ...] = FLOAT_DTYPES) -> None:
+    check_tensor(name, x)
     if x.dtype not in allowed:
         *most, last = (str(dtype).removeprefix("torch.") for dtype in allowed)
         raise TypeError(f"{name} must be {', '.join(most) + ' or ' if most else ''}{last}; got {x.dtype}")
 
 
 def check_same_dtype(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    check_tensor(name, x)
     if x.dtype != like.dtype:
         raise TypeError(f"{name} must have {like_name}'s dtype, {like.dtype}; got {x.dtype}: convert one of them")
 
 
 def check_same_device(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    check_tensor(name, x)
     if x.device != like.device:
         raise ValueError(f"{name} must be on {like_name}'s device, {like.device}; got {x.device}: move one of them")
 
 
 def check_same_shape(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    check_tensor(name, x)
     if x.shape != like.shape:
         raise ValueError(f"{name} must have {like_name}'s shape, {tuple(like.shape)}; got {tuple(x.shape)}")
 
 
 def check_has_columns(name: str, x: Tensor, symbol: str) -> None:
     """x has a last axis, called ``symbol`` in the message."""
+    check_tensor(name, x)
     if x.dim() == 0:
         raise ValueError(f"{name} must have at least one dimension, [.., {symbol}]; got a scalar")
 
@@ -50,6 +68,7 @@ def check_vector(name: str, vector: Tensor | None, size: int, meaning: str, like
     """A parameter is None, or [size] of like's dtype or float32, on like's device. meaning: what the size is."""
     if vector is None:
         return
+    check_tensor(name, vector)
     if vector.dim() != 1 or vector.shape[0] != size:
         raise ValueError(f"{name} must have shape ({size},), {meaning}; got {tuple(vector.shape)}")
     if vector.dtype not in (like.dtype, torch.float32):
@@ -64,11 +83,13 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 def check_probability(name: str, p: float) -> None:
     """p is the probability that an element is dropped."""
+    check_number(name, p)
     if not 0.0 <= p < 1.0:
         raise ValueError(f"{name}, the dropout probability, must be in [0, 1); got {p}")
 
 
 def check_eps(eps: float) -> None:
+    check_number("eps", eps)
     if not eps >= 0.0:
         raise ValueError(f"eps must not be negative; got {eps}")
 
@@ -115,6 +136,7 @@ MAX_HEAD_DIM = 256  # of attention's kernels
 
 def check_axes(name: str, x: Tensor, axes: str) -> None:
     """axes: what the message shows, "[B, H, N, D]" for four."""
+    check_tensor(name, x)
     if x.dim() != axes.count(",") + 1:
         raise ValueError(f"{name} must have shape {axes}; got {tuple(x.shape)}")
 
@@ -125,8 +147,11 @@ def check_head_dim(name: str, x: Tensor) -> None:
 
 
 def check_packed_qkv(qkv: Tensor) -> None:
+    check_tensor("qkv", qkv)
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv must have shape [T, 3, H, D]; got {tuple(qkv.shape)}")
+    if qkv.shape[2] == 0:
+        raise ValueError(f"qkv must have at least one head; got {tuple(qkv.shape)}")
     check_dtype("qkv", qkv)
     check_head_dim("qkv", qkv)
 
@@ -143,14 +168,19 @@ def check_separate_qkv(q: Tensor, k: Tensor, v: Tensor, axes: str) -> None:
     check_same_shape("v", v, "k", k)
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"k must have q's head size, {q.shape[-1]}; got {k.shape[-1]}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+    if 0 in (q.shape[1], k.shape[1]) or q.shape[1] % k.shape[1]:
         raise ValueError(f"q's heads must be a multiple of k's; got {q.shape[1]} and {k.shape[1]}")
 
 
-def check_attention_options(scale: float | None, dropout_p: float, window: int | None) -> None:
+def check_attention_options(
+    scale: float | None, dropout_p: float, seed: int | Tensor | None, window: int | None, device: torch.device
+) -> None:
     check_probability("dropout_p", dropout_p)
-    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 0):
-        raise ValueError(f"window must be None or an int of at least 0; got {window!r}")
+    check_seed(seed, device)
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or not 0 <= window < 2**31):
+        raise ValueError(f"window must be None or an int of at least 0, below 2^31; got {window!r}")
+    if scale is not None:
+        check_number("scale", scale)
     if scale is not None and not scale > 0.0:
         raise ValueError(f"scale must be positive, or None for 1/√D; got {scale!r}")
 
@@ -159,6 +189,7 @@ def check_key_padding_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> None:
     """A mask is None or bool [B, N_k] on q's device; k is [B, H, N_k, D]."""
     if mask is None:
         return
+    check_tensor("key_padding_mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"key_padding_mask must be bool, True where a key is real; got {mask.dtype}")
     if mask.shape != (k.shape[0], k.shape[2]):
@@ -167,14 +198,16 @@ def check_key_padding_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> None:
 
 
 def check_max_seqlen(name: str, max_seqlen: int, cu_seqlens: Tensor) -> None:
-    if not isinstance(max_seqlen, int | torch.SymInt) or isinstance(max_seqlen, bool) or max_seqlen < 1:
-        raise ValueError(f"{name} must be an int of at least 1; got {max_seqlen!r}")
+    if not isinstance(max_seqlen, int | torch.SymInt) or isinstance(max_seqlen, bool) or not 1 <= max_seqlen < 2**31:
+        raise ValueError(f"{name} must be an int of at least 1, below 2^31; got {max_seqlen!r}")
     if values_are_readable(cu_seqlens) and (longest := int(cu_seqlens.diff().max())) > max_seqlen:
         raise ValueError(f"{name} is {max_seqlen}, but the longest segment has {longest} rows: pass at least that")
 
 
 def check_loss_options(reduction: str, label_smoothing: float, z_loss: float) -> None:
     check_choice("reduction", reduction, ("mean", "sum", "none"))
+    check_number("label_smoothing", label_smoothing)
+    check_number("z_loss", z_loss)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1]; got {label_smoothing}")
     if not 0.0 <= z_loss < float("inf"):
@@ -183,6 +216,7 @@ def check_loss_options(reduction: str, label_smoothing: float, z_loss: float) ->
 
 def check_labels(labels: Tensor, like_name: str, like: Tensor) -> None:
     """labels is int64 with one entry for each row of like [.., n]."""
+    check_tensor("labels", labels)
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be int64; got {labels.dtype}: convert them with labels.long()")
     if like.dim() < 2 or labels.shape != like.shape[:-1]:

@@ -98,7 +98,7 @@ def attention(
     check_separate_qkv(q, k, v, "[B, H, N, D]")
     if k.shape[0] != q.shape[0]:
         raise ValueError(f"k must have q's batch size, {q.shape[0]}; got {k.shape[0]}")
-    check_attention_options(scale, dropout_p, window)
+    check_attention_options(scale, dropout_p, seed, window, q.device)
     if window is not None and q.shape[2] != k.shape[2]:
         raise ValueError(f"window needs as many queries as keys; got {q.shape[2]} and {k.shape[2]}")
     check_key_padding_mask(key_padding_mask, q, k)
@@ -165,7 +165,7 @@ def attention_varlen(
         TypeError, ValueError: as in `attention`.
     """
     check_packed_qkv(qkv)
-    check_attention_options(scale, dropout_p, window)
+    check_attention_options(scale, dropout_p, seed, window, qkv.device)
     check_cu_seqlens("cu_seqlens", cu_seqlens, qkv.shape[0], "qkv", qkv)
     check_max_seqlen("max_seqlen", max_seqlen, cu_seqlens)
     (qkv,) = in_autocast_dtype(qkv)
@@ -242,7 +242,7 @@ def attention_varlen_separate(
         TypeError, ValueError: as in `attention`.
     """
     check_separate_qkv(q, k, v, "[T, H, D]")
-    check_attention_options(scale, dropout_p, window)
+    check_attention_options(scale, dropout_p, seed, window, q.device)
     if (cu_seqlens_k is None) != (max_seqlen_k is None):
         raise ValueError("cu_seqlens_k and max_seqlen_k must be given together; got one of them")
     if window is not None and cu_seqlens_k is not None:

@@ -18,7 +18,7 @@ from ..backend import triton
 class Config(NamedTuple):
     """How one kernel is launched.
 
-    block_m, block_n: queries and keys of a tile. heads: heads that share the tile (short route).
+    block_m, block_n: queries and keys of a tile.
     maxnreg: limit of registers per thread. With None the assembler may spill to fit one more block per multiprocessor.
     """
 
@@ -26,7 +26,6 @@ class Config(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
-    heads: int = 1
     maxnreg: int | None = None
 
 
@@ -45,8 +44,6 @@ class Table(NamedTuple):
 
 ShortKernel = Literal["short_forward", "short_backward"]
 LongKernel = Literal["long_forward", "long_backward_dq", "long_backward_dk_dv"]
-
-FULL_TILE = 64  # rows of Hopper's matrix instruction, and of four warps of Ampere's
 
 # (architecture, bytes of an element) -> table. Other architectures take the newest listed one below them.
 TABLES = {
@@ -181,7 +178,6 @@ def table(dtype: torch.dtype, masked: bool = False) -> Table:
 def short_config(
     kernel: ShortKernel,
     head_dim: int,
-    num_heads: int,
     max_q: int,
     max_k: int,
     groups: int,
@@ -200,12 +196,8 @@ def short_config(
     longest = getattr(table(dtype, masked), kernel)[block(head_dim)]
     if max(max_q, max_k) > longest:
         return None
-    block_m, block_n, heads = block(max_q), block(max_k), 1
-    # Gather heads until the matrix instructions' rows are full. float32 has no matrix instruction to fill.
-    full = min(FULL_TILE, longest) if dtype.itemsize == 2 and groups == 1 else 0
-    while 2 * max(block_m, block_n) <= full and num_heads % (2 * heads) == 0:
-        block_m, block_n, heads = 2 * block_m, 2 * block_n, 2 * heads
-    return Config(block_m, block_n, 8 if max(block_m, block_n) > 64 else 4, 1, heads)
+    block_m, block_n = block(max_q), block(max_k)
+    return Config(block_m, block_n, 8 if max(block_m, block_n) > 64 else 4, 1)
 
 
 def long_config(kernel: LongKernel, head_dim: int, dtype: torch.dtype, masked: bool) -> Config:

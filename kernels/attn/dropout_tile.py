@@ -17,19 +17,16 @@ from ..dropout import draws_kept, halves, philox, philox_words
 
 
 @triton.jit
-def keep_tile(
-    seed, p_threshold, start_m, start_n, plane, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEADS: tl.constexpr = 1
-):
+def keep_tile(seed, p_threshold, start_m, start_n, plane, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """[BLOCK_M, BLOCK_N] booleans: which weights of queries start_m, … and keys start_n, … are kept.
 
-    start_m, start_n: multiples of 16. HEADS: the rows are those of planes plane, plane + 1, … (`tile.tile_rows`).
+    start_m, start_n: multiples of 16.
     """
     # Number the calls so that a warp holds four pairs of columns by eight rows, as the matrix instructions do.
     call = tl.arange(0, BLOCK_M * BLOCK_N // 8)  # [calls]
     columns = start_n // 4 + call // (2 * BLOCK_M) * 4 + call % 4  # [calls]
     rows = call % (2 * BLOCK_M) // 4  # [calls]
-    rows_per_head: tl.constexpr = BLOCK_M // 2 // HEADS
-    a, b, c, d = philox(seed, columns, start_m // 2 + rows % rows_per_head, plane + rows // rows_per_head)  # [calls]
+    a, b, c, d = philox(seed, columns, start_m // 2 + rows, call * 0 + plane)  # [calls]
     draws = halves(tl.join(tl.join(a, c), tl.join(b, d)))  # [calls, i₃, j₃, j₀]
     draws = tl.reshape(draws, (BLOCK_N // 16, BLOCK_M // 16, 8, 4, 2, 2, 2))  # [n, m, i₂₁₀, j₂₁, i₃, j₃, j₀]
     draws = tl.permute(draws, (1, 4, 2, 0, 5, 3, 6))  # [m, i₃, i₂₁₀, n, j₃, j₂₁, j₀]

@@ -63,14 +63,16 @@ class Problem(NamedTuple):
 
     def short_config(self, kernel: configs.ShortKernel) -> configs.Config | None:
         """None: take the long route."""
-        shape = (self.q.shape[-1], self.q.shape[1], self.max_q, self.max_k, self.groups)
+        shape = (self.q.shape[-1], self.max_q, self.max_k, self.groups)
         return configs.short_config(kernel, *shape, self.q.dtype, self.is_masked)
 
     def long_config(self, kernel: configs.LongKernel) -> configs.Config:
         return configs.long_config(kernel, self.q.shape[-1], self.q.dtype, self.is_masked)
 
-    def short_grid(self, config: configs.Config) -> tuple[int]:
-        return (self.grid_segments * self.q.shape[1] // config.heads,)
+    @property
+    def short_grid(self) -> tuple[int]:
+        """One program for each segment and head."""
+        return (self.grid_segments * self.q.shape[1],)
 
     def query_grid(self, block: int) -> tuple[tuple[int], dict[str, Any]]:
         """(grid, arguments of `schedule.locate`) of a kernel with one program for each tile of ``block`` queries."""
@@ -165,8 +167,7 @@ def launch_forward(problem: Problem, out: Tensor, stats: Tensor) -> None:
     arguments |= {"max_q": problem.max_q, "max_k": problem.max_k}
     with torch.cuda.device_of(q):
         if config := problem.short_config("short_forward"):
-            grid = problem.short_grid(config)
-            attn_short_forward[grid](**arguments, HEADS=config.heads, **problem.arguments(config))
+            attn_short_forward[problem.short_grid](**arguments, **problem.arguments(config))
         else:
             config = problem.long_config("long_forward")
             grid, tiles = problem.query_grid(config.block_m)
@@ -183,9 +184,8 @@ def launch_backward(
     arguments = tensor_arguments(q=q, k=k, v=v, dout=dout) | stats_arguments(stats)
     with torch.cuda.device_of(q):
         if config := problem.short_config("short_backward"):
-            grid = problem.short_grid(config)
             arguments |= tensor_arguments(dq=dq, dk=dk, dv=dv)
-            attn_short_backward[grid](**arguments, HEADS=config.heads, **problem.arguments(config))
+            attn_short_backward[problem.short_grid](**arguments, **problem.arguments(config))
             return
         arguments["delta_ptr"] = torch.empty_like(stats[0])  # written by dQ's kernel, read by dK's and dV's
         config = problem.long_config("long_backward_dq")

@@ -21,7 +21,8 @@ def count_tiles(cu_seqlens_ptr, segments, num_segments, num_rows, BLOCK: tl.cons
     real = segments < num_segments  # [BLOCK_S]
     origin = tl.load(cu_seqlens_ptr + segments, mask=real, other=0)  # [BLOCK_S]
     end = tl.load(cu_seqlens_ptr + segments + 1, mask=real, other=0)  # [BLOCK_S]
-    rows = tl.minimum(end, num_rows) - tl.minimum(tl.maximum(origin, 0), num_rows)  # [BLOCK_S]
+    # As in segment_bounds: the difference may not wrap.
+    rows = tl.minimum(tl.maximum(end, 0), num_rows) - tl.minimum(tl.maximum(origin, 0), num_rows)  # [BLOCK_S]
     rows = tl.maximum(rows, 0)  # [BLOCK_S]
     return rows, tl.where(segments == num_segments, 1, tl.cdiv(rows, BLOCK))
 
@@ -47,11 +48,13 @@ def attn_schedule_tiles(
         longer = other_rows[None, :] > rows[:, None]  # [BLOCK_S, BLOCK_S]
         # [BLOCK_S, BLOCK_S]
         before = longer | ((other_rows[None, :] == rows[:, None]) & (others[None, :] < mine[:, None]))
-        first += tl.sum(tl.where(before, other_tiles[None, :], 0), axis=1)  # [BLOCK_S]
-        total += tl.sum(other_tiles, axis=0)
+        other_tiles = tl.minimum(other_tiles, num_slots)  # [BLOCK_S]: sums of overlapping segments' tiles could wrap
+        first = tl.minimum(first + tl.sum(tl.where(before, other_tiles[None, :], 0), axis=1), num_slots)  # [BLOCK_S]
+        total = tl.minimum(total + tl.sum(other_tiles, axis=0), num_slots)
+    # Segments that overlap may need more tiles than there are slots.
+    tiles = tl.minimum(tiles, num_slots - first)  # [BLOCK_S]
     for tile in range(0, tl.max(tiles, axis=0)):
-        # Invalid cu_seqlens that overlap may need more tiles than there are slots.
-        inside = (tile < tiles) & (first + tile < num_slots)  # [BLOCK_S]
+        inside = tile < tiles  # [BLOCK_S]
         tl.store(slots_ptr + first + tile, mine, mask=inside)
         tl.store(slots_ptr + num_slots + first + tile, first, mask=inside)
     if tl.program_id(0) == 0:

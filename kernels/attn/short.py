@@ -1,7 +1,6 @@
 """Short route: a program holds all queries and keys of its (segment, head), so neither kernel has a loop.
 
 attn_short_forward computes the whole softmax at once. attn_short_backward computes dQ, dK and dV from one P and one dP.
-For at most 32 rows a tile holds HEADS heads of one segment; scores between different heads are masked.
 Equations and reasons: README.md.
 """
 
@@ -20,44 +19,15 @@ from .tile import (
     softmax_numerator,
     store_statistics,
     store_tile,
-    tile_rows,
     zero_tail_rows,
 )
 
 
 @triton.jit
-def locate_short_tile(num_heads, BLOCK_M: tl.constexpr, HEADS: tl.constexpr):
-    """(segment, first head, [BLOCK_M] rows, dropout plane of the first head) of this program."""
+def locate_short_tile(num_heads):
+    """(segment, head) of this program."""
     # Programs of one segment are adjacent: together they read whole rows of memory.
-    tiles = num_heads // HEADS
-    segment, head = tl.program_id(0) // tiles, tl.program_id(0) % tiles * HEADS
-    return segment, head, tile_rows(BLOCK_M, HEADS)[0], segment * num_heads + head
-
-
-@triton.jit
-def short_score_mask(
-    real, rows, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, HEADS: tl.constexpr
-):
-    """`score_mask` for a tile of HEADS heads: False also between different heads."""
-    if HEADS == 1:
-        return score_mask(real, rows, 0, window, BLOCK_N, WINDOW)
-    else:
-        keys, key_heads = tile_rows(BLOCK_N, HEADS)  # [BLOCK_N], [BLOCK_N]
-        mask = real[None, :] & (tile_rows(BLOCK_M, HEADS)[1][:, None] == key_heads[None, :])  # [BLOCK_M, BLOCK_N]
-        if WINDOW:
-            mask = mask & (tl.abs(rows[:, None] - keys[None, :]) <= window)  # [BLOCK_M, BLOCK_N]
-        return mask
-
-
-@triton.jit
-def short_keep_tile(seed_ptr, p_threshold, plane, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEADS: tl.constexpr):
-    """`keep_tile` for a tile of HEADS heads: draws only a head's own keys and repeats them across the tile."""
-    seed = tl.load(seed_ptr)
-    keep = keep_tile(seed, p_threshold, 0, 0, plane, BLOCK_M, BLOCK_N // HEADS, HEADS)  # [BLOCK_M, keys of a head]
-    if HEADS > 1:
-        keep = tl.broadcast_to(keep[:, None, :], (BLOCK_M, HEADS, BLOCK_N // HEADS))  # [BLOCK_M, HEADS, keys of a head]
-        keep = tl.reshape(keep, (BLOCK_M, BLOCK_N))  # [BLOCK_M, BLOCK_N]
-    return keep
+    return tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
 
 
 @triton.jit
@@ -87,7 +57,6 @@ def attn_short_forward(
     p_threshold,
     keep_scale,
     GROUPS: tl.constexpr,  # query heads per key head
-    HEADS: tl.constexpr,  # heads in a tile; 1 where GROUPS > 1
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -100,26 +69,27 @@ def attn_short_forward(
     PRECISION: tl.constexpr,
 ):
     """O = c (P∘Z) V with P = softmax(scale · QKᵀ); the statistics (m, log₂ l) of P's rows."""
-    segment, head, rows, plane = locate_short_tile(num_heads, BLOCK_M, HEADS)
+    segment, head = locate_short_tile(num_heads)
+    rows = tl.arange(0, BLOCK_M)  # [BLOCK_M]
     if VARLEN and segment == num_segments:
-        zero_tail_rows(out_ptr, out_strides, head, cu_seqlens_q_ptr, num_segments, num_q, BLOCK_M, D, BLOCK_D, HEADS)
+        zero_tail_rows(out_ptr, out_strides, head, cu_seqlens_q_ptr, num_segments, num_q, BLOCK_M, D, BLOCK_D)
         return
     q_origin, n_q = segment_bounds(cu_seqlens_q_ptr, segment, num_q, VARLEN)
     k_origin, n_k = segment_bounds(cu_seqlens_k_ptr, segment, num_k, VARLEN)
     if n_q <= 0:
         return
-    q = load_tile(q_ptr, q_strides, q_origin, head, 0, n_q, BLOCK_M, D, BLOCK_D, True, HEADS)  # [BLOCK_M, BLOCK_D]
+    q = load_tile(q_ptr, q_strides, q_origin, head, 0, n_q, BLOCK_M, D, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
     key_head = head // GROUPS
-    k = load_tile(k_ptr, k_strides, k_origin, key_head, 0, n_k, BLOCK_N, D, BLOCK_D, True, HEADS)  # [BLOCK_N, BLOCK_D]
-    v = load_tile(v_ptr, v_strides, k_origin, key_head, 0, n_k, BLOCK_N, D, BLOCK_D, True, HEADS)  # [BLOCK_N, BLOCK_D]
+    k = load_tile(k_ptr, k_strides, k_origin, key_head, 0, n_k, BLOCK_N, D, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
+    v = load_tile(v_ptr, v_strides, k_origin, key_head, 0, n_k, BLOCK_N, D, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
 
     qk_scale = scale * LOG2E
     if VARLEN:
         # A segment longer than max_seqlen would be cut off without an error: return NaN.
         qk_scale = tl.where((n_q > max_q) | (n_k > max_k), float("nan"), qk_scale)
-    real = real_keys(key_mask_ptr, segment, 0, n_k, BLOCK_N, MASKED, HEADS)  # [BLOCK_N]
+    real = real_keys(key_mask_ptr, segment, 0, n_k, BLOCK_N, MASKED)  # [BLOCK_N]
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-    mask = short_score_mask(real, rows, window, BLOCK_M, BLOCK_N, WINDOW, HEADS)  # [BLOCK_M, BLOCK_N]
+    mask = score_mask(real, rows, 0, window, BLOCK_N, WINDOW)  # [BLOCK_M, BLOCK_N], or [1, BLOCK_N]
     scores = tl.where(mask, scores, float("-inf"))  # [BLOCK_M, BLOCK_N]
     m = tl.max(scores, axis=1)  # [BLOCK_M]
     # Rows without a real key: exp2(−inf − 0) = 0, whereas −inf − (−inf) is NaN.
@@ -127,14 +97,14 @@ def attn_short_forward(
     p = softmax_numerator(scores, m[:, None], qk_scale, FP32)  # [BLOCK_M, BLOCK_N]
     l = tl.sum(p, axis=1)  # [BLOCK_M]
     if DROPOUT:
-        keep = short_keep_tile(seed_ptr, p_threshold, plane, BLOCK_M, BLOCK_N, HEADS)  # [BLOCK_M, BLOCK_N]
+        plane = segment * num_heads + head
+        keep = keep_tile(tl.load(seed_ptr), p_threshold, 0, 0, plane, BLOCK_M, BLOCK_N)  # [BLOCK_M, BLOCK_N]
         p = tl.where(keep, p, 0.0)  # [BLOCK_M, BLOCK_N]
     out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)  # [BLOCK_M, BLOCK_D]
     out = out * (keep_scale / tl.where(l == 0.0, 1.0, l))[:, None]  # [BLOCK_M, BLOCK_D]
-    store_tile(out_ptr, out, out_strides, q_origin, head, 0, n_q, BLOCK_M, D, BLOCK_D, HEADS)
+    store_tile(out_ptr, out, out_strides, q_origin, head, 0, n_q, BLOCK_M, D, BLOCK_D)
     log2_l = tl.log2(l)  # [BLOCK_M]
-    row_heads = head + tile_rows(BLOCK_M, HEADS)[1]  # [BLOCK_M], or one head where HEADS is 1
-    store_statistics(stats_ptr, m, log2_l, stats_strides, q_origin, row_heads, rows, n_q)
+    store_statistics(stats_ptr, m, log2_l, stats_strides, q_origin, head, rows, n_q)
 
 
 @triton.jit
@@ -168,7 +138,6 @@ def attn_short_backward(
     p_threshold,
     keep_scale,
     GROUPS: tl.constexpr,  # always 1: summing dK and dV over a group's heads in a loop would spill
-    HEADS: tl.constexpr,  # heads in a tile
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -185,41 +154,42 @@ def attn_short_backward(
     dS = P ∘ (dP − δ) with dP = c Z ∘ (dO Vᵀ) and δ_i = Σ_j P_ij dP_ij. c multiplies the finished sums:
     the variables dp, delta and ds are dP, δ and dS divided by c.
     """
-    segment, head, rows, plane = locate_short_tile(num_heads, BLOCK_M, HEADS)
+    segment, head = locate_short_tile(num_heads)
+    rows = tl.arange(0, BLOCK_M)  # [BLOCK_M]
     if VARLEN and segment == num_segments:
-        zero_tail_rows(dq_ptr, dq_strides, head, cu_seqlens_q_ptr, num_segments, num_q, BLOCK_M, D, BLOCK_D, HEADS)
-        zero_tail_rows(dk_ptr, dk_strides, head, cu_seqlens_k_ptr, num_segments, num_k, BLOCK_N, D, BLOCK_D, HEADS)
-        zero_tail_rows(dv_ptr, dv_strides, head, cu_seqlens_k_ptr, num_segments, num_k, BLOCK_N, D, BLOCK_D, HEADS)
+        zero_tail_rows(dq_ptr, dq_strides, head, cu_seqlens_q_ptr, num_segments, num_q, BLOCK_M, D, BLOCK_D)
+        zero_tail_rows(dk_ptr, dk_strides, head, cu_seqlens_k_ptr, num_segments, num_k, BLOCK_N, D, BLOCK_D)
+        zero_tail_rows(dv_ptr, dv_strides, head, cu_seqlens_k_ptr, num_segments, num_k, BLOCK_N, D, BLOCK_D)
         return
     q_origin, n_q = segment_bounds(cu_seqlens_q_ptr, segment, num_q, VARLEN)
     k_origin, n_k = segment_bounds(cu_seqlens_k_ptr, segment, num_k, VARLEN)
     if (n_q <= 0) & (n_k <= 0):
         return
-    q = load_tile(q_ptr, q_strides, q_origin, head, 0, n_q, BLOCK_M, D, BLOCK_D, True, HEADS)  # [BLOCK_M, BLOCK_D]
-    k = load_tile(k_ptr, k_strides, k_origin, head, 0, n_k, BLOCK_N, D, BLOCK_D, True, HEADS)  # [BLOCK_N, BLOCK_D]
+    q = load_tile(q_ptr, q_strides, q_origin, head, 0, n_q, BLOCK_M, D, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+    k = load_tile(k_ptr, k_strides, k_origin, head, 0, n_k, BLOCK_N, D, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-    row_heads = head + tile_rows(BLOCK_M, HEADS)[1]  # [BLOCK_M], or one head where HEADS is 1
-    m, log2_l = load_statistics(stats_ptr, stats_strides, q_origin, row_heads, rows, n_q)  # [BLOCK_M], [BLOCK_M]
+    m, log2_l = load_statistics(stats_ptr, stats_strides, q_origin, head, rows, n_q)  # [BLOCK_M], [BLOCK_M]
     p = probabilities(scores, m[:, None], log2_l[:, None], scale * LOG2E, FP32)  # [BLOCK_M, BLOCK_N]
-    real = real_keys(key_mask_ptr, segment, 0, n_k, BLOCK_N, MASKED, HEADS)  # [BLOCK_N]
-    mask = short_score_mask(real, rows, window, BLOCK_M, BLOCK_N, WINDOW, HEADS)  # [BLOCK_M, BLOCK_N]
+    real = real_keys(key_mask_ptr, segment, 0, n_k, BLOCK_N, MASKED)  # [BLOCK_N]
+    mask = score_mask(real, rows, 0, window, BLOCK_N, WINDOW)  # [BLOCK_M, BLOCK_N], or [1, BLOCK_N]
     p = tl.where(mask, p, 0.0)  # [BLOCK_M, BLOCK_N]
 
     # Keep the dropout mask in P's sign until dP is ready. Compute dV first, so that dV and dP are not both in registers
     # beside P. In float32 compute dP first: the operands are in registers too, and V would stay there during dV.
     if DROPOUT:
-        keep = short_keep_tile(seed_ptr, p_threshold, plane, BLOCK_M, BLOCK_N, HEADS)  # [BLOCK_M, BLOCK_N]
+        plane = segment * num_heads + head
+        keep = keep_tile(tl.load(seed_ptr), p_threshold, 0, 0, plane, BLOCK_M, BLOCK_N)  # [BLOCK_M, BLOCK_N]
         p = tl.where(keep, p, -p)  # [BLOCK_M, BLOCK_N]
     # [BLOCK_M, BLOCK_D]
-    dout = load_tile(dout_ptr, dout_strides, q_origin, head, 0, n_q, BLOCK_M, D, BLOCK_D, True, HEADS)
+    dout = load_tile(dout_ptr, dout_strides, q_origin, head, 0, n_q, BLOCK_M, D, BLOCK_D, True)
     if FP32:
-        v = load_tile(v_ptr, v_strides, k_origin, head, 0, n_k, BLOCK_N, D, BLOCK_D, True, HEADS)  # [BLOCK_N, BLOCK_D]
+        v = load_tile(v_ptr, v_strides, k_origin, head, 0, n_k, BLOCK_N, D, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     p_kept = tl.maximum(p, 0.0, propagate_nan=tl.PropagateNan.ALL) if DROPOUT else p  # [BLOCK_M, BLOCK_N]
     dv = tl.dot(tl.trans(p_kept.to(dout.dtype)), dout, input_precision=PRECISION)  # [BLOCK_N, BLOCK_D]
-    store_tile(dv_ptr, dv * keep_scale, dv_strides, k_origin, head, 0, n_k, BLOCK_N, D, BLOCK_D, HEADS)
+    store_tile(dv_ptr, dv * keep_scale, dv_strides, k_origin, head, 0, n_k, BLOCK_N, D, BLOCK_D)
     if not FP32:
-        v = load_tile(v_ptr, v_strides, k_origin, head, 0, n_k, BLOCK_N, D, BLOCK_D, True, HEADS)  # [BLOCK_N, BLOCK_D]
+        v = load_tile(v_ptr, v_strides, k_origin, head, 0, n_k, BLOCK_N, D, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     if DROPOUT:
         dp = tl.where(p > 0.0, dp, 0.0)  # [BLOCK_M, BLOCK_N]
@@ -227,6 +197,6 @@ def attn_short_backward(
     delta = tl.sum(p * dp, axis=1)  # [BLOCK_M]
     ds = (p * (dp - delta[:, None])).to(q.dtype)  # [BLOCK_M, BLOCK_N]
     dq = tl.dot(ds, k, input_precision=PRECISION)  # [BLOCK_M, BLOCK_D]
-    store_tile(dq_ptr, dq * (scale * keep_scale), dq_strides, q_origin, head, 0, n_q, BLOCK_M, D, BLOCK_D, HEADS)
+    store_tile(dq_ptr, dq * (scale * keep_scale), dq_strides, q_origin, head, 0, n_q, BLOCK_M, D, BLOCK_D)
     dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)  # [BLOCK_N, BLOCK_D]
-    store_tile(dk_ptr, dk * (scale * keep_scale), dk_strides, k_origin, head, 0, n_k, BLOCK_N, D, BLOCK_D, HEADS)
+    store_tile(dk_ptr, dk * (scale * keep_scale), dk_strides, k_origin, head, 0, n_k, BLOCK_N, D, BLOCK_D)

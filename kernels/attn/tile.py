@@ -2,8 +2,6 @@
 
 Kernels address a tensor by its strides (origin, row, head), in elements. The origin of a segment is its first row on
 the packed axis (stride: a row) or its batch index (stride: a sequence). Offsets are 64-bit products: any stride works.
-
-A tile of BLOCK rows holds one head, or BLOCK / HEADS rows of each of HEADS consecutive heads, one head after the other.
 """
 
 from __future__ import annotations
@@ -19,9 +17,9 @@ LOG2E = tl.constexpr(math.log2(math.e))
 def segment_bounds(cu_seqlens_ptr, segment, num_rows, VARLEN: tl.constexpr):
     """(origin, rows) of a segment. num_rows: of each padded sequence, or of the whole packed axis."""
     if VARLEN:
-        # Clamp, so that no content of cu_seqlens makes a load leave its tensor.
+        # Clamp both ends, so that no content of cu_seqlens makes a load leave its tensor or the difference wrap.
         origin = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + segment), 0), num_rows)
-        rows = tl.minimum(tl.load(cu_seqlens_ptr + segment + 1), num_rows) - origin
+        rows = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + segment + 1), 0), num_rows) - origin
     else:
         origin = segment
         rows = num_rows
@@ -29,23 +27,11 @@ def segment_bounds(cu_seqlens_ptr, segment, num_rows, VARLEN: tl.constexpr):
 
 
 @triton.jit
-def tile_rows(BLOCK: tl.constexpr, HEADS: tl.constexpr):
-    """(row within its head, head counted from the tile's first): [BLOCK] each; the head is 0 where HEADS is 1."""
-    r = tl.arange(0, BLOCK)  # [BLOCK]
-    if HEADS == 1:
-        return r, 0
-    else:
-        return r % (BLOCK // HEADS), r // (BLOCK // HEADS)
-
-
-@triton.jit
-def tile_pointers(ptr, strides, origin, head, start, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, HEADS: tl.constexpr):
+def tile_pointers(ptr, strides, origin, head, start, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     """([BLOCK, BLOCK_D] pointers, [BLOCK] rows counted from ``start``)."""
     ptr += origin * strides[0] + tl.cast(start, tl.int64) * strides[1] + tl.cast(head, tl.int64) * strides[2]
-    r, h = tile_rows(BLOCK, HEADS)  # [BLOCK], [BLOCK]
+    r = tl.arange(0, BLOCK)  # [BLOCK]
     row_offsets = tl.cast(r, tl.int64) * strides[1]  # [BLOCK]
-    if HEADS > 1:
-        row_offsets += tl.cast(h, tl.int64) * strides[2]  # [BLOCK]
     return ptr + (row_offsets[:, None] + tl.arange(0, BLOCK_D)[None, :]), r
 
 
@@ -61,13 +47,12 @@ def load_tile(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     CHECK: tl.constexpr,
-    HEADS: tl.constexpr = 1,
 ):
     """Rows start, start + 1, … of a segment of ``rows`` rows: [BLOCK, BLOCK_D], zeros beyond ``rows`` and D.
 
     CHECK False: the caller guarantees that all BLOCK rows exist.
     """
-    pointers, r = tile_pointers(ptr, strides, origin, head, start, BLOCK, BLOCK_D, HEADS)  # [BLOCK, BLOCK_D], [BLOCK]
+    pointers, r = tile_pointers(ptr, strides, origin, head, start, BLOCK, BLOCK_D)  # [BLOCK, BLOCK_D], [BLOCK]
     d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     if CHECK and D < BLOCK_D:
         return tl.load(pointers, mask=(r[:, None] < rows - start) & (d[None, :] < D), other=0.0)
@@ -91,10 +76,9 @@ def store_tile(
     BLOCK: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    HEADS: tl.constexpr = 1,
 ):
     """Writes x where `load_tile` reads, in the tensor's dtype. Does not write beyond ``rows`` and D."""
-    pointers, r = tile_pointers(ptr, strides, origin, head, start, BLOCK, BLOCK_D, HEADS)  # [BLOCK, BLOCK_D], [BLOCK]
+    pointers, r = tile_pointers(ptr, strides, origin, head, start, BLOCK, BLOCK_D)  # [BLOCK, BLOCK_D], [BLOCK]
     inside = r[:, None] < rows - start  # [BLOCK, 1]
     if D < BLOCK_D:
         inside = inside & (tl.arange(0, BLOCK_D)[None, :] < D)  # [BLOCK, BLOCK_D]
@@ -112,21 +96,18 @@ def zero_tail_rows(
     BLOCK: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    HEADS: tl.constexpr = 1,
 ):
     """Writes zeros to the rows of the packed axis after the last segment."""
     origin = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + num_segments), 0), num_rows)
     zeros = tl.zeros((BLOCK, BLOCK_D), dtype=tl.float32)  # [BLOCK, BLOCK_D]
-    for start in range(origin, num_rows, BLOCK // HEADS):
-        store_tile(ptr, zeros, strides, tl.cast(0, tl.int64), head, start, num_rows, BLOCK, D, BLOCK_D, HEADS)
+    for start in range(origin, num_rows, BLOCK):
+        store_tile(ptr, zeros, strides, tl.cast(0, tl.int64), head, start, num_rows, BLOCK, D, BLOCK_D)
 
 
 @triton.jit
-def real_keys(
-    key_mask_ptr, segment, start_n, n_k, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, HEADS: tl.constexpr = 1
-):
+def real_keys(key_mask_ptr, segment, start_n, n_k, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
     """[BLOCK_N] booleans: which of the tile's keys, from start_n of the segment, exist and are not padding."""
-    keys = start_n + tile_rows(BLOCK_N, HEADS)[0]  # [BLOCK_N]
+    keys = start_n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     real = keys < n_k  # [BLOCK_N]
     if MASKED:
         real = real & (tl.load(key_mask_ptr + tl.cast(segment, tl.int64) * n_k + keys, mask=real, other=0) != 0)

@@ -16,6 +16,8 @@ from ..checks import (
     check_same_device,
     check_same_dtype,
     check_same_shape,
+    check_seed,
+    check_tensor,
     check_vector,
     values_are_readable,
 )
@@ -36,6 +38,7 @@ def _positions(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
 def _check_tables(tables: tuple[Tensor, Tensor, Tensor], input_ids: Tensor) -> None:
     word_weight = tables[0]
     for name, table in zip(TABLE_NAMES, tables, strict=True):
+        check_tensor(name, table)
         if table.dim() != 2 or table.shape[0] == 0 or table.shape[1] != word_weight.shape[1]:
             width = "H" if word_weight.dim() != 2 else word_weight.shape[1]
             raise ValueError(f"{name} must have shape [rows, {width}], rows at least 1; got {tuple(table.shape)}")
@@ -147,6 +150,7 @@ def embed_layernorm(
         check_vector(name, vector, word_weight.shape[1], "word_weight's columns", "word_weight", word_weight)
     check_eps(eps)
     check_probability("p", p)
+    check_seed(seed, input_ids.device)
     if padding_idx is not None and not 0 <= padding_idx < word_weight.shape[0]:
         raise ValueError(f"padding_idx must be in 0 … {word_weight.shape[0] - 1}, or None; got {padding_idx}")
     out_dtype = word_weight.dtype if out_dtype is None else out_dtype

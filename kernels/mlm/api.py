@@ -12,8 +12,10 @@ from ..checks import (
     check_label_values,
     check_labels,
     check_loss_options,
+    check_number,
     check_same_device,
     check_same_dtype,
+    check_tensor,
     check_vector,
     values_are_readable,
 )
@@ -111,13 +113,17 @@ def masked_lm_loss(
     check_loss_options(reduction, label_smoothing, z_loss)
     check_dtype("hidden", hidden)
     check_labels(labels, "hidden", hidden)
+    check_tensor("weight", weight)
+    if bias is not None:
+        check_tensor("bias", bias)
     given = hidden.dtype
     hidden, weight = in_autocast_dtype(hidden, weight)
     if bias is not None and bias.dtype == given != torch.float32:
         bias = bias.to(hidden.dtype)
     _check_decoder(hidden, weight, bias)
-    if max_labels is not None and max_labels < 1:
-        raise ValueError(f"max_labels must be at least 1, or None; got {max_labels}")
+    if max_labels is not None and (type(max_labels) not in (int, torch.SymInt) or max_labels < 1):
+        raise ValueError(f"max_labels must be an int of at least 1, or None; got {max_labels!r}")
+    check_number("skip_tolerance", skip_tolerance)
     if not 0.0 <= skip_tolerance < float("inf"):
         raise ValueError(f"skip_tolerance must be 0 or more; got {skip_tolerance}")
     if skip_tolerance and not lean:

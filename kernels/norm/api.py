@@ -17,6 +17,8 @@ from ..checks import (
     check_same_device,
     check_same_dtype,
     check_same_shape,
+    check_seed,
+    check_tensor,
     check_vector,
 )
 from ..dropout import dropout_mask, resolve_seed
@@ -24,7 +26,14 @@ from ..row_norm import MAX_HIDDEN_SIZE
 from .op import DropoutAddLayerNorm, forward_op
 
 
-def _check(x: Tensor, residual: Tensor | None, eps: float, p: float, **vectors: Tensor | None) -> None:
+def _check(
+    x: Tensor,
+    residual: Tensor | None,
+    seed: int | Tensor | None,
+    p: float,
+    eps: float,
+    **vectors: Tensor | None,
+) -> None:
     check_has_columns("x", x, "H")
     check_dtype("x", x)
     if residual is not None:
@@ -35,6 +44,7 @@ def _check(x: Tensor, residual: Tensor | None, eps: float, p: float, **vectors: 
         check_vector(name, vector, x.shape[-1], "x's last axis", "x", x)
     check_eps(eps)
     check_probability("p", p)
+    check_seed(seed, x.device)
 
 
 def _run_reference(
@@ -71,7 +81,7 @@ def _apply(
     centred: bool = True,
     return_sum: bool = False,
 ) -> Any:
-    _check(x, residual, eps, p, linear_bias=linear_bias, weight=weight, bias=bias)
+    _check(x, residual, seed, p, eps, linear_bias=linear_bias, weight=weight, bias=bias)
     tensors = (x, linear_bias, residual, weight, bias)
     if choose_backend(x) == "reference" or x.shape[-1] > MAX_HIDDEN_SIZE:
         y, s = _run_reference(*tensors, seed, p, eps, centred)
@@ -176,6 +186,8 @@ def dropout_add_layernorm(
             than one element.
         TypeError: a dtype is not allowed, or seed has another type.
     """
+    check_tensor("x", x)
+    check_tensor("residual", residual)
     if residual.dtype != x.dtype and torch.is_autocast_enabled(x.device.type):
         wider = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(wider), residual.to(wider)

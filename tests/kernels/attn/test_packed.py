@@ -35,7 +35,9 @@ def test_packed(lengths, heads, head_dim, dtype, route):
     def definition(x):
         return reference.attention_varlen(*x.unbind(1), cu, cu)[0]
 
-    compare(lambda x: attention_varlen(x, cu, max(lengths)), definition, [qkv])
+    # With one key dQ and dK are 0: dP − δ cancels, in terms that are ‖k‖ ‖v‖ / √D = 4 times as large as dO, all of dV.
+    roundings = 4 if lengths == [1] else 1
+    compare(lambda x: attention_varlen(x, cu, max(lengths)), definition, [qkv], roundings=roundings)
 
 
 @pytest.mark.parametrize("dtype", DOT_DTYPES)
