@@ -20,6 +20,7 @@ import typer
 from .corpus.settings import PrepareSettings
 from .errors import UserError, in_words
 from .options import command
+from .run.export import ExportSettings
 from .run.settings import PretrainSettings
 from .run.signals import exit_on_sigterm
 from .tasks.commands import add_commands
@@ -136,6 +137,25 @@ def _pretrain(settings: PretrainSettings) -> None:
 
 
 app.command("pretrain", help=PRETRAIN_HELP)(command(PretrainSettings, _pretrain))
+
+
+def _export(settings: ExportSettings) -> None:
+    """Write a checkpoint as a Hugging Face folder: any step of a run, while it trains or after it was stopped.
+
+    Examples:
+
+        fusebert export runs/first --out models/first
+
+        fusebert export runs/first/checkpoints/step-00000400 --out models/first-400
+    """
+    from .run.export import export
+
+    with exit_on_sigterm():
+        path, step = export(settings)
+    typer.echo(f"step {step:,} ({path}) is in {settings.out}: transformers.BertForPreTraining.from_pretrained reads it")
+
+
+app.command("export")(command(ExportSettings, _export))
 
 
 add_commands(app)

@@ -1,0 +1,81 @@
+"""``fusebert export``: a checkpoint of a run as a Hugging Face folder, without training on."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from ..errors import UserError
+from ..options import Option
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """The options of ``fusebert export``."""
+
+    checkpoint: Annotated[
+        Path,
+        Option("A run's folder, for its newest good checkpoint, or one of its checkpoints/step-*.", positional=True),
+    ]
+    out: Annotated[Path, Option("Folder to write, in Hugging Face's format.")]
+
+
+def export(settings: ExportSettings) -> tuple[Path, int]:
+    """Writes a checkpoint's model and its run's tokenizer to ``settings.out``. The training state stays behind.
+
+    Returns:
+        The checkpoint, and its step.
+
+    Raises:
+        UserError: there is no good checkpoint at that path, or its run's folder has no tokenizer.
+        OSError: for example no space left; the message names the file, and ``out`` is as it was.
+    """
+    from safetensors.torch import load_file
+
+    from ...model.hf.save import save_hf
+    from ...model.pretraining import BertForPreTraining
+
+    path, state = _find(settings.checkpoint)
+    run = path.resolve().parent.parent
+    tokenizer = run / "inputs" / "tokenizer.json"
+    if not tokenizer.is_file():
+        raise UserError(f"{tokenizer} is missing: copy the tokenizer.json of the run's corpus there")
+    try:
+        model = BertForPreTraining(_config(state.identity["--model"], run))
+        model.load_state_dict(load_file(path / "model.safetensors"))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} is not of a model that this fusebert knows ({str(error).splitlines()[0]})") from error
+    save_hf(model, settings.out, tokenizer)
+    return path, state.step
+
+
+def _find(place: Path) -> tuple[Path, Any]:
+    """(path, state) of a checkpoint, or of the newest good one of a run."""
+    from .checkpoint import CheckpointError, list_checkpoints, read_state
+
+    if place.name.startswith("step-"):
+        return place, read_state(place)
+    found = list_checkpoints(place / "checkpoints")
+    if not found:
+        raise UserError(
+            f"{place} is no run with checkpoints: give runs/NAME or one of its checkpoints/step-*"
+        )
+    for path in found:
+        try:
+            return path, read_state(path)
+        except CheckpointError as error:
+            print(f"fusebert: warning: {error}; trying the one before", file=sys.stderr)
+    raise UserError(f"all checkpoints in {place / 'checkpoints'} are damaged")
+
+
+def _config(fields: dict[str, Any], run: Path) -> Any:
+    """The model's configuration. Dropout may change between sessions: it is that of the last."""
+    from ...model.config import BertConfig
+    from .manifest import FILE, read_manifest
+
+    if (run / FILE).is_file():
+        dropout = read_manifest(run)["sessions"][-1]["settings"]["dropout"]
+        fields = {**fields, "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    return BertConfig(**fields)
