@@ -59,9 +59,7 @@ def _find(place: Path) -> tuple[Path, Any]:
         return place, read_state(place)
     found = list_checkpoints(place / "checkpoints")
     if not found:
-        raise UserError(
-            f"{place} is no run with checkpoints: give runs/NAME or one of its checkpoints/step-*"
-        )
+        raise UserError(f"{place} is no run with checkpoints: give runs/NAME or one of its checkpoints/step-*")
     for path in found:
         try:
             return path, read_state(path)
