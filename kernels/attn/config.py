@@ -125,10 +125,10 @@ TABLES = {
     ),
 }
 
-# Blackwell: Hopper's entries with fewer stages in two places.
+# Blackwell: Hopper's entries with fewer stages in two places, and a limit where the assembler would spill.
 _hopper = TABLES[90, 2]
 TABLES[100, 2] = _hopper._replace(
-    long_backward_dq=_hopper.long_backward_dq | {256: Config(64, 32, 8, 1)},
+    long_backward_dq=_hopper.long_backward_dq | {64: Config(128, 64, 8, 2, maxnreg=255), 256: Config(64, 32, 8, 1)},
     long_backward_dk_dv=_hopper.long_backward_dk_dv | {128: Config(32, 128, 8, 1)},
 )
 
