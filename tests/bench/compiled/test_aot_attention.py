@@ -61,7 +61,9 @@ def check_rows(arch: int, rows: list[dict]) -> None:
     for row in rows:
         assert row["spill_bytes"] == 0, row
         assert row["blocks_per_multiprocessor"] >= 1, row
-        assert row["stores_128"] > 0 or 16 in row["tile"], row  # 16 rows may leave less than 16 bytes to a thread
+        # Tiles of few rows or columns may leave less than 16 bytes to a thread.
+        few = 16 in row["tile"] or (max(row["tile"]) * 16 < 8 * 32 * row["warps"] and " D=16 " in row["case"])
+        assert row["stores_128"] > 0 or few, row
     seen = {(row["kernel"], tuple(row["tile"]), int(row["case"].split("D=")[1].split()[0])) for row in rows}
     assert entries(arch) <= seen
     assert {"attn_short_forward", "attn_short_backward"} <= {row["kernel"] for row in rows}
