@@ -41,7 +41,7 @@ def is_elsewhere(parameter: Tensor | None, x: Tensor) -> bool:
     return parameter is not None and parameter.device != x.device
 
 
-def has_code_of(function: Any, cls: type) -> bool:
+def has_code_of(function: Any, cls: type[nn.Module]) -> bool:
     """Whether ``cls.forward`` compiles to the code of ``function``, whatever the class is called."""
     ours, theirs = function.__code__, getattr(cls.forward, "__code__", None)
     return all(getattr(theirs, part, None) == getattr(ours, part) for part in ("co_code", "co_names", "co_varnames"))

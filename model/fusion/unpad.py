@@ -43,8 +43,10 @@ def padding_reader(model: nn.Module) -> str | None:
 def unregistered(name: str, model: nn.Module) -> list[tuple[str, nn.Module, str]]:
     """(path, module, reason) of each encoder in ``model`` with fused attention that is not in `families`."""
     found: dict[str, tuple[str, nn.Module, str]] = {}
+    part: Any
     for path, part in model.named_modules():
-        if not (uses_interface(type(part)) and getattr(vars(part).get("config"), "_attn_implementation", "") == NAME):
+        chosen = getattr(vars(part).get("config"), "_attn_implementation", "")
+        if chosen != NAME or not uses_interface(part.__class__):
             continue
         words = path.split(".")
         depth = next((i for i, word in enumerate(words) if word.isdigit()), 1) - 1  # of the list of layers
@@ -52,7 +54,8 @@ def unregistered(name: str, model: nn.Module) -> list[tuple[str, nn.Module, str]
         if any(PackedEncoder.matches(each) or PackedModel.matches(each) for each in chain):
             continue
         encoder = chain[-1]
-        takes = parameter_names(type(next(each for each in reversed(chain) if hasattr(each, "config_class"))))
+        configured: Any = next(each for each in reversed(chain) if hasattr(each, "config_class"))
+        takes = parameter_names(configured.__class__)
         kind = "model" if hasattr(encoder, "config_class") else "encoder"
         if "input_ids" not in takes or (kind == "model" and "position_ids" not in takes):
             reason = "unpad does not support its encoder"
@@ -128,7 +131,7 @@ class _Packed(Fused):
         return None if attends and all(attends) else "its attention is of another kind"
 
 
-def _layers(encoder: nn.Module) -> list[nn.Module]:
+def _layers(encoder: nn.Module) -> list[Any]:
     """The innermost elements of the lists of modules in ``encoder``."""
     lists = [part for part in encoder.modules() if isinstance(part, nn.ModuleList)]
     elements = [layer for each in lists for layer in each]
