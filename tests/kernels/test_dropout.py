@@ -22,14 +22,13 @@ def _write_rows(mask_ptr, seed_ptr, p_threshold, BLOCK_M: tl.constexpr, BLOCK_N:
 @triton.jit
 def _write_tile(
     tile_ptr, transposed_ptr, seed_ptr, p_threshold, start_m, start_n, plane,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     m, n, seed = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.load(seed_ptr)
-    keep = keep_tile(seed, p_threshold, start_m, start_n, plane, BLOCK_M, BLOCK_N, HEADS)
+    keep = keep_tile(seed, p_threshold, start_m, start_n, plane, BLOCK_M, BLOCK_N)
     tl.store(tile_ptr + m[:, None] * BLOCK_N + n[None, :], keep.to(tl.int8))
-    if HEADS == 1:
-        keep = keep_tile_transposed(seed, p_threshold, start_m, start_n, plane, BLOCK_M, BLOCK_N)
-        tl.store(transposed_ptr + n[:, None] * BLOCK_M + m[None, :], keep.to(tl.int8))
+    keep = keep_tile_transposed(seed, p_threshold, start_m, start_n, plane, BLOCK_M, BLOCK_N)
+    tl.store(transposed_ptr + n[:, None] * BLOCK_M + m[None, :], keep.to(tl.int8))
 
 
 def counter(word: int) -> torch.Tensor:
@@ -101,21 +100,11 @@ def test_tiles_draw_attention_dropout_mask(p: float, seed: int, block_m: int, bl
     tile = torch.empty(block_m, block_n, dtype=torch.int8, device=DEVICE)
     transposed = torch.empty(block_n, block_m, dtype=torch.int8, device=DEVICE)
     arguments = resolve_seed(seed, tile.device), keep_threshold(p), start_m, start_n, plane
-    _write_tile[(1,)](tile, transposed, *arguments, BLOCK_M=block_m, BLOCK_N=block_n, HEADS=1)
+    _write_tile[(1,)](tile, transposed, *arguments, BLOCK_M=block_m, BLOCK_N=block_n)
     whole = attention_dropout_mask(p, seed, start_m + block_m, start_n + block_n, plane + 1, DEVICE)
     expected = whole[plane, start_m:, start_n:]
     assert torch.equal(tile.bool(), expected)
     assert torch.equal(transposed.bool().T, expected)
-
-
-@pytest.mark.parametrize("heads", [2, 4])
-def test_a_tile_of_several_heads(heads: int) -> None:
-    p, plane = 0.4, 3
-    tile = torch.empty(64, 16, dtype=torch.int8, device=DEVICE)
-    arguments = resolve_seed(1, tile.device), keep_threshold(p), 0, 0, plane
-    _write_tile[(1,)](tile, None, *arguments, BLOCK_M=64, BLOCK_N=16, HEADS=heads)
-    expected = attention_dropout_mask(p, 1, 64 // heads, 16, plane + heads, DEVICE)[plane:]
-    assert torch.equal(tile.bool(), expected.flatten(0, 1))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.99])

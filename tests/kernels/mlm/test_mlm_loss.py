@@ -361,7 +361,7 @@ def wrong(**changes):
         ({"z_loss": -1.0}, ValueError, r"z_loss must be .*got -1"),
         ({"skip_tolerance": -0.1, "lean": True}, ValueError, r"skip_tolerance must be 0 or more; got -0.1"),
         ({"skip_tolerance": 0.1}, ValueError, r"skip_tolerance is for lean=True; got 0.1 with lean=False"),
-        ({"max_labels": 0}, ValueError, r"max_labels must be at least 1, or None; got 0"),
+        ({"max_labels": 0}, ValueError, r"max_labels must be an int of at least 1, or None; got 0"),
     ],
 )
 def test_errors_name_the_argument(changes, error, message):
