@@ -59,14 +59,14 @@ def gradients_and_bytes(backend: str, dtype: torch.dtype, checkpoint: bool) -> t
     return [p.grad for p in model.parameters() if p.grad is not None], sum(saved.values())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+# Triton's interpreter multiplies bf16 wrongly, and on a GPU not all of the reference's operators are deterministic.
+ON_CPU = [("reference", torch.float32), ("reference", torch.bfloat16), ("triton", torch.float32)]
+ON_GPU = [("triton", torch.float32), ("triton", torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("backend", "dtype"), ON_GPU if DEVICE == "cuda" else ON_CPU)
 def test_checkpointed_gradients_are_bitwise_the_same(backend, dtype):
     """With dropout: from seeds on the Triton path, from PyTorch's generator on the other."""
-    if backend == "triton" and DEVICE == "cpu" and dtype == torch.bfloat16:
-        pytest.skip("the interpreter's bf16 products are wrong")
-    if backend == "reference" and DEVICE == "cuda":
-        pytest.skip("not all of PyTorch's operators are deterministic there")
     (plain, _), (again, _) = (gradients_and_bytes(backend, dtype, checkpoint) for checkpoint in (False, True))
     assert len(plain) == len(again)
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
