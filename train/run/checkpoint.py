@@ -16,14 +16,15 @@ anything is loaded.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import re
 import shutil
 import stat
+import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -195,13 +196,29 @@ def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
+def newest_good(
+    root: Path, check: Callable[[Path, TrainerState], None] | None = None
+) -> tuple[Path, TrainerState] | None:
+    """The newest undamaged checkpoint in ``root`` and its state; None if there is none. Warns of those it passes over.
+
+    Args:
+        check: raises CheckpointError for a state that `read_state` accepts and the caller cannot use.
+    """
+    for path in list_checkpoints(root):
+        try:
+            state = read_state(path)
+            if check is not None:
+                check(path, state)
+            return path, state
+        except CheckpointError as error:
+            print(f"fusebert: warning: {error}; trying the one before", file=sys.stderr)
+    return None
+
+
 def last_good(root: Path) -> str:
     """Which checkpoint in ``root`` a run can continue from, in words for a message. Reads and verifies them."""
-    for path in list_checkpoints(root):
-        with contextlib.suppress(CheckpointError):
-            read_state(path)
-            return f"the last good checkpoint is {path}"
-    return "there is no good checkpoint"
+    found = newest_good(root)
+    return "there is no good checkpoint" if found is None else f"the last good checkpoint is {found[0]}"
 
 
 def read_state(path: Path) -> TrainerState:

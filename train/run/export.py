@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,19 +52,17 @@ def export(settings: ExportSettings) -> tuple[Path, int]:
 
 def _find(place: Path) -> tuple[Path, Any]:
     """(path, state) of a checkpoint, or of the newest good one of a run."""
-    from .checkpoint import CheckpointError, list_checkpoints, read_state
+    from .checkpoint import list_checkpoints, newest_good, read_state
 
     if place.name.startswith("step-"):
         return place, read_state(place)
-    found = list_checkpoints(place / "checkpoints")
-    if not found:
+    root = place / "checkpoints"
+    if not list_checkpoints(root):
         raise UserError(f"{place} is no run with checkpoints: give runs/NAME or one of its checkpoints/step-*")
-    for path in found:
-        try:
-            return path, read_state(path)
-        except CheckpointError as error:
-            print(f"fusebert: warning: {error}; trying the one before", file=sys.stderr)
-    raise UserError(f"all checkpoints in {place / 'checkpoints'} are damaged")
+    good = newest_good(root)
+    if good is None:
+        raise UserError(f"all checkpoints in {root} are damaged")
+    return good
 
 
 def _config(fields: dict[str, Any], run: Path) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from ..corpus.reader import Corpus
 from ..errors import UserError
 from ..step.distributed import Ranks
 from ..step.optim import learning_rate
-from .checkpoint import CheckpointError, TrainerState, clean_up, list_checkpoints, read_state
+from .checkpoint import CheckpointError, TrainerState, clean_up, list_checkpoints, newest_good
 from .manifest import FILE, OF_A_SESSION, read_manifest, settings_json
 from .plan import Plan
 from .settings import PretrainSettings
@@ -35,14 +34,10 @@ def find_checkpoint(root: Path, settings: PretrainSettings) -> tuple[Path, Train
         raise UserError(
             f"{settings.out} already holds a run ({found[0].name}): give --resume to continue it, or another --out"
         )
-    for path in found:
-        try:
-            state = read_state(path)
-            _check_progress(path, state)
-            return path, state
-        except CheckpointError as error:
-            print(f"fusebert: warning: {error}; trying the one before", file=sys.stderr)
-    raise UserError(f"all checkpoints in {root} are damaged: remove that folder, or give another --out")
+    good = newest_good(root, _check_progress)
+    if good is None:
+        raise UserError(f"all checkpoints in {root} are damaged: remove that folder, or give another --out")
+    return good
 
 
 def _check_progress(path: Path, state: TrainerState) -> None:

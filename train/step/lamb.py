@@ -11,15 +11,16 @@ pass (28 bytes, as in AdamW) is not possible, because the update needs the norms
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from .device_optimizer import DeviceOptimizer, check_options
 
-class LAMB(torch.optim.Optimizer):
+
+class LAMB(DeviceOptimizer):
     """LAMB over float32 parameters. Its state has AdamW's names: exp_avg, exp_avg_sq, step.
 
     Args:
@@ -30,9 +31,6 @@ class LAMB(torch.optim.Optimizer):
         ValueError: lr, β, ε or λ is out of range.
     """
 
-    # With this GradScaler passes found_inf as a device tensor, without a host sync.
-    _step_supports_amp_scaling = True
-
     def __init__(
         self,
         params: ParamsT,
@@ -41,44 +39,23 @@ class LAMB(torch.optim.Optimizer):
         eps: float = 1e-6,
         weight_decay: float = 0.01,
     ) -> None:
-        for name, value, allowed in (
-            ("lr", float(lr), lr >= 0.0),
-            ("betas", betas, all(0.0 <= beta < 1.0 for beta in betas)),
-            ("eps", eps, eps > 0.0),
-            ("weight_decay", weight_decay, weight_decay >= 0.0),
-        ):
-            if not allowed:
-                raise ValueError(f"{name} is out of range; got {value}")
+        check_options(lr, betas, eps, weight_decay)
         # capturable makes load_state_dict keep the step counts on the parameters' device.
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "capturable": True}
         super().__init__(params, defaults)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step. Parameters without a gradient do not change. Does not synchronise."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                self._step_group(group, params)
-        return loss
+                self._update_group(group, params, grad_scale, found_inf)
 
-    def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
+    def _update_group(
+        self, group: dict[str, Any], params: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
         grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
-        for p in params:
-            if not self.state[p]:
-                self.state[p] = {
-                    "step": torch.zeros((), device=p.device),
-                    "exp_avg": torch.zeros_like(p),
-                    "exp_avg_sq": torch.zeros_like(p),
-                }
-        states = [self.state[p] for p in params]
-        m, v, steps = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
+        m, v, steps = self.adam_state(params)
         (beta1, beta2), lr = group["betas"], group["lr"]
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if grad_scale is not None:
             torch._foreach_div_(grads, grad_scale)
         squares: list[Tensor] = list(torch._foreach_mul(grads, grads))

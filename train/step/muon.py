@@ -16,13 +16,15 @@ A parameter may hold several matrices one below another, as ``qkv`` does: each i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
+
+from .device_optimizer import DeviceOptimizer, check_options
 
 # Jordan et al. 2024: they maximise the slope at 0, and map singular values in (0, 1] to about 0.7 … 1.2.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -54,7 +56,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(DeviceOptimizer):
     """Muon for groups with ``"muon": True``, AdamW for the others; their weights are float32.
 
     Its state is ``momentum`` for a matrix, and AdamW's ``exp_avg``, ``exp_avg_sq``, ``step`` for any other parameter.
@@ -71,9 +73,6 @@ class Muon(torch.optim.Optimizer):
         ValueError: an option is out of range, or a parameter of a Muon group is not a matrix of that many blocks.
     """
 
-    # With this GradScaler passes found_inf as a device tensor, without a host sync.
-    _step_supports_amp_scaling = True
-
     def __init__(
         self,
         params: ParamsT,
@@ -85,16 +84,11 @@ class Muon(torch.optim.Optimizer):
         scale: float = 1.0,
         dtype: torch.dtype | None = None,
     ) -> None:
-        for name, value, allowed in (
-            ("lr", float(lr), lr >= 0.0),
-            ("betas", betas, all(0.0 <= beta < 1.0 for beta in betas)),
-            ("eps", eps, eps > 0.0),
-            ("weight_decay", weight_decay, weight_decay >= 0.0),
-            ("momentum", momentum, 0.0 <= momentum < 1.0),
-            ("scale", scale, scale > 0.0),
-        ):
-            if not allowed:
-                raise ValueError(f"{name} is out of range; got {value}")
+        check_options(lr, betas, eps, weight_decay)
+        if not 0.0 <= momentum < 1.0:
+            raise ValueError(f"momentum must be in [0, 1); got {momentum}")
+        if not scale > 0.0:
+            raise ValueError(f"scale must be positive; got {scale}")
         self.dtype = dtype
         # fused makes load_state_dict keep AdamW's step counts on the parameters' device.
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": True}
@@ -105,41 +99,26 @@ class Muon(torch.optim.Optimizer):
                 if p.ndim != 2 or p.shape[0] % group["blocks"]:
                     raise ValueError(f"params has {tuple(p.shape)} in a group of {group['blocks']} matrices each")
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step. Parameters without a gradient do not change. Does not synchronise."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+    def update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params and not group["muon"]:
                 self._adamw(group, params, grad_scale, found_inf)
         matrices = [group for group in self.param_groups if group["muon"]]
         self._muon(matrices, grad_scale, found_inf)
-        return loss
 
     def _adamw(
         self, group: dict[str, Any], params: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
-        for p in params:
-            if not self.state[p]:
-                self.state[p] = {
-                    "step": torch.zeros((), device=p.device),
-                    "exp_avg": torch.zeros_like(p),
-                    "exp_avg_sq": torch.zeros_like(p),
-                }
-        states = [self.state[p] for p in params]
+        exp_avg, exp_avg_sq, steps = self.adam_state(params)
         beta1, beta2 = group["betas"]
         adamw(
             params,
             [p.grad for p in params if p.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            exp_avg,
+            exp_avg_sq,
             [],
-            [state["step"] for state in states],
+            steps,
             fused=True,
             grad_scale=grad_scale,
             found_inf=found_inf,

@@ -94,5 +94,5 @@ def test_its_state_survives_a_state_dict() -> None:
 
 @pytest.mark.parametrize(("name", "value"), [("lr", -1.0), ("betas", (0.9, 1.0)), ("eps", 0.0), ("weight_decay", -0.1)])
 def test_bad_options(name: str, value: object) -> None:
-    with pytest.raises(ValueError, match=rf"{name} is out of range; got"):
+    with pytest.raises(ValueError, match=rf"{name} must be .*; got"):
         LAMB([torch.nn.Parameter(torch.ones(2))], **{"lr": 1e-3, name: value})  # type: ignore[arg-type]

@@ -137,7 +137,7 @@ def test_the_matrices_of_the_layers_are_muons() -> None:
 
 @pytest.mark.parametrize(("name", "value"), [("lr", -1.0), ("momentum", 1.0), ("scale", 0.0), ("weight_decay", -0.1)])
 def test_bad_options(name: str, value: object) -> None:
-    with pytest.raises(ValueError, match=rf"{name} is out of range; got"):
+    with pytest.raises(ValueError, match=rf"{name} must be .*; got"):
         Muon([torch.nn.Parameter(torch.ones(2))], **{"lr": 1e-3, name: value})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"\(4, 2\) in a group of 3 matrices"):
         Muon([{"params": [torch.nn.Parameter(torch.ones(4, 2))], "muon": True, "blocks": 3}], lr=1e-3)
