@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -9,76 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from operator_calls import CALLS
 from oracle import DEVICE
 
-from fusebert.kernels import (
-    attention,
-    attention_varlen,
-    attention_varlen_separate,
-    bias_gelu,
-    cross_entropy,
-    dropout_add_layernorm,
-    embed_layernorm,
-    layernorm,
-    masked_lm_loss,
-    rmsnorm,
-    use_backend,
-)
-
-
-def floats(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, device=DEVICE)
-
-
-def ids(count: int, below: int) -> torch.Tensor:
-    return torch.randint(0, below, (count,), device=DEVICE)
-
-
-def packed() -> dict[str, Any]:
-    return {"cu_seqlens_q": torch.tensor([0, 3, 4], dtype=torch.int32, device=DEVICE), "max_seqlen_q": 4}
-
-
-DROPOUT = {"dropout_p": 0.1, "seed": 3}
-CALLS = {
-    "attention": lambda: (
-        attention,
-        {name: floats(1, 2, 4, 16) for name in "qkv"}
-        | {"key_padding_mask": torch.ones(1, 4, dtype=torch.bool, device=DEVICE), "scale": 0.5, **DROPOUT},
-    ),
-    "attention_varlen": lambda: (
-        attention_varlen,
-        {"qkv": floats(4, 3, 2, 16), **{key.removesuffix("_q"): x for key, x in packed().items()}, **DROPOUT},
-    ),
-    "attention_varlen_separate": lambda: (
-        attention_varlen_separate,
-        {name: floats(4, 2, 16) for name in "qkv"}
-        | {**packed(), **{key.replace("_q", "_k"): x for key, x in packed().items() if key != "cu_seqlens_q"}}
-        | {"cu_seqlens_k": packed()["cu_seqlens_q"], **DROPOUT},
-    ),
-    "dropout_add_layernorm": lambda: (
-        dropout_add_layernorm,
-        {"x": floats(3, 8), "residual": floats(3, 8), "weight": floats(8), "bias": floats(8)}
-        | {"linear_bias": floats(8), "p": 0.1, "seed": 3, "eps": 1e-5},
-    ),
-    "layernorm": lambda: (layernorm, {"x": floats(3, 8), "weight": floats(8), "bias": floats(8), "eps": 1e-5}),
-    "rmsnorm": lambda: (rmsnorm, {"x": floats(3, 8), "weight": floats(8), "eps": 1e-5}),
-    "bias_gelu": lambda: (bias_gelu, {"x": floats(3, 8), "bias": floats(8)}),
-    "masked_lm_loss": lambda: (
-        masked_lm_loss,
-        {"hidden": floats(3, 8), "weight": floats(11, 8), "bias": floats(11), "labels": ids(3, 11), "max_labels": 3}
-        | {"label_smoothing": 0.1, "z_loss": 0.1},
-    ),
-    "cross_entropy": lambda: (
-        cross_entropy,
-        {"logits": floats(3, 11), "labels": ids(3, 11), "label_smoothing": 0.1, "z_loss": 0.1},
-    ),
-    "embed_layernorm": lambda: (
-        embed_layernorm,
-        {"input_ids": ids(3, 5), "token_type_ids": ids(3, 2), "position_ids": ids(3, 4)}
-        | {"word_weight": floats(5, 8), "token_type_weight": floats(2, 8), "position_weight": floats(4, 8)}
-        | {"norm_weight": floats(8), "norm_bias": floats(8), "eps": 1e-5, "p": 0.1, "seed": 3},
-    ),
-}
+from fusebert.kernels import use_backend
 
 
 def wrong(value: Any) -> Iterator[Any]:
@@ -119,21 +54,29 @@ def test_an_argument_of_another_kind(name, place):
     assert refused >= 3
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_threads_get_what_one_thread_gets(name):
-    """The reference; Triton's interpreter itself is not safe between threads, and a GPU has the Triton path."""
-    function, arguments = CALLS[name]()
+def value_and_gradients(function: Any, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    tensors = {k: x for k, x in arguments.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
+    leaves = {k: x.detach().requires_grad_() for k, x in tensors.items()}
+    y = function(**arguments | leaves)
+    return y.detach(), *torch.autograd.grad(y.sum(), list(leaves.values()))
+
+
+def test_threads_get_what_one_thread_gets():
+    """All operators in eight threads at once, each thread in another order.
+
+    On a CPU the reference: Triton's interpreter itself is not safe between threads.
+    """
     backend = "triton" if DEVICE == "cuda" else "reference"
-    results: list[torch.Tensor] = []
+    calls = [call() for call in CALLS.values()]
+    with use_backend(backend):
+        expected = [value_and_gradients(*call) for call in calls]
+    start = threading.Barrier(8)
 
-    def call():
-        with use_backend(backend):
-            results.append(function(**arguments))
+    def work(first: int) -> list[bool]:
+        order = [(first + i) % len(calls) for i in range(len(calls))]
+        start.wait()
+        found = {i: value_and_gradients(*calls[i]) for _ in range(5) for i in order}
+        return [torch.equal(a, b) for i in order for a, b in zip(found[i], expected[i], strict=True)]
 
-    threads = [threading.Thread(target=call) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(results) == 4
-    assert all(torch.equal(result, results[0]) for result in results[1:])
+    with use_backend(backend), concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert all(all(same) for same in pool.map(work, range(8)))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mlm_cases import IGNORE, REDUCTIONS, assert_matches, gradients, reproducible_triton  # noqa: F401
 from oracle import DEVICE, DTYPES, relative_error
 
@@ -12,19 +14,17 @@ import fusebert.kernels.mlm.api as module
 from fusebert.kernels import cross_entropy, reference, use_backend
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("vocab_size", [1, 5, 1000, 4099])
-def test_cross_entropy_matches_float64(vocab_size, dtype):
-    logits = (torch.randn(11, vocab_size, device=DEVICE) * 3).to(dtype)
-    labels = torch.randint(0, vocab_size, (11,), device=DEVICE)
-    labels[4] = IGNORE
+def check(rows, vocab_size, dtype, ignored, label_smoothing, z_loss):
+    logits = (torch.randn(rows, vocab_size, device=DEVICE) * 3).to(dtype)
+    labels = torch.randint(0, vocab_size, (rows,), device=DEVICE)
+    labels[list(ignored)] = IGNORE
     kept = logits.clone()
-    options = {"label_smoothing": 0.1, "z_loss": 1e-3}
-    upstream = torch.randn(11, device=DEVICE)
+    options = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+    upstream = torch.randn(rows, device=DEVICE)
 
     def native(x, y):
-        losses = F.cross_entropy(x, y, reduction="none", label_smoothing=0.1)
-        return losses + 1e-3 * torch.logsumexp(x, -1).square() * (y != IGNORE)
+        losses = F.cross_entropy(x, y, reduction="none", label_smoothing=label_smoothing)
+        return losses + z_loss * torch.logsumexp(x, -1).square() * (y != IGNORE)
 
     assert_matches(
         gradients(lambda x, y: cross_entropy(x, y, reduction="none", **options), [logits], labels, upstream),
@@ -33,6 +33,27 @@ def test_cross_entropy_matches_float64(vocab_size, dtype):
         roundings=2,  # PyTorch's error over one word is chance
     )
     assert torch.equal(logits, kept)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab_size", [1, 5, 1000, 4099])
+def test_cross_entropy_matches_float64(vocab_size, dtype):
+    check(11, vocab_size, dtype, ignored=[4], label_smoothing=0.1, z_loss=1e-3)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(1, 60),
+    vocab_size=st.integers(1, 2000),
+    dtype=st.sampled_from(DTYPES),
+    unlabelled=st.floats(0.0, 1.0),
+    label_smoothing=st.sampled_from([0.0, 0.1, 1.0]),
+    z_loss=st.sampled_from([0.0, 1e-2]),
+    seed=st.integers(0, 2**32),
+)
+def test_any_shape(rows, vocab_size, dtype, unlabelled, label_smoothing, z_loss, seed):
+    torch.manual_seed(seed)
+    check(rows, vocab_size, dtype, range(int(unlabelled * rows)), label_smoothing, z_loss)
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])

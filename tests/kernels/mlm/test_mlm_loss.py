@@ -7,6 +7,8 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from mlm_cases import IGNORE, REDUCTIONS, compare, gradients, problem, reproducible_triton  # noqa: F401
 from oracle import DEVICE, DOT_DTYPES, DTYPES, relative_error
 
@@ -50,6 +52,27 @@ def test_rows_with_gradients_of_very_different_size(lean, dtype):
 def test_without_bias(lean, reduction):
     hidden, weight, _, labels = problem(9, 77)
     compare((hidden, weight, None), labels, reduction, lean=lean)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, phases=[Phase.generate])  # shrinking takes minutes
+@given(
+    rows=st.integers(8, 60),
+    vocab_size=st.integers(16, 400),
+    hidden_size=st.integers(8, 100),
+    dtype=st.sampled_from(DOT_DTYPES),
+    lean=st.booleans(),
+    reduction=st.sampled_from(REDUCTIONS),
+    options=st.fixed_dictionaries(
+        {}, optional={"label_smoothing": st.floats(0.0, 1.0), "z_loss": st.sampled_from([1e-4, 1e-2])}
+    ),
+    unlabelled=st.floats(0.0, 0.9),
+    seed=st.integers(0, 2**32),
+)
+def test_any_shape(rows, vocab_size, hidden_size, dtype, lean, reduction, options, unlabelled, seed):
+    torch.manual_seed(seed)
+    ignored = range(1, 1 + int(unlabelled * rows))
+    *inputs, labels = problem(rows, vocab_size, dtype, hidden_size, ignored=ignored, seed=seed)
+    compare(inputs, labels, reduction, lean=lean, max_labels=rows - len(ignored), roundings=2, **options)
 
 
 @MODES

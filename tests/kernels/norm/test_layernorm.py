@@ -244,6 +244,23 @@ def test_any_shape(rows: int, hidden_size: int, dtype: torch.dtype, p: float, se
     check(lambda: tensors(rows, hidden_size, dtype, ds=ds), p=p, seed=seed)
 
 
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(1, 150),
+    hidden_size=st.integers(2, 300),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**63 - 1),
+    has_weight=st.booleans(),
+)
+def test_rmsnorm_of_any_shape(rows: int, hidden_size: int, dtype: torch.dtype, seed: int, has_weight: bool) -> None:
+    torch.manual_seed(seed)
+    check(
+        lambda: tensors(rows, hidden_size, dtype) | ({} if has_weight else {"weight": None}),
+        rms=True,
+        eps=stable_eps(hidden_size),
+    )
+
+
 @BACKENDS
 @pytest.mark.parametrize(("rows", "hidden_size"), [(70, 7), (37, 65), (3, 768)])
 def test_dropout_is_dropout_mask(rows: int, hidden_size: int, backend: str) -> None:
