@@ -119,32 +119,20 @@ def test_the_log_deleted_during_the_run(
     assert [r["step"] for r in read_log(out / "log.jsonl") if r["kind"] == "train"] == list(range(steps + 1, 5))
 
 
-PRETRAIN = 8  # moments of a run at which the disk becomes full; `make soak` tries all
-PREPARE = 5
+def pretrain_job(corpus: Path, out: Path, at: int) -> dict[str, Any]:
+    words = command_line(**SMALL, steps=2, save_every=1, workers=0, data=corpus, out=out)
+    return {"words": words, "how": "full" if at else "", "at": at}
 
 
-@pytest.fixture(scope="module")
-def full(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Ended], list[Ended]]:
-    """Runs and preparations whose disk becomes full at a moment."""
-    place = tmp_path_factory.mktemp("full")
-    jobs = []
-    for i in range(PRETRAIN):
-        words = command_line(**SMALL, steps=2, save_every=1, workers=0, data=corpus, out=place / f"run{i}")
-        jobs.append({"words": words, "how": "full", "at": 1 + 5 * i})
-    text = write_text(place / "text.txt")
-    for i in range(PREPARE):
-        words = ["prepare", str(text), f"--out={place / f'corpus{i}'}", "--vocab-size=240", "--workers=1"]
-        jobs.append({"words": words, "how": "full", "at": 1 + 2 * i})
-    ended = run_jobs(jobs, place)
-    return place, ended[:PRETRAIN], ended[PRETRAIN:]
+def prepare_job(text: Path, out: Path, at: int) -> dict[str, Any]:
+    words = ["prepare", str(text), f"--out={out}", "--vocab-size=240", "--workers=1"]
+    return {"words": words, "how": "full" if at else "", "at": at}
 
 
-@pytest.mark.parametrize("i", range(PRETRAIN))
-def test_a_disk_that_is_full_from_some_write_on(full: tuple[Path, list[Ended], list[Ended]], i: int) -> None:
-    out, ended = full[0] / f"run{i}", full[1][i]
+def nothing_half_replaced(out: Path, ended: Ended) -> None:
     message = ended.output.strip().splitlines()[-1]
     assert ended.status in (1, 2), ended.output
-    assert message.startswith(f"fusebert: error: {out}/"), ended.output
+    assert message.startswith(f"fusebert: error: {out}"), ended.output
     assert "File too large" in message
     assert message.endswith(" --resume")
     assert "Traceback" not in ended.output
@@ -153,14 +141,56 @@ def test_a_disk_that_is_full_from_some_write_on(full: tuple[Path, list[Ended], l
     assert not [path for path in out.rglob(".*") if path.name != ".lock"]
     if (out / "hf").exists():
         from_hf(out / "hf")
-    assert all("step" in record for record in read_log(out / "log.jsonl"))
+    if (out / "log.jsonl").exists():
+        assert all("step" in record for record in read_log(out / "log.jsonl"))
 
 
-@pytest.mark.parametrize("i", range(PREPARE))
-def test_a_disk_that_is_full_while_a_corpus_is_made(full: tuple[Path, list[Ended], list[Ended]], i: int) -> None:
-    out, ended = full[0] / f"corpus{i}", full[2][i]
+def nothing_made(out: Path, ended: Ended) -> None:
     assert ended.status == 1, ended.output
     message = ended.output.strip().splitlines()[-1]
     assert message.startswith(f"fusebert: error: {out}: File too large; nothing is changed there")
     assert "Traceback" not in ended.output
-    assert not list(full[0].glob(f"corpus{i}*"))
+    assert not list(out.parent.glob(f"{out.name}*"))
+
+
+PRETRAIN, PREPARE = range(1, 41, 5), range(1, 11, 2)  # the file event from which the disk is full
+
+
+@pytest.fixture(scope="module")
+def full(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Ended]:
+    """Runs and preparations whose disk becomes full at a moment, by their folder."""
+    place = tmp_path_factory.mktemp("full")
+    text = write_text(place / "text.txt")
+    jobs = {place / f"run{at}": pretrain_job(corpus, place / f"run{at}", at) for at in PRETRAIN}
+    jobs |= {place / f"corpus{at}": prepare_job(text, place / f"corpus{at}", at) for at in PREPARE}
+    return dict(zip(jobs, run_jobs(list(jobs.values()), place), strict=True))
+
+
+@pytest.mark.parametrize("at", PRETRAIN)
+def test_a_disk_that_is_full_from_some_write_on(full: dict[Path, Ended], at: int) -> None:
+    nothing_half_replaced(*next((out, ended) for out, ended in full.items() if out.name == f"run{at}"))
+
+
+@pytest.mark.parametrize("at", PREPARE)
+def test_a_disk_that_is_full_while_a_corpus_is_made(full: dict[Path, Ended], at: int) -> None:
+    nothing_made(*next((out, ended) for out, ended in full.items() if out.name == f"corpus{at}"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["pretrain", "prepare"])
+def test_a_disk_that_is_full_at_every_write(corpus: Path, tmp_path: Path, what: str) -> None:
+    source, job, check = {
+        "pretrain": (corpus, pretrain_job, nothing_half_replaced),
+        "prepare": (write_text(tmp_path / "text.txt"), prepare_job, nothing_made),
+    }[what]
+    [whole] = run_jobs([job(source, tmp_path / "whole", 0)], tmp_path)
+    assert whole.status == 0, whole.output
+    assert whole.events > 10
+    outs = {at: tmp_path / f"from{at}-" for at in range(1, whole.events + 1)}
+    done = []
+    for at, ended in zip(outs, run_jobs([job(source, out, at) for at, out in outs.items()], tmp_path), strict=True):
+        if ended.status == 0:
+            done.append(at)  # after the last byte: only renames and removals are left
+        else:
+            check(outs[at], ended)
+    print(f"{what}: {whole.events} file events, {len(done)} of them after the last write: {done}")
