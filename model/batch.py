@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,10 +19,30 @@ from torch import Tensor
 IGNORE = -100  # the label of positions and pairs without a loss, as in PyTorch's cross_entropy
 
 
-Batch = TypeVar("Batch")
+class Batch(Protocol):
+    """What a training step needs of a dataclass of tensors and counts.
+
+    Attributes:
+        input_ids: int64 [T].
+        max_seqlen: upper bound of the segments' lengths. Constant over a run.
+        label_counts: the denominator of each loss.
+    """
+
+    input_ids: Tensor
+    max_seqlen: int
+
+    @property
+    def label_counts(self) -> tuple[int, ...]: ...
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Any: ...
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Any: ...
 
 
-def map_tensors(batch: Batch, fn: Callable[[Tensor], Tensor]) -> Batch:
+Fields = TypeVar("Fields")
+
+
+def map_tensors(batch: Fields, fn: Callable[[Tensor], Tensor]) -> Fields:
     """The dataclass ``batch`` with ``fn`` applied to each of its tensors."""
     values = ((field.name, getattr(batch, field.name)) for field in dataclasses.fields(batch))  # type: ignore[arg-type]
     changes: dict[str, Any] = {name: fn(value) for name, value in values if isinstance(value, Tensor)}
@@ -84,6 +104,11 @@ class PackedBatch:
                 f"cu_seqlens must have one entry more than nsp_labels; got {self.cu_seqlens.shape[0]} and "
                 f"{self.nsp_labels.shape[0]} entries"
             )
+
+    @property
+    def label_counts(self) -> tuple[int, ...]:
+        """The denominators of the masked-LM and the next-sentence loss."""
+        return self.num_masked, self.num_pairs
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> PackedBatch:
         """The batch with ``fn`` applied to each of its tensors."""

@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from ...model.batch import PackedBatch
+from ...model.batch import Batch
 from .static_batch import StaticBatch
 
 WARMUP_STEPS = 3  # before the capture: PyTorch's own advice for a backward
@@ -31,7 +31,7 @@ WARMUP_STEPS = 3  # before the capture: PyTorch's own advice for a backward
 class MicroBatch(Protocol):
     """Forward and backward of one micro-batch."""
 
-    def __call__(self, batch: PackedBatch, *, first: bool) -> None: ...
+    def __call__(self, batch: Any, *, first: bool) -> None: ...
 
 
 class StepGraphs:
@@ -57,7 +57,7 @@ class StepGraphs:
         self._graphs: dict[str, torch.cuda.CUDAGraph] | None = None
         self._gradients: list[torch.Tensor | None] = []
 
-    def __call__(self, window: Sequence[PackedBatch], seeds: Sequence[int] | None) -> None:
+    def __call__(self, window: Sequence[Batch], seeds: Sequence[int] | None) -> None:
         """One step on the micro-batches ``window``.
 
         Args:
@@ -81,7 +81,7 @@ class StepGraphs:
                 self._run(window, seeds)
             caller.wait_stream(self._stream)
 
-    def _run(self, window: Sequence[PackedBatch], seeds: Sequence[int] | None) -> None:
+    def _run(self, window: Sequence[Batch], seeds: Sequence[int] | None) -> None:
         for i, batch in enumerate(window):
             _seed(seeds, i)
             self._micro_batch(self._static.load(batch), first=i == 0)

@@ -23,8 +23,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ...model.pretraining import BertForPreTraining
-
 
 class LowPrecisionCopy:
     """A copy of ``model`` with the linears' matrices in ``dtype``; all other parameters are shared with ``model``.
@@ -35,17 +33,18 @@ class LowPrecisionCopy:
         model: the copy.
     """
 
-    def __init__(self, model: BertForPreTraining, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self._master = model
         self._masters: list[Tensor] = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
-        self._copies: list[Tensor] = [nn.Parameter(p.detach().to(dtype)) for p in self._masters]
+        self._copies: list[Tensor] = [nn.Parameter(p.detach().to(dtype), p.requires_grad) for p in self._masters]
         # deepcopy returns what its memo holds for an object: the low-precision copy of a matrix, any other parameter
         # itself.
         memo: dict[int, object] = {id(p): p for p in model.parameters()}
         memo |= {id(master): copied for master, copied in zip(self._masters, self._copies, strict=True)}
-        self.model: BertForPreTraining = copy.deepcopy(model, memo)  # type: ignore[arg-type]
+        self.model: nn.Module = copy.deepcopy(model, memo)  # type: ignore[arg-type]
         for master, copied in zip(self._masters, self._copies, strict=True):
-            copied.register_post_accumulate_grad_hook(_add_into(master))  # type: ignore[attr-defined]
+            if copied.requires_grad:
+                copied.register_post_accumulate_grad_hook(_add_into(master))  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ...model.encoder import BertLayer
+from ...model.encoder import BertEncoder, BertLayer
 from .lamb import LAMB
 from .muon import Muon
 
@@ -33,9 +33,26 @@ EPS = 1e-6  # as in BERT and LAMB; Adam's default of 1e-8 is below the resolutio
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Two groups: matrices and embeddings, which decay; vectors (biases, LayerNorm weights), which do not."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    matrices = [p for p in model.parameters() if p.ndim > 1 and p.requires_grad]
+    vectors = [p for p in model.parameters() if p.ndim <= 1 and p.requires_grad]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def layer_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, object]]:
+    """The groups of `parameter_groups` of each layer, with the learning rate times layer_decay^d (Clark et al. 2020).
+
+    d is 0 in the head, 1 in the last layer, L in the first, and L + 1 in the embeddings.
+    """
+    encoder: BertEncoder = model.encoder  # type: ignore[assignment]
+    parts: list[nn.Module] = [encoder.embeddings, *encoder.layers]
+    parts.append(nn.ModuleList(child for child in model.children() if child is not encoder))
+    scales = [layer_decay**d for d in reversed(range(len(parts)))]
+    groups = [
+        {**group, "lr_scale": scale}
+        for part, scale in zip(parts, scales, strict=True)
+        for group in parameter_groups(part, weight_decay)
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
@@ -63,6 +80,7 @@ def make_optimizer(
     *,
     muon_scale: float = 1.0,
     muon_dtype: torch.dtype | None = None,
+    layer_decay: float = 1.0,
 ) -> torch.optim.Optimizer:
     """AdamW or `LAMB` over `parameter_groups`, or `Muon` over `muon_groups`.
 
@@ -74,6 +92,7 @@ def make_optimizer(
         lr: learning rate.
         name: one of `OPTIMIZERS`.
         muon_scale, muon_dtype: `Muon`'s ``scale`` and ``dtype``.
+        layer_decay: see `layer_groups`; 1: one learning rate for all. AdamW only.
 
     Raises:
         ValueError: ``name`` has another value.
@@ -89,16 +108,21 @@ def make_optimizer(
     groups = parameter_groups(model, weight_decay)
     if name == "lamb":
         return LAMB(groups, lr=rate, betas=BETAS, eps=EPS)
+    if layer_decay != 1.0:
+        groups = layer_groups(model, weight_decay, layer_decay)
+        if on_gpu:
+            groups = [{**group, "lr": torch.tensor(lr, device=device)} for group in groups]
     return torch.optim.AdamW(groups, lr=rate, betas=BETAS, eps=EPS, fused=True, capturable=on_gpu)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Sets the learning rate of every group, in place if it is a tensor. Does not synchronise."""
     for group in optimizer.param_groups:
+        rate = lr * group.get("lr_scale", 1.0)
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
+            group["lr"].fill_(rate)
         else:
-            group["lr"] = lr
+            group["lr"] = rate
 
 
 def learning_rate(peak: float, progress: float, warmup: float, schedule: str = "linear") -> float:

@@ -8,18 +8,19 @@ microseconds). The host does not wait.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...model.batch import PackedBatch
+from ...model.batch import Batch
 
 SLOTS = 2
 UNKNOWN = -1  # the counts differ from step to step, so a captured function must not use them
 
 
-def _tensors(batch: PackedBatch) -> list[Tensor]:
-    values = (getattr(batch, field.name) for field in dataclasses.fields(batch))
+def _tensors(batch: Batch) -> list[Tensor]:
+    values = (getattr(batch, field.name) for field in dataclasses.fields(batch))  # type: ignore[arg-type]
     return [value for value in values if isinstance(value, Tensor)]
 
 
@@ -34,11 +35,12 @@ class StaticBatch:
         device: where it is.
     """
 
-    def __init__(self, like: PackedBatch, device: torch.device) -> None:
-        def empty() -> PackedBatch:
+    def __init__(self, like: Batch, device: torch.device) -> None:
+        def empty() -> Any:
             return like.map(lambda x: torch.empty_like(x, device=device, pin_memory=False))
 
-        self.batch = dataclasses.replace(empty(), num_tokens=UNKNOWN, num_masked=UNKNOWN, num_pairs=UNKNOWN)
+        counts = [each.name for each in dataclasses.fields(like) if each.name.startswith("num_")]  # type: ignore[arg-type]
+        self.batch = dataclasses.replace(empty(), **dict.fromkeys(counts, UNKNOWN))
         self.device = device
         self._loads = 0
         self._on_gpu = device.type == "cuda"
@@ -48,7 +50,7 @@ class StaticBatch:
             # For each slot: the host batch is in it; its content has been moved to the static batch.
             self._filled, self._emptied = ([torch.cuda.Event() for _ in range(SLOTS)] for _ in range(2))
 
-    def load(self, batch: PackedBatch) -> PackedBatch:
+    def load(self, batch: Batch) -> Any:
         """Copies ``batch`` into ``self.batch``, in the order of the current stream, and returns ``self.batch``.
 
         Raises:
@@ -71,8 +73,8 @@ class StaticBatch:
         self._emptied[i].record(compute)
         return self.batch
 
-    def _check(self, batch: PackedBatch) -> None:
-        for field in dataclasses.fields(batch):
+    def _check(self, batch: Batch) -> None:
+        for field in dataclasses.fields(batch):  # type: ignore[arg-type]
             static, given = getattr(self.batch, field.name), getattr(batch, field.name)
             if isinstance(given, Tensor) and given.shape != static.shape:
                 raise ValueError(

@@ -12,14 +12,15 @@ written into such tensors. The functions can therefore be captured as CUDA graph
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 
-from ...model.batch import PackedBatch
+from ...model.batch import Batch
+from ...model.heads import SequenceClassifier
 from ...model.pretraining import BertForPreTraining
 from .graphs import StepGraphs
 from .master_weights import LowPrecisionCopy
@@ -27,12 +28,15 @@ from .optim import set_learning_rate
 from .sharding import accumulating, agree_on_largest, full_tensor
 from .static_batch import StaticBatch
 
+COPIED = (BertForPreTraining, SequenceClassifier)  # models that compute all but their matrices in float32
+
 
 class StepResult(NamedTuple):
     """Results of a step, on the model's device and not synchronised.
 
     Attributes:
-        sums: float64 [4], of this rank: MLM loss sum, NSP loss sum, correct MLM predictions, correct NSP predictions.
+        sums: float64 [2k], of this rank, for a model with k losses: the sum of each loss, then the number of correct
+            predictions of each (pretraining: MLM, NSP).
         grad_norm: float32 scalar, the gradient's 2-norm before clipping; 0 if the step was skipped.
         skipped: float32 scalar, 1 if loss or gradient was not finite, so that the step changed no weight, else 0. The
             same on all ranks.
@@ -46,18 +50,20 @@ class StepResult(NamedTuple):
 class TrainingStep:
     """A model and its optimiser, stepped together.
 
-    In 16 bits a `BertForPreTraining` runs as a `LowPrecisionCopy`; a wrapped model (DDP, FSDP) runs under autocast. In
+    In 16 bits one of `COPIED` runs as a `LowPrecisionCopy`; a wrapped model (DDP, FSDP) runs under autocast. In
     fp16 the loss is scaled (`torch.amp.GradScaler`, Micikevicius et al. 2018). A step with a loss or gradient that is
     not finite changes no weight and no moment; in fp16, where a scaled gradient can overflow, it lowers the scale.
 
     Args:
-        model: the module to call, see `sharding.distribute`.
+        model: the module to call, see `sharding.distribute`. It maps a batch to a named tuple of k sums of losses and k
+            numbers of correct predictions, and the batch has k ``label_counts``.
         optimizer: one of `make_optimizer`; others, without PyTorch's ``found_inf``, do not skip steps but in fp16.
         clip: largest 2-norm of the gradient.
         compute_dtype: dtype of the matrix products (autocast); float32 turns autocast off.
         graph: run on static buffers, on a GPU captured as CUDA graphs after a few steps. All batches must have one
             shape, and the optimiser's learning rate must be on the device (`make_optimizer`).
         compiled: run the model under ``torch.compile``.
+        losses: k, the number of losses of the model.
 
     Attributes:
         sums: as `StepResult.sums`, of the current step.
@@ -66,13 +72,14 @@ class TrainingStep:
 
     def __init__(
         self,
-        model: BertForPreTraining | DistributedDataParallel,
+        model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
         clip: float,
         compute_dtype: torch.dtype,
         graph: bool = False,
         compiled: bool = False,
+        losses: int = 2,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -80,14 +87,14 @@ class TrainingStep:
         self.compute_dtype = compute_dtype
         self.device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(self.device.type) if compute_dtype == torch.float16 else None
-        self.sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        self.sums = torch.zeros(2 * losses, dtype=torch.float64, device=self.device)
         self._copy: LowPrecisionCopy | None = None
         # Not isinstance: FSDP replaces the model's class by a subclass.
-        if compute_dtype != torch.float32 and type(model) is BertForPreTraining:
+        if compute_dtype != torch.float32 and type(model) in COPIED:
             self._copy = LowPrecisionCopy(model, compute_dtype)
         called: Any = self._copy.model if self._copy is not None else model
         self._call = torch.compile(called, dynamic=False) if compiled else called
-        self._counts = torch.ones(2, device=self.device)  # labelled positions and pairs of the step
+        self._counts = torch.ones(losses, device=self.device)  # labels of the step, of each loss
         self._grad_norm = torch.zeros((), device=self.device)
         self._skipped = torch.zeros((), device=self.device)
         # The optimiser's kernels read it on the device: no host sync. GradScaler sets its own.
@@ -98,10 +105,10 @@ class TrainingStep:
 
     def __call__(
         self,
-        window: Sequence[PackedBatch],
+        window: Sequence[Batch],
         lr: float,
         *,
-        labels: tuple[int, int] | None = None,
+        labels: tuple[int, ...] | None = None,
         seeds: Sequence[int] | None = None,
     ) -> StepResult:
         """One step.
@@ -109,11 +116,11 @@ class TrainingStep:
         Args:
             window: the micro-batches of this rank, on any device.
             lr: learning rate.
-            labels: masked tokens and pairs of the step over all ranks; None: those of ``window``.
+            labels: number of labels of each loss in the step over all ranks; None: those of ``window``.
             seeds: for torch's generators, one for each micro-batch; None leaves the generators alone.
         """
         if labels is None:
-            labels = sum(batch.num_masked for batch in window), sum(batch.num_pairs for batch in window)
+            labels = tuple(map(sum, zip(*(batch.label_counts for batch in window), strict=True)))
         # fill_ takes the number as a kernel argument. A copy from the host would need pinned memory to be asynchronous.
         for count, number in zip(self._counts.unbind(), labels, strict=True):
             count.fill_(max(1, number))
@@ -134,14 +141,14 @@ class TrainingStep:
             self.optimizer.zero_grad(set_to_none=True)
         return StepResult(self.sums.clone(), self._grad_norm.clone(), self._skipped.clone())
 
-    def micro_batch(self, batch: PackedBatch, *, first: bool) -> None:
+    def micro_batch(self, batch: Any, *, first: bool) -> None:
         """Forward and backward of ``batch``: adds to the gradients and to ``sums``."""
         if first and self._copy is not None:
             self._copy.refresh()
         with autocast(self.device, self.compute_dtype):
             out = self._call(batch)
-        num_masked, num_pairs = self._counts.unbind()
-        loss = out.mlm_loss_sum / num_masked + out.nsp_loss_sum / num_pairs
+        means = [loss_sum / count for loss_sum, count in zip(out, self._counts.unbind(), strict=False)]
+        loss = functools.reduce(torch.add, means)
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         self.sums += torch.stack([x.detach().double() for x in out])
 
@@ -150,7 +157,7 @@ class TrainingStep:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         norm = full_tensor(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip))
-        finite = torch.isfinite(norm + self.sums[0] + self.sums[1])
+        finite = torch.isfinite(functools.reduce(torch.add, self.sums[: len(self._counts)].unbind(), norm))
         self._skipped.copy_(agree_on_largest(1.0 - finite.float(), self.model))
         if self.scaler is None:
             self.optimizer.step()
