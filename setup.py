@@ -35,6 +35,8 @@ TASKS = [
     *TRAIN,
     # Reads and writes .parquet, the format of most data sets on the Hugging Face Hub.
     "pyarrow>=15",
+    # The metrics that papers report: F1, Matthews' correlation and the like are not worth a second implementation.
+    "scikit-learn>=1.4",
 ]
 BENCH = [
     *TRAIN,

@@ -16,7 +16,14 @@ from fusebert.bench.measure.settings import KernelsOptions, ParityOptions, StepO
 from fusebert.train.cli import app
 from fusebert.train.corpus.settings import PrepareSettings
 from fusebert.train.run.settings import PretrainSettings
-from fusebert.train.tasks.settings import EmbedSettings, EvaluateSettings, FillSettings, SummarizeSettings
+from fusebert.train.tasks.settings import (
+    EmbedSettings,
+    EvaluateSettings,
+    FillSettings,
+    FinetuneSettings,
+    PredictSettings,
+    SummarizeSettings,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("kernels", "model", "train", "bench")
@@ -306,6 +313,8 @@ def test_public_signatures_are_those_of_the_snapshot():
     [
         (("prepare",), PrepareSettings),
         (("pretrain",), PretrainSettings),
+        (("finetune",), FinetuneSettings),
+        (("predict",), PredictSettings),
         (("embed",), EmbedSettings),
         (("fill",), FillSettings),
         (("evaluate",), EvaluateSettings),

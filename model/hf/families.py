@@ -30,6 +30,8 @@ class Family:
         class_name: of Transformers' classes, before ``ForSequenceClassification``.
         activation: between the two linears of the classification head: "tanh", "gelu" or "relu".
         head_dropout: keys in config.json of the dropout in the classification head; the first that is set counts.
+        default_dropout: without them.
+        input_dropout: the classification head drops its input too.
         heads: our module or bias outside of the layers → theirs.
         renames: in BERT's names of the encoder's parameters, what to replace by what.
         settings: field of `BertConfig` → key in config.json, where they differ.
@@ -50,6 +52,8 @@ class Family:
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
     positions_after_pad: bool = False
     token_types: bool = True
+    default_dropout: float = 0.1
+    input_dropout: bool = False
 
     def config(self, content: Mapping[str, Any]) -> BertConfig:
         """Our configuration for the content of a config.json.
@@ -65,6 +69,11 @@ class Family:
                 raise ValueError(f"max_position_embeddings must be above pad_token_id + 1; got {positions!r}, {pad!r}")
             values["max_position_embeddings"] = positions - pad - 1
         return BertConfig(**values)
+
+    def head_dropout_p(self, content: Mapping[str, Any]) -> float:
+        """The dropout probability in the classification head, for the content of a config.json."""
+        stated = [content[key] for key in self.head_dropout if content.get(key) is not None]
+        return float(stated[0]) if stated else self.default_dropout
 
     def first_position(self, config: BertConfig) -> int:
         """Rows of their position table before the first token's."""
@@ -125,6 +134,7 @@ def _roberta() -> Family:
         },
         positions_after_pad=True,
         token_types=False,
+        input_dropout=True,
     )
 
 
@@ -167,6 +177,7 @@ FAMILIES: dict[str, Family] = {
         },
         defaults={**_BERT_SIZES, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024},
         tied={"generator_lm_head.weight": "electra.embeddings.word_embeddings.weight"},
+        input_dropout=True,
     ),
     "distilbert": Family(
         prefix="distilbert.",
@@ -203,5 +214,6 @@ FAMILIES: dict[str, Family] = {
         defaults={**_BERT_SIZES, "num_hidden_layers": 6, "type_vocab_size": 1},
         tied={"vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight"},
         token_types=False,
+        default_dropout=0.2,
     ),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,24 @@ def save_hf(model: BertForPreTraining, directory: str | Path, tokenizer: str | P
             f"model must be a fusebert BertForPreTraining; got {type(model).__name__}. If that is a wrapper, give the "
             "model inside: .module or ._orig_mod"
         )
+    files = {} if tokenizer is None else tokenizer_files(Path(tokenizer), model.config)
+    files[CONFIG_FILE] = json_bytes(_settings(model.config))
+    write_folder(directory, _tensors(model), files)
+
+
+def write_folder(directory: str | Path, tensors: dict[str, Tensor], files: dict[str, bytes]) -> None:
+    """Write model.safetensors and ``files``, config.json among them, as `save_hf` does.
+
+    Args:
+        tensors: by Transformers' names, contiguous, without shared memory.
+        files: name → content.
+
+    Raises:
+        ValueError, OSError: as `save_hf`.
+    """
     directory = Path(directory).resolve()
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"directory must be a folder or not exist; {directory} is a file")
-    files = {} if tokenizer is None else tokenizer_files(Path(tokenizer), model.config)
-    files[CONFIG_FILE] = json_bytes(_settings(model.config))
-
     for name in (WEIGHTS_FILE, *files):
         if (directory / name).is_dir():
             raise IsADirectoryError(errno.EISDIR, "a folder is in the place of a file: move it", str(directory / name))
@@ -55,7 +68,7 @@ def save_hf(model: BertForPreTraining, directory: str | Path, tokenizer: str | P
     partial.mkdir(parents=True)
     try:
         name = WEIGHTS_FILE
-        save_tensors(partial / WEIGHTS_FILE, _tensors(model), {"format": "pt"})
+        save_tensors(partial / WEIGHTS_FILE, tensors, {"format": "pt"})
         for name, content in files.items():
             (partial / name).write_bytes(content)
         # safetensors makes its file readable by the owner only, whatever the umask is.
@@ -98,9 +111,13 @@ def _settings(config: BertConfig) -> dict[str, Any]:
 def _tensors(model: BertForPreTraining) -> dict[str, Tensor]:
     """The parameters under Transformers' names: float32, contiguous, without shared memory."""
     parameters = dict(model.named_parameters())
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for ours, theirs in parameter_names(model.config.num_hidden_layers).items():
-        parts = parameters[ours].detach().to("cpu", torch.float32).chunk(len(theirs))
-        for name, part in zip(theirs, parts, strict=True):
-            tensors[name] = part.clone(memory_format=torch.contiguous_format)
+        tensors |= unstacked(parameters[ours], theirs)
     return tensors
+
+
+def unstacked(parameter: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    """The parts of a parameter, one for each of ``names``, along its first axis: copies in float32 on the CPU."""
+    parts = parameter.detach().to("cpu", torch.float32).chunk(len(names))
+    return {name: part.clone(memory_format=torch.contiguous_format) for name, part in zip(names, parts, strict=True)}

@@ -29,11 +29,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...model.atomic import replace_file, sync_directory
 from ...model.hf.format import save_tensors
-from ...model.pretraining import BertForPreTraining
 from ..errors import UserError
 from ..step.distributed import Ranks, lost_connection
 from ..step.finite import LARGEST, blown_up
@@ -76,6 +75,7 @@ class TrainerState:
         identity: what must not change when the run is continued, see `resume.run_identity`.
         first_evaluation: `Evaluation.to_json` before the first step.
         loss_scale: state of GradScaler, in fp16.
+        selection: in fine-tuning, the step of the best evaluation, its scores, and the evaluations since.
     """
 
     step: int = 0
@@ -92,11 +92,12 @@ class TrainerState:
     identity: dict[str, Any] = dataclasses.field(default_factory=dict)
     first_evaluation: dict[str, Any] | None = None
     loss_scale: dict[str, Any] | None = None
+    selection: dict[str, Any] | None = None
 
 
 def save_checkpoint(
     root: Path,
-    model: BertForPreTraining,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     state: TrainerState,
     keep: int = 2,
@@ -119,7 +120,7 @@ def save_checkpoint(
     return ranks.from_first(lambda: _write(root, tensors, state, keep))
 
 
-def check_weights(model: BertForPreTraining, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+def check_weights(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
     """Raises BlownUpWeights in all ranks if a weight or moment of one rank is not usable. Waits for the device."""
     bad = blown_up(model.state_dict()) or blown_up(_optimizer_tensors(model, optimizer), limit=MAX_FLOAT32)
     if any(ranks.sum([float(bad is not None)])):
@@ -278,6 +279,8 @@ def _read_fields(content: Any) -> TrainerState:
         "first_evaluation": state.first_evaluation is None
         or (is_table(state.first_evaluation) and state.first_evaluation.keys() >= evaluation),
         "loss_scale": state.loss_scale is None or is_table(state.loss_scale),
+        "selection": state.selection is None
+        or (isinstance(state.selection, dict) and state.selection.keys() == {"step", "scores", "since"}),
     }
     wrong = [name for name, right in allowed.items() if not right]
     if wrong:
@@ -289,9 +292,7 @@ def _checksum(content: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
-def load_checkpoint(
-    path: Path, model: BertForPreTraining, optimizer: torch.optim.Optimizer, ranks: Ranks | None = None
-) -> None:
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks | None = None) -> None:
     """Loads parameters and optimiser state from a checkpoint that `read_state` has verified.
 
     A collective call: rank 0 reads and sends the other ranks their tensors.
@@ -318,7 +319,7 @@ def load_checkpoint(
         raise CheckpointError(f"{path} is of another model ({str(error).splitlines()[0]})") from error
 
 
-def _optimizer_tensors(model: BertForPreTraining, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{names[parameter]}/{key}": value
@@ -327,7 +328,7 @@ def _optimizer_tensors(model: BertForPreTraining, optimizer: torch.optim.Optimiz
     }
 
 
-def _load_optimizer(model: BertForPreTraining, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def _load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     # In PyTorch's state dict the parameters are numbered in the order of the groups.
     names = {parameter: name for name, parameter in model.named_parameters()}
     ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]

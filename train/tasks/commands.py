@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,14 +15,23 @@ from typing import Any
 import typer
 
 from ..options import command
-from ..run.signals import exit_on_sigterm
+from ..run.signals import Interrupted, StopSignal, exit_on_sigterm
 from .rows import STDIN
-from .settings import EmbedSettings, EvaluateSettings, FillSettings, SummarizeSettings
+from .settings import (
+    EmbedSettings,
+    EvaluateSettings,
+    FillSettings,
+    FinetuneSettings,
+    PredictSettings,
+    SummarizeSettings,
+)
 
 
 def add_commands(app: typer.Typer) -> None:
     """Adds the commands to ``app``."""
     for name, settings, run in (
+        ("finetune", FinetuneSettings, _finetune),
+        ("predict", PredictSettings, _predict),
         ("embed", EmbedSettings, _embed),
         ("fill", FillSettings, _fill),
         ("evaluate", EvaluateSettings, _evaluate),
@@ -60,6 +70,56 @@ def write_lines(out: str, records: Iterable[dict[str, Any]]) -> int:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             count += 1
     return count
+
+
+def _finetune(settings: FinetuneSettings) -> None:
+    """Train a model to classify texts, or to give them a number.
+
+    The training texts are packed by length, without padding. After each epoch the model is scored on the dev texts, and
+    OUT/hf is the best one: it loads with transformers.AutoModelForSequenceClassification. Ctrl-C saves; the printed
+    command continues exactly there.
+
+    Examples:
+
+        fusebert finetune --model runs/first/hf --task classify --train train.tsv --dev dev.tsv --out runs/topics
+
+        fusebert finetune --model bert/ --task classify --label-separator ';' --train a.csv --dev b.csv --out runs/tags
+
+        fusebert finetune --model bert/ --task regress --text one --text-pair two --label score --train sts.jsonl
+        --dev sts-dev.jsonl --out runs/sts --seeds 5
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see `cli`
+    # A signal during the imports ends the process without a traceback.
+    with StopSignal() as stop:
+        from .finetune import finetune
+
+        typed = [word for word in sys.argv[1:] if word != "--resume"]
+        try:
+            outcome = finetune(settings, stop, shlex.join(["fusebert", *typed, "--resume"]))
+        except Interrupted as stopped:
+            typer.echo(f"fusebert: {stopped}", err=True)
+            raise typer.Exit(stopped.status) from None
+    typer.echo("\n" + "\n".join(outcome.lines()))
+
+
+def _predict(settings: PredictSettings) -> None:
+    """Give each text the class or the number that a fine-tuned model predicts.
+
+    One JSON object a line, in the order of the texts: label and probabilities, labels and probabilities, or value.
+
+    Examples:
+
+        fusebert predict --model runs/topics/hf --input texts.txt --out labels.jsonl
+
+        fusebert predict --model distilbert-sst2/ --input reviews.tsv --text review
+    """
+    with _running():
+        from .predict import Predictor
+
+        predictor = Predictor(settings)
+        _tell(predictor.notes)
+        write_lines(settings.out, predictor.records())
+        _tell(filter(None, [predictor.tokenizer.warning()]))
 
 
 def _embed(settings: EmbedSettings) -> None:

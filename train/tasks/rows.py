@@ -36,12 +36,14 @@ class Columns:
         pair: the second text of a pair; None: there is none.
         label: default: "label", or the second column of a file without a header.
         labelled: whether labels are read at all.
+        empty_labels: a label may be empty.
     """
 
     text: str | None = None
     pair: str | None = None
     label: str | None = None
     labelled: bool = False
+    empty_labels: bool = False
 
     def wanted(self) -> dict[str, str]:
         """Part of a row → the name or number of its column, with the default names."""
@@ -147,7 +149,7 @@ def _table_rows(file: TextIO, path: Path, columns: Columns) -> Iterator[Row]:
                     continue
             if len(cells) != width:
                 raise UserError(f"{where}: {len(cells)} cells, but the first row has {width}")
-            yield _row(where, {part: cells[i] for part, i in chosen.items()})
+            yield _row(where, {part: cells[i] for part, i in chosen.items()}, columns)
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num}: not a {path.suffix[1:]} row ({error})") from error
 
@@ -188,7 +190,7 @@ def _jsonl_rows(file: TextIO, path: Path, columns: Columns) -> Iterator[Row]:
                 fields = ", ".join(map(repr, list(record)[:8])) or "none"
                 option = "--text-pair" if part == "pair" else f"--{part}"
                 raise UserError(f"{where}: no field {name!r} (its fields: {fields}); name it with {option}")
-        yield _row(where, {part: record[name] for part, name in wanted.items()})
+        yield _row(where, {part: record[name] for part, name in wanted.items()}, columns)
 
 
 def _parquet_rows(path: Path, columns: Columns) -> Iterator[Row]:
@@ -208,17 +210,17 @@ def _parquet_rows(path: Path, columns: Columns) -> Iterator[Row]:
             for batch in file.iter_batches(batch_size=1024, columns=sorted(set(wanted.values()))):
                 for record in batch.to_pylist():
                     number += 1
-                    yield _row(f"{path}, row {number}", {part: record[name] for part, name in wanted.items()})
+                    yield _row(f"{path}, row {number}", {part: record[name] for part, name in wanted.items()}, columns)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # of the system, not of Arrow
             raise
         raise UserError(f"{path} is damaged or not a .parquet file ({str(error).splitlines()[0]})") from error
 
 
-def _row(where: str, parts: dict[str, Any]) -> Row:
+def _row(where: str, parts: dict[str, Any], columns: Columns) -> Row:
     for part in ("text", "pair"):
         if part in parts and not isinstance(parts[part], str):
             raise UserError(f"{where}: the {part} is a {type(parts[part]).__name__}, not a string")
-    if "label" in parts and parts["label"] in (None, ""):
+    if "label" in parts and parts["label"] in (None, "") and not columns.empty_labels:
         raise UserError(f"{where}: the label is empty")
     return Row(where, **parts)

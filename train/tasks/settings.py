@@ -9,7 +9,7 @@ from typing import Annotated
 
 from ..options import Option
 
-DATA, MACHINE = "Data", "Machine"
+DATA, MACHINE, OPTIMISER, RUN = "Data", "Machine", "Optimiser", "Run"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,3 +125,95 @@ class SummarizeSettings(ModelSettings):
     sentences: Annotated[int, Option("Sentences of a summary.")] = 3
     pooling: Annotated[str, Option("As in [bold]fusebert embed[/bold].")] = "auto"
     splitter: Annotated[str, Option("How to find sentences: auto, blingfire, or lines (a sentence a line).")] = "auto"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneSettings(ModelSettings):
+    """The options of ``fusebert finetune``."""
+
+    task: Annotated[
+        str, Option("classify (one class a text; several with --label-separator), or regress (one number a text).")
+    ]
+    train: Annotated[
+        list[str],
+        Option("Texts with labels: a .tsv, .csv, .jsonl or .parquet file. Give the option again for more files.", DATA),
+    ]
+    dev: Annotated[str, Option("Texts with labels that choose the best model and make the report.", DATA)]
+    out: Annotated[Path, Option("Folder for the run: hf/ (the best model), report.html, seed-*/log.jsonl.")]
+    text: Annotated[
+        str | None,
+        Option("Column of the texts; its number from 1 if the files have no header. Default: text, or 1.", DATA),
+    ] = None
+    text_pair: Annotated[str | None, Option("Column of the second text of a pair. Default: none.", DATA)] = None
+    label: Annotated[str | None, Option("Column of the labels. Default: label, or 2.", DATA)] = None
+    label_separator: Annotated[
+        str | None,
+        Option("A text may have several classes, separated by this, as in 'sport;news'; or none.", DATA),
+    ] = None
+
+    epochs: Annotated[int, Option("Passes over the training texts.", OPTIMISER, min=1)] = 3
+    batch_size: Annotated[int, Option("Texts of a step.", OPTIMISER, min=1)] = 32
+    lr: Annotated[float, Option("Peak learning rate.", OPTIMISER)] = 3e-5
+    warmup: Annotated[
+        float, Option("Share of the steps in which the learning rate rises; then it falls linearly to 0.", OPTIMISER)
+    ] = 0.1
+    weight_decay: Annotated[float, Option("Of matrices and embeddings.", OPTIMISER, min=0)] = 0.01
+    clip: Annotated[float, Option("Largest 2-norm of the gradient.", OPTIMISER)] = 1.0
+    layer_decay: Annotated[
+        float,
+        Option("Learning rate of each layer over that of the layer above it; 1: the same for all.", OPTIMISER),
+    ] = 1.0
+    freeze_layers: Annotated[
+        int, Option("Train neither the embeddings nor the first N layers; 0: train all.", OPTIMISER, min=0)
+    ] = 0
+    class_weights: Annotated[
+        str | None,
+        Option(
+            "Factors of the classes' losses: balanced (texts / (classes · texts of the class)), or NAME=1.5,NAME=0.5 "
+            "for some classes. Default: 1.",
+            OPTIMISER,
+        ),
+    ] = None
+
+    metric: Annotated[
+        str,
+        Option(
+            "On --dev, chooses the best model: accuracy, macro_f1, mcc or loss; micro_f1 with several classes a text; "
+            "pearson, spearman or rmse in a regression. auto: the first of its kind.",
+            RUN,
+        ),
+    ] = "auto"
+    patience: Annotated[
+        int | None, Option("Stop after this many epochs without a better model. Default: never.", RUN, min=1)
+    ] = None
+    seeds: Annotated[
+        int, Option("Train with so many seeds, one after the other, and report mean and spread.", RUN, min=1)
+    ] = 1
+    seed: Annotated[int, Option("The first seed: of the head, the order of the texts, and dropout.", RUN, min=0)] = 0
+    resume: Annotated[
+        bool,
+        Option("Continue the run in --out exactly where it stopped; start if there is none.", RUN, flags="--resume"),
+    ] = False
+    tensorboard: Annotated[
+        bool | None,
+        Option("Write TensorBoard files. Default: if it is installed.", RUN, flags="--tensorboard/--no-tensorboard"),
+    ] = None
+    graph: Annotated[
+        bool, Option("On a GPU, capture the step as CUDA graphs.", MACHINE, flags="--graph/--no-graph")
+    ] = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PredictSettings(ModelSettings):
+    """The options of ``fusebert predict``."""
+
+    input: Annotated[
+        str,
+        Option("Texts: a .txt (a text a line), .tsv, .csv, .jsonl or .parquet file, or - for standard input.", DATA),
+    ]
+    out: Annotated[str, Option("File for one JSON object a line; - prints.", DATA)] = "-"
+    text: Annotated[
+        str | None,
+        Option("Column of the texts; its number from 1 if the file has no header. Default: text.", DATA),
+    ] = None
+    text_pair: Annotated[str | None, Option("Column of the second text of a pair. Default: none.", DATA)] = None

@@ -1,6 +1,7 @@
 """A folder with a corpus, an untrained tiny model of its vocabulary, and files of texts."""
 
 import json
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +22,23 @@ TEXTS = [
 ]
 
 
+def write_labelled(folder: Path, name: str, count: int, seed: int) -> None:
+    """``name``.tsv (text, label: the animal) and ``name``.jsonl (one, two, topics, score)."""
+    rng = random.Random(seed)
+    table, lines = ["text\tlabel"], []
+    for _ in range(count):
+        animal, place = rng.choice(ANIMALS[:3]), rng.choice(PLACES)
+        food = rng.sample(FOODS[:2], rng.randrange(3))
+        table.append(f"The {animal} lives in the {place}{' and eats ' * rng.randrange(3)}.\t{animal}")
+        record = {"one": f"The {animal} eats", "two": " and ".join(food), "topics": ";".join(food), "score": len(food)}
+        lines.append(json.dumps(record))
+    (folder / f"{name}.tsv").write_text("\n".join(table) + "\n")
+    (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+
+
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """corpus/, model/ and texts as texts.txt, .tsv, .csv, .jsonl, .parquet."""
+    """corpus/, model/, texts as texts.txt, .tsv, .csv, .jsonl, .parquet, and `write_labelled`'s train and dev."""
     import pyarrow
     import pyarrow.parquet
 
@@ -37,6 +52,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "texts.csv").write_text("text,n\n" + "".join(f'"{text}",{i}\n' for i, text in enumerate(TEXTS)))
     (place / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), place / "texts.parquet")
+    for name, count, seed in (("train", 120, 0), ("dev", 40, 1)):
+        write_labelled(place, name, count, seed)
     return place
 
 

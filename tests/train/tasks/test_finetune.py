@@ -1,0 +1,230 @@
+"""Fine-tuning learns, is Transformers' to 1e-4, continues to the bit, and exports what Transformers loads."""
+
+import itertools
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hf_families import DROPOUTS, TEXT
+
+from fusebert.model.hf.encoders import open_encoder
+from fusebert.train.run.signals import Interrupted, StopSignal
+from fusebert.train.step.optim import learning_rate, make_optimizer
+from fusebert.train.step.step import TrainingStep
+from fusebert.train.tasks.classifier import make_classifier
+from fusebert.train.tasks.examples import EpochBatches, Examples
+from fusebert.train.tasks.finetune import finetune
+from fusebert.train.tasks.labels import Labels
+from fusebert.train.tasks.settings import FinetuneSettings
+from fusebert.train.tasks.tokens import EncodedText
+
+Fusebert = Callable[..., int]
+CLASSIFY = ["--task", "classify", "--train", "train.tsv", "--dev", "dev.tsv", "--batch-size", "8"]
+
+
+def predictions(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def topics(place: Path) -> Path:
+    """A run that classifies, with two seeds."""
+    settings = FinetuneSettings(
+        model=place / "model",
+        task="classify",
+        train=[str(place / "train.tsv")],
+        dev=str(place / "dev.tsv"),
+        out=place / "topics",
+        lr=2e-3,
+        batch_size=8,
+        seeds=2,
+    )
+    outcome = finetune(settings, StopSignal(), "")
+    assert [result["seed"] for result in outcome.results] == [0, 1]
+    return settings.out
+
+
+def test_it_learns_and_reports_mean_and_spread(topics: Path) -> None:
+    report = json.loads((topics / "report.json").read_text())
+    found = [each["scores"]["accuracy"] for each in report["seeds"]]
+    assert min(found) > 0.9
+    assert report["scores"]["accuracy"]["mean"] == pytest.approx(np.mean(found))
+    assert report["scores"]["accuracy"]["stdev"] == pytest.approx(np.std(found, ddof=1))
+    best = topics / f"seed-{report['best_seed']}" / "hf" / "model.safetensors"
+    assert best.read_bytes() == (topics / "hf" / "model.safetensors").read_bytes()
+    kinds = {record["kind"] for record in predictions(topics / "seed-0" / "log.jsonl")}
+    assert kinds == {"run", "finetune", "dev"}
+
+
+def test_predictions_are_transformers_in_the_order_of_the_texts(topics: Path, fusebert: Fusebert, tmp_path) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model, tokenizer = (
+        each.from_pretrained(topics / "hf") for each in (AutoModelForSequenceClassification, AutoTokenizer)
+    )
+    assert model.config.problem_type == "single_label_classification"
+    out = tmp_path / "labels.jsonl"
+    assert fusebert("predict", "--model", topics / "hf", "--input", "dev.tsv", "--out", out) == 0
+    rows = [line.split("\t") for line in Path("dev.tsv").read_text().splitlines()[1:]]
+    inputs = tokenizer([text for text, _ in rows], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**inputs).logits.softmax(-1)
+    found = predictions(out)
+    names = [model.config.id2label[i] for i in range(3)]
+    assert names == ["fox", "hare", "owl"]
+    given = torch.tensor([[each["probabilities"][name] for name in names] for each in found])
+    torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5)
+    right = np.mean([each["label"] == label for each, (_, label) in zip(found, rows, strict=True)])
+    report = json.loads((topics / "report.json").read_text())
+    assert right == report["seeds"][report["best_seed"]]["scores"]["accuracy"]
+
+
+class StopAfter(StopSignal):
+    """A signal that comes after so many steps."""
+
+    def __init__(self, steps: int) -> None:
+        self._left = steps
+        super().__init__()
+
+    @property
+    def received(self) -> int | None:
+        self._left -= 1
+        return signal.SIGTERM if self._left < 0 else None
+
+    @received.setter
+    def received(self, value: int | None) -> None: ...
+
+
+@pytest.mark.parametrize("steps", [4, 15, 20])  # of 15 in an epoch
+def test_a_continued_run_has_the_same_bits(topics: Path, place: Path, steps: int) -> None:
+    settings = FinetuneSettings(
+        model=place / "model",
+        task="classify",
+        train=[str(place / "train.tsv")],
+        dev=str(place / "dev.tsv"),
+        out=place / f"stopped-{steps}",
+        lr=2e-3,
+        batch_size=8,
+        resume=True,
+    )
+    with pytest.raises(Interrupted, match="go on with:\nthis command"):
+        finetune(settings, StopAfter(steps), "this command")
+    assert list(settings.out.glob("seed-0/checkpoints/step-*"))
+    assert not (settings.out / "hf").exists()
+    finetune(settings, StopSignal(), "")
+    assert (settings.out / "hf" / "model.safetensors").read_bytes() == (
+        topics / "seed-0" / "hf" / "model.safetensors"
+    ).read_bytes()
+    before, after = (
+        [r for r in predictions(out / "seed-0" / "log.jsonl") if r["kind"] == "dev"] for out in (topics, settings.out)
+    )
+    assert before == after
+
+
+@pytest.mark.parametrize("family", ["Bert", "Roberta"])
+def test_the_loss_is_transformers_in_the_first_20_steps(family: str, tmp_path: Path) -> None:
+    import transformers
+
+    kind = getattr(transformers, f"{family}ForSequenceClassification")
+    torch.manual_seed(0)
+    config = kind.config_class(**TEXT, **dict.fromkeys(DROPOUTS, 0.0), num_labels=3, pad_token_id=1)
+    theirs = kind(config).train()
+    theirs.save_pretrained(tmp_path)
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(3, 61, n) for n in rng.integers(2, 30, 70)]
+    labels = torch.tensor([int(each[0]) % 3 for each in ids])
+    examples = Examples([EncodedText(each, np.zeros_like(each)) for each in ids], labels)
+    ours, notes = make_classifier(open_encoder(tmp_path), Labels("single_label_classification", ("a", "b", "c")))
+    assert notes == []
+    step = TrainingStep(ours, make_optimizer(ours, 1e-3, 0.01), clip=1.0, compute_dtype=torch.float32, losses=1)
+    their_optimizer = make_optimizer(theirs, 1e-3, 0.01)
+    epochs = EpochBatches(examples, 8, 100, seed=0, epochs=3, static=False)
+    windows = itertools.islice(itertools.chain.from_iterable(map(epochs.epoch, range(3))), 20)
+    splits = 0
+    for i, window in enumerate(windows):
+        lr = learning_rate(1e-3, (i + 0.5) / 27, 0.1)
+        splits += len(window) > 1
+        count = sum(batch.num_labels for batch in window)
+        ours.train()
+        loss = float(step(window, lr).sums[0]) / count
+        segments = [
+            batch.input_ids[start:end]
+            for batch in window
+            for start, end in itertools.pairwise(batch.cu_seqlens.tolist())
+        ]
+        padded = torch.nn.utils.rnn.pad_sequence(segments, batch_first=True, padding_value=1)
+        expected = theirs(padded, (padded != 1).long(), labels=torch.cat([batch.labels for batch in window])).loss
+        expected.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        for group in their_optimizer.param_groups:
+            group["lr"] = lr
+        their_optimizer.step()
+        their_optimizer.zero_grad()
+        assert loss == pytest.approx(float(expected.detach()), rel=1e-4), i
+    assert splits > 5  # steps of several micro-batches
+
+
+def test_batches_of_one_shape_give_the_same_step(topics: Path) -> None:
+    """As on a GPU, where the last tokens are slack."""
+    folder = open_encoder(topics / "hf")
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(5, 200, n) for n in rng.integers(2, 30, 21)]
+    examples = Examples([EncodedText(each, np.zeros_like(each)) for each in ids], torch.arange(21) % 3)
+    weights = []
+    for static in (False, True):
+        batches = EpochBatches(examples, 8, 100, seed=0, epochs=1, static=static)
+        model, _ = make_classifier(folder, Labels("single_label_classification", ("fox", "hare", "owl")))
+        step = TrainingStep(
+            model, make_optimizer(model, 1e-3, 0.0), clip=1.0, compute_dtype=torch.float32, graph=static, losses=1
+        )
+        model.eval()
+        results = [step(window, 1e-3) for window in batches.epoch(0)]
+        weights.append([*model.parameters(), *(result.sums for result in results)])
+        if static:
+            assert len({batch.input_ids.shape for window in batches.epoch(0) for batch in window}) == 1
+    for one, other in zip(*weights, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+MISTAKES = {
+    "task": (["--task", "tag"], "--task must be one of classify, regress; got 'tag'"),
+    "no file": (["--train", "none.tsv"], "none.tsv does not exist"),
+    "unknown label": (["--dev", "other.tsv"], "other.tsv:3: the label 'whale' is not in the training files"),
+    "no number": (["--task", "regress"], "train.tsv:2: the label 'owl' is not a number"),
+    "one class": (["--train", "one.tsv"], "no two classes to tell apart, only fox"),
+    "not classes": (["--train", "many.tsv"], "60 different labels in 60 rows are not classes"),
+    "metric": (["--metric", "pearson"], "choose one of auto, accuracy, macro_f1, mcc, loss"),
+    "lr": (["--lr", "0"], "--lr must be above 0"),
+    "weights": (["--class-weights", "dog=2"], "is not NAME=NUMBER with one of the classes fox, hare, owl"),
+    "layers": (["--freeze-layers", "3"], "--freeze-layers must be from 0 to 2"),
+    "no rows": (["--train", "empty.tsv"], "--train empty.tsv has no rows"),
+    "a run": (["--out", "topics"], "topics already holds a run: give --resume"),
+    "other options": (
+        ["--out", "topics", "--resume"],
+        "cannot be continued with another --lr (0.002 there, 0.01 here)",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def mistakes(place: Path, topics: Path) -> None:
+    (place / "other.tsv").write_text("text\tlabel\nThe fox.\tfox\nThe whale.\twhale\n")
+    (place / "one.tsv").write_text("text\tlabel\nThe fox.\tfox\nThe fox.\tfox\n")
+    (place / "many.tsv").write_text("text\tlabel\n" + "".join(f"fox\t{i / 7}\n" for i in range(60)))
+    (place / "empty.tsv").write_text("text\tlabel\n")
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_one_line(name: str, fusebert: Fusebert, mistakes: None, capsys, tmp_path: Path) -> None:
+    words, expected = MISTAKES[name]
+    given = ["--model", "model", "--out", tmp_path / "run", *CLASSIFY, "--lr", "0.01"]
+    option = words[0]
+    if option == "--train":
+        given = [word for i, word in enumerate(given) if "--train" not in (word, given[i - 1])]
+    assert fusebert("finetune", *given, *words) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert expected in line
