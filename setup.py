@@ -75,6 +75,7 @@ setup(
         **{f"fusebert.{name}": ["py.typed"] for name in FOLDERS},
         "fusebert.bench": ["py.typed", "campaign.sh"],
         "fusebert.bench.report": ["*.html"],
+        "fusebert.train.tasks": ["*.html"],
     },
     install_requires=["torch>=2.11", "triton>=3.6; sys_platform == 'linux'"],
     extras_require={

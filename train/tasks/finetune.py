@@ -5,7 +5,7 @@
         seed-N/checkpoints/         until the seed is done
         seed-N/hf/, result.json     the best model of the seed, its scores
         hf/                         the best seed's
-        report.json                 scores of all seeds
+        report.json, report.html    scores of all seeds; what the best model gets right and wrong; report.png
 
 A step has ``batch_size`` texts, packed without padding. Its loss is the mean over their labels. The order of the texts,
 the dropout and the head's first weights are functions of the seed, so that a run that was stopped continues exactly.
@@ -38,7 +38,9 @@ from ..run.manifest import FILE, PACKAGES, settings_json
 from ..run.resume import check_identity
 from ..run.signals import Interrupted, Stopped, StopSignal, exit_status
 from ..run.strict_json import strict_json
+from .classifier import make_classifier, predict_logits
 from .examples import Examples, encode_rows, read_all
+from .finetune_report import Predictions, write_report
 from .labels import TASKS, Labels
 from .models import choose_machine, open_folder
 from .rows import Columns
@@ -77,13 +79,25 @@ class Outcome:
 
     def lines(self) -> list[str]:
         """The scores in words."""
-        lines = [
-            f"{name:10} {mean:.4f}" + (f" ± {spread:.4f}" if spread is not None else "")
-            for name, (mean, spread) in self.means().items()
+        seeds = f", mean ± standard deviation of {len(self.results)} seeds" if len(self.results) > 1 else ""
+        return [
+            f"on the dev texts{seeds}:",
+            *(f"  {name:10} {words}" for name, words in self.in_words().items()),
+            self.chosen(),
+            f"model: {self.out / 'hf'}",
+            f"report: {self.out / 'report.html'}",
         ]
-        seeds = f"{len(self.results)} seeds, mean ± standard deviation; " if len(self.results) > 1 else ""
-        chosen = f"seed {self.best['seed']}, epoch {self.best['best_epoch']:g}, by {self.metric}"
-        return [*lines, f"({seeds}best on --dev: {chosen})", f"model: {self.out / 'hf'}"]
+
+    def in_words(self) -> dict[str, str]:
+        """Mean and standard deviation of each score."""
+        return {
+            name: f"{mean:.4f}" + (f" ± {spread:.4f}" if spread is not None else "")
+            for name, (mean, spread) in self.means().items()
+        }
+
+    def chosen(self) -> str:
+        """Which model is the best one."""
+        return f"best by {self.metric}: seed {self.best['seed']}, epoch {self.best['best_epoch']:g}"
 
 
 def finetune(settings: FinetuneSettings, stop: StopSignal, resume_command: str) -> Outcome:
@@ -162,6 +176,7 @@ def _prepare(settings: FinetuneSettings, machine: Any, folder: EncoderFolder) ->
         tokenizer=copied_tokenizer(folder.directory, tokenizer.seqlen),
         train=Examples(encode_rows(tokenizer, train), train_labels),
         dev=Examples(encode_rows(tokenizer, dev), dev_labels),
+        dev_rows=dev,
         class_weights=weights,
         metric=metric,
     )
@@ -260,16 +275,29 @@ def _write_manifest(settings: FinetuneSettings, identity: dict[str, Any], comman
 
 
 def _conclude(job: Job, results: list[dict[str, Any]]) -> Outcome:
-    """Copies the best seed's model to hf/ and writes report.json."""
+    """Copies the best seed's model to hf/ and writes the report about it."""
     out = job.settings.out
     best = max(results, key=lambda result: goodness(job.metric, result["scores"]))
     _link_folder(out / f"seed-{best['seed']}" / "hf", out / "hf")
     outcome = Outcome(out, job.metric, results, best)
+    folder = open_folder(out / "hf")
+    model = make_classifier(folder, job.labels, needs=("dense", "out"))[0].to(job.machine.device)
+    logits = predict_logits(model, job.dev.texts, job.machine)
+    predictions = Predictions(job.labels, job.dev_rows, job.dev.labels, logits)
+    settings = job.settings
+    title = f"{settings.model}: {settings.task}, {len(job.train.texts):,} training texts, {len(logits):,} dev texts"
+    tokens, seconds = sum(each["tokens"] for each in results), sum(each["seconds"] for each in results)
+    facts = f"{tokens:,} tokens in {seconds:,.0f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s, evaluations included"
+    figures = [[f"seed {each['seed']}", *each["scores"].values()] for each in results]
+    if len(results) > 1:
+        figures.append(["mean ± standard deviation", *outcome.in_words().values()])
+    write_report(out, title, [f"{outcome.chosen()}.", facts], (["", *best["scores"]], figures), predictions)
     content = {
         "metric": job.metric,
         "best_seed": best["seed"],
         "scores": {name: {"mean": mean, "stdev": spread} for name, (mean, spread) in outcome.means().items()},
         "seeds": results,
+        "classes": predictions.per_class(),
     }
     with replace_file(out / "report.json") as partial:
         partial.write_text(strict_json(content, indent=1) + "\n", encoding="utf-8")

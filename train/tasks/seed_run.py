@@ -34,6 +34,7 @@ from .classifier import make_classifier, predict_logits
 from .examples import EpochBatches, Examples
 from .labels import Labels
 from .models import Machine
+from .rows import Row
 from .scores import goodness, scores
 from .settings import FinetuneSettings
 
@@ -50,6 +51,7 @@ class Job:
     Attributes:
         folder: of the model to start from.
         tokenizer: files of `copied_tokenizer`.
+        dev_rows: the texts of ``dev``.
         class_weights: of the C classes, or None.
         metric: on ``dev``, chooses the best model.
     """
@@ -61,6 +63,7 @@ class Job:
     tokenizer: dict[str, bytes]
     train: Examples
     dev: Examples
+    dev_rows: list[Row]
     class_weights: list[float] | None
     metric: str
 

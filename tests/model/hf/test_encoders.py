@@ -11,6 +11,7 @@ from texts import text_batch
 from fusebert.model import BertConfig, BertForPreTraining
 from fusebert.model.heads import SentenceEncoder, SequenceClassifier
 from fusebert.model.hf.encoders import Loading, load_weights, open_encoder
+from fusebert.model.hf.save_classifier import save_classifier
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
@@ -158,7 +159,7 @@ PROBLEMS = {
 @pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("family", ["Bert", "Roberta", "Electra", "DistilBert"])
 def test_the_classification_head(family, problem, padded, tmp_path):
-    """Logits and the mean loss; empty segments count nothing, and their gradient is not NaN."""
+    """Logits, the mean loss, and the folder written from it; empty segments count nothing, and have no NaN gradient."""
     labels = PROBLEMS[problem]
     outputs = 1 if problem == "regression" else 3
     theirs = model(f"{family}ForSequenceClassification", num_labels=outputs, problem_type=problem)
@@ -179,6 +180,16 @@ def test_the_classification_head(family, problem, padded, tmp_path):
     torch.testing.assert_close(result.loss_sum / 4, expected.loss, rtol=1e-4, atol=1e-5)
     result.loss_sum.backward()
     assert all(p.grad.isfinite().all() for p in ours.parameters() if p.requires_grad)
+    save_classifier(ours, tmp_path / "saved", folder, [f"name {i}" for i in range(outputs)], {"vocab.txt": b"[PAD]"})
+    again, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "saved", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert (type(again), again.config.problem_type) == (type(theirs), problem)
+    assert again.config.id2label == {i: f"name {i}" for i in range(outputs)}
+    torch.testing.assert_close(again.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+    assert (tmp_path / "saved" / "vocab.txt").read_bytes() == b"[PAD]"
     if problem == "single_label_classification":
         assert int(result.correct) == int((expected.logits.argmax(-1) == labels).sum())
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -10,15 +11,21 @@ import numpy as np
 import pytest
 import torch
 from hf_families import DROPOUTS, TEXT
+from safetensors.torch import load_file
 
+from fusebert.model.config import BertConfig
+from fusebert.model.heads import SequenceClassifier
 from fusebert.model.hf.encoders import open_encoder
 from fusebert.train.run.signals import Interrupted, StopSignal
-from fusebert.train.step.optim import learning_rate, make_optimizer
+from fusebert.train.step.optim import learning_rate, make_optimizer, set_learning_rate
 from fusebert.train.step.step import TrainingStep
 from fusebert.train.tasks.classifier import make_classifier
 from fusebert.train.tasks.examples import EpochBatches, Examples
 from fusebert.train.tasks.finetune import finetune
+from fusebert.train.tasks.finetune_report import Predictions, write_report
 from fusebert.train.tasks.labels import Labels
+from fusebert.train.tasks.rows import Row
+from fusebert.train.tasks.scores import goodness, scores
 from fusebert.train.tasks.settings import FinetuneSettings
 from fusebert.train.tasks.tokens import EncodedText
 
@@ -56,8 +63,26 @@ def test_it_learns_and_reports_mean_and_spread(topics: Path) -> None:
     assert report["scores"]["accuracy"]["stdev"] == pytest.approx(np.std(found, ddof=1))
     best = topics / f"seed-{report['best_seed']}" / "hf" / "model.safetensors"
     assert best.read_bytes() == (topics / "hf" / "model.safetensors").read_bytes()
+    classes = {each["class"]: each["texts"] for each in report["classes"]}
+    labels = [line.split("\t")[1] for line in (topics.parent / "dev.tsv").read_text().splitlines()[1:]]
+    assert classes == {name: labels.count(name) for name in ("fox", "hare", "owl")}
     kinds = {record["kind"] for record in predictions(topics / "seed-0" / "log.jsonl")}
     assert kinds == {"run", "finetune", "dev"}
+
+
+def test_the_page_shows_plots_and_texts_and_runs_none_of_them(tmp_path: Path) -> None:
+    rows = [Row(str(i), text) for i, text in enumerate(["<script>right()</script>", "a & wrong"])]
+    labels = Labels("single_label_classification", ("<yes>", "no"))
+    logits = np.array([[9.0, 0.0], [5.0, 1.0]], dtype=np.float32)
+    best = Predictions(labels, rows, torch.tensor([0, 1]), logits)
+    write_report(tmp_path, "a run", [], (["", "accuracy"], [["seed 0", 0.5]]), best)
+    page = (tmp_path / "report.html").read_text()
+    assert "<script>" not in page
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert "data:image/png;base64," in page
+    wrong, right = page.index("Wrong, most"), page.index("Right, least")
+    assert wrong < page.index("a &amp; wrong") < right < page.index("&lt;script&gt;right()")
+    assert "98%" in page[wrong:right]
 
 
 def test_predictions_are_transformers_in_the_order_of_the_texts(topics: Path, fusebert: Fusebert, tmp_path) -> None:
@@ -99,7 +124,7 @@ class StopAfter(StopSignal):
     def received(self, value: int | None) -> None: ...
 
 
-@pytest.mark.parametrize("steps", [4, 15, 20])  # of 15 in an epoch
+@pytest.mark.parametrize("steps", [4, 15])  # of 15 in an epoch
 def test_a_continued_run_has_the_same_bits(topics: Path, place: Path, steps: int) -> None:
     settings = FinetuneSettings(
         model=place / "model",
@@ -228,3 +253,85 @@ def test_mistakes_are_one_line(name: str, fusebert: Fusebert, mistakes: None, ca
     assert fusebert("finetune", *given, *words) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert expected in line
+
+
+def test_frozen_layers_keep_their_weights_and_no_others(place: Path, fusebert: Fusebert, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = ["--freeze-layers", "1", "--layer-decay", "0.5", "--class-weights", "balanced", "--epochs", "1"]
+    assert fusebert("finetune", "--model", "model", "--out", out, *CLASSIFY, *words) == 0
+    before, after = (load_file(folder / "model.safetensors") for folder in (place / "model", out / "hf"))
+    same = {name for name in after if name in before and torch.equal(before[name], after[name])}
+    frozen = {name for name in after if "embeddings" in name or "layer.0." in name}
+    assert same == frozen
+
+
+def test_each_layer_learns_at_its_rate() -> None:
+    model, rates = SequenceClassifier(BertConfig.preset("tiny", 50), 2), {}
+    optimizer = make_optimizer(model, 1.0, 0.01, layer_decay=0.5)
+    set_learning_rate(optimizer, 0.8)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            rates[names[parameter]] = group["lr"]
+            assert group["weight_decay"] == (0.01 if parameter.ndim > 1 else 0.0)
+    assert rates.keys() == set(names.values())
+    parts = {"out.": 0.8, "dense.": 0.8, "encoder.layers.1": 0.4, "encoder.layers.0": 0.2, "encoder.embeddings": 0.1}
+    for name, rate in rates.items():
+        (expected,) = [each for part, each in parts.items() if name.startswith(part)]
+        assert rate == pytest.approx(expected), name
+
+
+LABELLED = [Row(f"a.tsv:{i}", "", label=label) for i, label in enumerate(["10", 9, "b;10", 9.0], 1)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "task", "separator", "names", "encoded"),
+    [
+        ([0, 1, 3], "classify", None, ("9", "10"), [1, 0, 0]),
+        ([0, 2], "classify", None, ("10", "b;10"), [0, 1]),
+        ([0, 1, 2], "classify", ";", ("10", "9", "b"), [[1, 0, 0], [0, 1, 0], [1, 0, 1]]),
+        ([0, 1, 3], "regress", None, ("LABEL_0",), [10.0, 9.0, 9.0]),
+    ],
+)
+def test_labels(rows, task, separator, names, encoded) -> None:
+    given = [LABELLED[i] for i in rows]
+    labels = Labels.of(given, task, separator)
+    assert labels.names == names
+    assert labels.encode(given).tolist() == encoded
+
+
+def test_a_fine_tuned_model_keeps_its_classes() -> None:
+    rows = LABELLED[:2]
+    assert Labels.of(rows, "classify", None, known=["x", "10", "9"]).names == ("x", "10", "9")
+    assert Labels.of(rows, "classify", None, known=["x", "10"]).names == ("9", "10")
+
+
+def test_scores_are_those_of_the_definitions() -> None:
+    single = Labels("single_label_classification", ("a", "b"))
+    logits = np.array([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0], [0.0, 1.0]], dtype=np.float32)
+    found = scores(single, logits, torch.tensor([0, 1, 1, 1]))  # tp 2, tn 1, fn 1, fp 0
+    assert found["accuracy"] == 0.75
+    assert found["mcc"] == pytest.approx(2 / math.sqrt(12))
+    assert found["macro_f1"] == pytest.approx((2 / 3 + 4 / 5) / 2)
+    several = Labels("multi_label_classification", ("a", "b"))
+    multi = scores(several, logits - 0.5, torch.tensor([[1.0, 0], [0, 1], [1, 1], [0, 0]]))
+    assert multi["micro_f1"] == pytest.approx(2 * 3 / (2 * 3 + 1 + 1))
+    assert multi["accuracy"] == 0.5
+    regression = Labels("regression", ("LABEL_0",))
+    number = scores(regression, logits[:, :1], torch.tensor([4.0, 0.5, 6.0, 0.0]))
+    assert number["pearson"] == pytest.approx(np.corrcoef([2, 0, 3, 0], [4, 0.5, 6, 0])[0, 1])
+    assert number["rmse"] == pytest.approx(math.sqrt((4 + 0.25 + 9) / 4))
+    constant = scores(regression, np.ones((3, 1), dtype=np.float32), torch.tensor([1.0, 2.0, 3.0]))
+    assert math.isnan(constant["pearson"])
+    assert goodness("pearson", constant) < goodness("pearson", number)
+    assert goodness("loss", {"loss": 0.1}) > goodness("loss", {"loss": 0.2})
+    assert goodness("accuracy", {"accuracy": 1.0, "loss": 0.1}) > goodness("accuracy", {"accuracy": 1.0, "loss": 0.2})
+
+
+def test_patience_ends_a_run_that_does_not_improve(fusebert: Fusebert, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = ["--patience", "1", "--epochs", "9", "--metric", "accuracy", "--lr", "1e-15", "--freeze-layers", "2"]
+    assert fusebert("finetune", "--model", "model", "--out", out, *CLASSIFY, *words) == 0
+    result = json.loads((out / "seed-0" / "result.json").read_text())
+    assert result["best_step"] == 15
+    assert result["steps"] == 30
