@@ -118,14 +118,22 @@ def _pretrain(settings: PretrainSettings) -> None:
     from .run.signals import Interrupted, StopSignal
 
     # A signal during these imports ends the process without a traceback.
-    with StopSignal(silent=_launched_by_torchrun()):
+    with StopSignal(silent=_in_a_job()):
+        from .run.local_ranks import start_ranks
         from .run.manifest import compare
+        from .run.plan import with_processes
         from .run.pretrain import pretrain
         from .step.distributed import first_to_fail
 
     typed = [word for word in sys.argv[1:] if word != "--resume"]
+    resume_command = shlex.join([*_launcher(), *typed, "--resume"])
+    settings = with_processes(settings)
+    if settings.processes is not None and settings.processes > 1 and not _in_a_job():
+        status = start_ranks(settings.processes)
+        if status is not None:
+            raise typer.Exit(status)
     try:
-        report = pretrain(settings, resume_command=shlex.join([*_launcher(), *typed, "--resume"]))
+        report = pretrain(settings, resume_command)
     except Interrupted as stopped:
         if first_to_fail():
             print(f"fusebert: {stopped}", file=sys.stderr)
@@ -187,14 +195,15 @@ _add_registered_commands()
 
 def _launcher() -> list[str]:
     """The words that start ``fusebert`` again in the same way; "..." stands for torchrun's options about machines."""
-    if not _launched_by_torchrun():
+    if not _in_a_job():
         return ["fusebert"]
     words = ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}", "-m", "fusebert.train"]
     machines = int(os.environ["GROUP_WORLD_SIZE"])
     return words if machines == 1 else [words[0], f"--nnodes={machines}", "...", *words[1:]]
 
 
-def _launched_by_torchrun() -> bool:
+def _in_a_job() -> bool:
+    """Whether this is one of several processes, started by torchrun or by `local_ranks.start_ranks`."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
@@ -217,7 +226,7 @@ def main() -> None:
     except Exception as error:
         # A usage error. typer's class for it is not public and differs between versions.
         if not hasattr(error, "format_message"):
-            if _launched_by_torchrun():
+            if _in_a_job():
                 _exit_unless_first()
             raise
         _fail(f"{error.format_message()} (fusebert --help lists commands and options)", getattr(error, "exit_code", 2))
@@ -225,7 +234,7 @@ def main() -> None:
 
 
 def _fail(message: str, status: int) -> None:
-    if _launched_by_torchrun():
+    if _in_a_job():
         _exit_unless_first()
         message = f"rank {os.environ['RANK']}: {message}" if os.environ["RANK"] != "0" else message
     print(f"fusebert: error: {' '.join(message.split())}", file=sys.stderr)

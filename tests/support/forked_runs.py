@@ -3,11 +3,14 @@
     python forked_runs.py JOBS.json RESULTS.json
 
 PyTorch is imported once, in this process, which computes nothing itself, so that a fork is safe. A job is {"words":
-command line, "signal": number, "at": name of a point or seconds, "twice": bool}.
+command line, "signal": number, "at": name of a point or seconds, "twice": bool, "to": "group" (as a terminal does),
+"parent" of the training processes, "all" (as Slurm does) or "rank 1"}.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -18,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+PR_SET_CHILD_SUBREAPER = 36
 SECONDS = 60.0  # generous, because a busy machine is ten times slower
 
 
@@ -77,21 +81,39 @@ def _child(job: dict[str, Any], output: Path) -> None:
     os.dup2(handle, 2)
     from fusebert.train import cli
 
-    def send() -> None:
-        (output.parent / "sent").write_text("")
-        for _ in range(2 if job.get("twice") else 1):
-            os.killpg(0, job["signal"])  # as a terminal or Slurm does: the workers receive it too
+    parent = os.getpid()
 
-    if isinstance(job["at"], str):
+    def send() -> None:
+        to = job.get("to", "group")
+        if os.environ.get("RANK", "0") != ("1" if to == "rank 1" else "0"):
+            return
+        (output.parent / "sent").write_text("")
+        for number in range(2 if job.get("twice") else 1):
+            if number and to != "group":
+                time.sleep(0.2)  # a second signal of a kind is lost while the first one waits for its process
+            if to == "group":
+                os.killpg(os.getpgid(parent), job["signal"])  # the loader workers receive it too
+            else:
+                own = [] if to == "parent" else [os.getpid()] if to == "rank 1" else _children(parent)
+                for process in [*own, *([] if to == "rank 1" else [parent])]:
+                    os.kill(process, job["signal"])
+
+    if isinstance(job["at"], str) and job["at"] != "never":
         name, _, number = job["at"].partition("/")
         _hook(name, int(number or 1), send)
     sys.argv = ["fusebert", *job["words"]]
     cli.main()
 
 
-def _session(leader: int) -> list[str]:
-    """The living processes that ``leader`` started."""
-    return subprocess.run(["ps", "-o", "pid=", "-s", str(leader)], capture_output=True, text=True).stdout.split()
+def _children(parent: int) -> list[int]:
+    """The living children of ``parent``."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, ppid = path.read_text().rpartition(")")[2].split()[:2]
+            if int(ppid) == parent and state != "Z":
+                found.append(int(path.parent.name))
+    return found
 
 
 def _run(job: dict[str, Any], place: Path) -> dict[str, Any]:
@@ -126,12 +148,15 @@ def _run(job: dict[str, Any], place: Path) -> dict[str, Any]:
     if not found:
         os.killpg(process, signal.SIGKILL)
         _, status = os.waitpid(process, 0)
-    left = _session(process)
+    left = _children(os.getpid())  # orphans come to this process
     while left and time.monotonic() < ended + 20.0:
         time.sleep(0.05)
-        left = _session(process)
+        left = _children(os.getpid())
     for each in left:
-        os.kill(int(each), signal.SIGKILL)
+        os.kill(each, signal.SIGKILL)
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, 0 if left else os.WNOHANG)[0]:
+            pass
     return {
         "status": os.waitstatus_to_exitcode(status),
         "ended": bool(found),
@@ -149,6 +174,7 @@ def main() -> None:
 
     import fusebert.train.run.pretrain  # noqa: F401
 
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     _points()
     jobs, results = (Path(word) for word in sys.argv[1:])
     made = [_run(job, jobs.parent) for job in json.loads(jobs.read_text())]

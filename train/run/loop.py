@@ -155,7 +155,7 @@ def train(run: Run, stop: StopSignal) -> None:
             counts = supply.fetch()
             if supply.failed:
                 supply.fail(f"; solve the problem, then start with: {run.resume_command}" if run.log_error else "")
-        stop.armed = True
+        stop.arm()
         while not done:
             lr = learning_rate(plan.lr, schedule.progress(), settings.warmup, settings.schedule)
             numbers = range(state.batches + ranks.rank, state.batches + micro_batches, ranks.world_size)

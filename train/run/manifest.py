@@ -121,7 +121,7 @@ def options_to_repeat(run: Path) -> dict[str, Any]:
                 f"--{changed[0].replace('_', '-')}"
             )
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks != content["ranks"]:
+    if ranks != content["ranks"] != content["settings"].get("processes"):
         raise UserError(f"{run} had {content['ranks']} training processes, not {ranks}: start that many with torchrun")
     options = {name: value for name, value in content["settings"].items() if value is not None}
     beside = Path(os.path.abspath(run))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
+import sys
 
 import torch
+import torch.distributed as dist
 
 from ...model.config import PRESETS, BertConfig
 from ..errors import UserError
@@ -21,6 +24,8 @@ DEVICES = ("auto", "cpu", "cuda")
 LEARNING_RATES = {"tiny": 2e-3, "mini": 1e-3, "small": 5e-4, "base": 1e-4, "large": 1e-4}
 CPU_MODEL, GPU_MODEL = "tiny", "base"
 CPU_TOKENS_PER_BATCH = 2048  # a larger batch is hardly faster on a CPU
+# Measured on 2 cores: see docs/scale-out.md.
+WIDEST_FOR_PROCESSES, SEGMENTS_PER_PROCESS = 512, 4
 GPU_TOKENS_PER_BATCH = 65536  # at most; fewer if the memory is small
 GPU_BATCH_TOKENS = 131072  # BERT's 256 sequences of 512 tokens
 # Larger values are mistakes, and would fill the memory or start that many threads.
@@ -30,6 +35,7 @@ LARGEST = {
     "batch_tokens": 1 << 28,
     "workers": 256,
     "threads": 512,
+    "processes": 512,
     "seed": (1 << 64) - 1,  # of torch's generators
 }
 LARGEST_INTEGER = 1 << 62  # of the others
@@ -77,6 +83,11 @@ def resolve(settings: PretrainSettings, ranks: Ranks | None = None) -> Plan:
     """
     _check(settings)
     ranks = ranks or Ranks()
+    if settings.processes not in (None, ranks.world_size):
+        raise UserError(
+            f"--processes {settings.processes}, but there are {ranks.world_size}: only the command `fusebert pretrain` "
+            "starts them; under torchrun give --nproc-per-node"
+        )
     device = choose_device(settings.device, ranks)
     on_gpu = device.type == "cuda"
     model = settings.model if settings.model != "auto" else GPU_MODEL if on_gpu else CPU_MODEL
@@ -86,7 +97,8 @@ def resolve(settings: PretrainSettings, ranks: Ranks | None = None) -> Plan:
     tokens = settings.tokens_per_batch
     if tokens is None:
         tokens = _gpu_tokens(model, compute_dtype, device) if on_gpu else CPU_TOKENS_PER_BATCH
-        wanted = settings.batch_tokens or (GPU_BATCH_TOKENS if on_gpu else tokens * ranks.world_size)
+        cpu_tokens = tokens if settings.processes else tokens * ranks.world_size
+        wanted = settings.batch_tokens or (GPU_BATCH_TOKENS if on_gpu else cpu_tokens)
         tokens = max(min(tokens, wanted // ranks.world_size // 8 * 8), -(-settings.seqlen // 8) * 8)
     if tokens < settings.seqlen:
         raise UserError(
@@ -121,6 +133,50 @@ def resolve(settings: PretrainSettings, ranks: Ranks | None = None) -> Plan:
     )
 
 
+def with_processes(settings: PretrainSettings) -> PretrainSettings:
+    """``settings`` with the number of training processes on this CPU, and the threads of each.
+
+    As they are on GPUs and under torchrun, which starts the processes there. Does not start threads.
+
+    Raises:
+        UserError: the value of an option is not allowed.
+    """
+    _check(settings)
+    if dist.is_torchelastic_launched() or choose_device(settings.device, Ranks()).type == "cuda":
+        return settings
+    if settings.processes is None and settings.threads is not None:
+        return dataclasses.replace(settings, processes=1)
+    if sys.platform != "linux":
+        return settings
+    cores = torch.get_num_threads()
+    count = settings.processes or _processes_that_pay(settings, cores)
+    return dataclasses.replace(settings, processes=count, threads=settings.threads or max(1, cores // count))
+
+
+def _processes_that_pay(settings: PretrainSettings, cores: int) -> int:
+    """As many as share a step evenly, each with SEGMENTS_PER_PROCESS or more; 1 for wide models."""
+    tokens = settings.tokens_per_batch
+    batch = settings.batch_tokens or tokens or CPU_TOKENS_PER_BATCH
+    if _hidden_size(settings) > WIDEST_FOR_PROCESSES:
+        return 1
+
+    def suits(count: int) -> bool:
+        if tokens is not None:
+            return batch % (tokens * count) == 0
+        return batch % (8 * count) == 0 and batch // count >= SEGMENTS_PER_PROCESS * settings.seqlen
+
+    return max((count for count in range(1, cores + 1) if suits(count)), default=1)
+
+
+def _hidden_size(settings: PretrainSettings) -> int:
+    if settings.init_from is None:
+        return PRESETS[CPU_MODEL if settings.model == "auto" else settings.model][1]
+    try:
+        return int(json.loads((settings.init_from / "config.json").read_text(encoding="utf-8"))["hidden_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0  # `from_hf` will say what is wrong with it
+
+
 def _check(settings: PretrainSettings) -> None:
     if settings.model not in ("auto", *PRESETS):
         raise UserError(f"--model {settings.model!r} is not known: choose one of auto, {', '.join(PRESETS)}")
@@ -137,7 +193,7 @@ def _check(settings: PretrainSettings) -> None:
             advice = ": give --batch-tokens for a larger step" if field.name == "tokens_per_batch" else ""
             raise UserError(f"{_option(field.name)} must be at most {most}; got {value}{advice}")
     positive = ("steps", "minutes", "seqlen", "tokens_per_batch", "batch_tokens", "lr", "clip", "muon_scale")
-    for name in (*positive, "eval_every", "save_every", "log_every", "threads"):
+    for name in (*positive, "eval_every", "save_every", "log_every", "threads", "processes"):
         value = getattr(settings, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"{_option(name)} must be positive; got {value}")

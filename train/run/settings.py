@@ -101,7 +101,7 @@ class PretrainSettings:
         int | None,
         Option(
             "Tokens of a micro-batch, packed without padding: as many as fit in memory. "
-            "Default: 2048 on a CPU, up to 65536 on a GPU.",
+            "Default: 2048 on a CPU, shared by --processes; up to 65536 on a GPU.",
             BATCH,
         ),
     ] = None
@@ -109,7 +109,7 @@ class PretrainSettings:
         int | None,
         Option(
             "Tokens of an optimisation step, over all processes: gradients accumulate over micro-batches. "
-            "Default: one micro-batch for each process on CPUs, 131072 on GPUs.",
+            "Default: 2048 on CPUs (under torchrun one micro-batch for each process), 131072 on GPUs.",
             BATCH,
         ),
     ] = None
@@ -220,4 +220,16 @@ class PretrainSettings:
             MACHINE,
         ),
     ] = "ddp"
-    threads: Annotated[int | None, Option("Threads of PyTorch on a CPU. Default: PyTorch's choice.", MACHINE)] = None
+    processes: Annotated[
+        int | None,
+        Option(
+            "Training processes on a CPU, which share the micro-batches of a step. Default: one a core for models up "
+            "to 512 wide, as long as each has four segments of --seqlen; 1 with --threads. On GPUs torchrun starts "
+            "them.",
+            MACHINE,
+        ),
+    ] = None
+    threads: Annotated[
+        int | None,
+        Option("Threads of PyTorch on a CPU, in each process. Default: the cores, shared by the processes.", MACHINE),
+    ] = None

@@ -90,7 +90,8 @@ class Run:
     def device_words(self) -> str:
         """The devices of all ranks, in words."""
         device = self.plan.device
-        name = f"CPU ({torch.get_num_threads()} threads)"
+        threads = torch.get_num_threads()
+        name = f"CPU ({threads} thread{'s' if threads > 1 else ''})"
         if device.type == "cuda":
             name = torch.cuda.get_device_name(device)
         return name if self.ranks.alone else f"{self.ranks.world_size} × {name}, {self.settings.parallel.upper()}"

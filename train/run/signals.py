@@ -7,6 +7,7 @@ them has done what it was told, so its exit status is 0. After Ctrl-C (SIGINT) i
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import signal
 import sys
@@ -15,6 +16,13 @@ from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+LOCAL_RUN_ID = "fusebert"  # torchrun's variable TORCHELASTIC_RUN_ID in the processes of `local_ranks`
+armed_flag = mmap.mmap(-1, 1)  # shared with forked processes: 1 if `StopSignal.arm` was called in one of them
+
+
+def is_local_rank() -> bool:
+    """Whether `local_ranks.start_ranks` started this process."""
+    return os.environ.get("TORCHELASTIC_RUN_ID") == LOCAL_RUN_ID
 
 
 def exit_status(interrupted: bool) -> int:
@@ -53,6 +61,9 @@ class StopSignal:
     and the second has its default effect, at once. The handler never raises: an exception between any two instructions
     could be lost, or leave half-started workers behind.
 
+    The processes of `local_ranks` have a parent that passes one signal on, to rank 0, when it is armed; the others it
+    handles itself. So only that one counts: a batch system may send each signal to all processes.
+
     Args:
         silent: print no message. For the processes of a torchrun job, which first have to agree to stop.
 
@@ -62,7 +73,9 @@ class StopSignal:
     """
 
     def __init__(self, silent: bool = False) -> None:
-        self.silent = silent
+        self._has_parent = is_local_rank()
+        self._deaf = self._has_parent and os.environ["RANK"] != "0"
+        self.silent = silent and not self._has_parent
         self.received: int | None = None
         self.armed = False
         self._pid = os.getpid()
@@ -83,10 +96,19 @@ class StopSignal:
         """Two numbers to sum over the ranks: whether SIGINT came to this one, whether another signal came."""
         return [float(self.received == signal.SIGINT), float(self.received not in (None, signal.SIGINT))]
 
+    def arm(self) -> None:
+        """From now on there is something to save."""
+        self.armed = True
+        armed_flag[0] = 1
+
     def _note(self, number: int, frame: FrameType | None) -> None:
-        for each in self._previous:
-            signal.signal(each, signal.SIG_DFL)
-        if os.getpid() != self._pid:  # a worker process inherited this handler: end it
+        in_worker = os.getpid() != self._pid  # a worker process inherited this handler: end it
+        if self._has_parent and not in_worker and (self._deaf or not self.armed or self.received is not None):
+            return
+        if in_worker or not self._has_parent:
+            for each in self._previous:
+                signal.signal(each, signal.SIG_DFL)
+        if in_worker:
             os.kill(os.getpid(), number)
         # os.write, because print is not reentrant.
         if not self.armed:

@@ -121,5 +121,5 @@ class LostPeer(UserError):
     def __init__(self) -> None:
         super().__init__(
             "another process of the job has ended without an error message, perhaps killed or out of memory; the job "
-            "cannot continue without it. torchrun's summary names the process; start again with --resume"
+            "cannot continue without it: start again with --resume"
         )
