@@ -19,8 +19,9 @@ TRAIN = [
     "safetensors>=0.4.3",
     # WordPiece training and encoding in Rust, and tokenizer.json, which all Hugging Face tools read.
     "tokenizers>=0.20",
-    # The command line from type hints, and the progress bar.
+    # The command line from type hints, tables in the terminal, and the progress bar.
     "typer>=0.12",
+    "rich>=13",
     "tqdm>=4.66",
     # Sentence boundaries at 12-21 MB/s a core; pure-Python splitters reach 0.1-0.4 MB/s. Its Linux wheels are x86-64.
     "blingfire>=0.1.8; platform_machine == 'x86_64' or platform_machine == 'AMD64'",
@@ -42,8 +43,7 @@ BENCH = [
     *TRAIN,
     *TRANSFORMERS,
     *PLOT,
-    # Tables in the terminal, and the HTML report's template.
-    "rich>=13",
+    # The HTML report's template.
     "jinja2>=3.1",
     "pytest>=8",
     "pytest-benchmark>=4",

@@ -7,6 +7,7 @@ where ``app`` is a `typer.Typer`. ``fusebert bench`` is one. Heavy modules are i
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import shlex
 import signal
@@ -69,6 +70,7 @@ def _prepare(settings: PrepareSettings) -> None:
         zcat books.gz | fusebert prepare - --out data/books --tokenizer bert-base-uncased/tokenizer.json
     """
     from .corpus.prepare import prepare
+    from .corpus.report import as_json, print_report
 
     started = time.perf_counter()
     with exit_on_sigterm(), warnings.catch_warnings(record=True) as caught:
@@ -76,15 +78,11 @@ def _prepare(settings: PrepareSettings) -> None:
         made = prepare(settings, show_progress=True)
     for warning in caught:
         typer.echo(f"fusebert: warning: {warning.message}", err=True)
-    for name in ("train", "heldout"):
-        split = made.split(name)
-        typer.echo(
-            f"{name:8} {split.num_documents:>12,} documents {split.num_sentences:>14,} sentences "
-            f"{split.num_tokens:>16,} tokens"
-        )
-    typer.echo(f"vocabulary of {made.vocab_size:,} tokens; unigram entropy {made.unigram_entropy:.3f} nats a token")
-    typer.echo(f"corpus in {settings.out}, made in {time.perf_counter() - started:.0f} s")
-    typer.echo(f"next: fusebert pretrain --data {settings.out}")
+    seconds = time.perf_counter() - started
+    if settings.json:
+        typer.echo(json.dumps(as_json(made, seconds), indent=1))
+    else:
+        print_report(made, seconds)
 
 
 app.command("prepare")(command(PrepareSettings, _prepare))

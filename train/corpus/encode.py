@@ -5,6 +5,7 @@ Workers import this module and not the writer, which would load PyTorch in each 
 
 from __future__ import annotations
 
+import collections
 import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,56 +14,71 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ..text.sentences import Splitter, sentence_splitter
-from ..text.tokenizer import encoder
+from ..text.special_tokens import UNKNOWN
+from ..text.tokenizer import encoder, words_too_long
 from .format import SPLITS, token_dtype
-from .survey import document_hashes, normalise_spaces
 
 
 class Block(NamedTuple):
-    """Documents of one split: the arguments of `CorpusWriter.add_block`."""
+    """Documents of one split.
+
+    Attributes:
+        split, tokens, sentence_lengths, document_lengths: the arguments of `CorpusWriter.add_block`.
+        unknown: how often each character occurs in the sentences that have an [UNK].
+        long_words: words that are [UNK] for their length.
+    """
 
     split: str
     tokens: np.ndarray
     sentence_lengths: list[int]
     document_lengths: list[int]
+    unknown: dict[str, int]
+    long_words: int
 
 
 class _Encoding(NamedTuple):
     tokenizer: Tokenizer
     split_sentences: Splitter
-    heldout_below: int
-    seed: int
     dtype: np.dtype[Any]
+    unk: int
 
 
 _encoding: _Encoding  # set once per worker process
 
 
-def start_encoding(tokenizer_file: Path, sentences: str, heldout_below: int, seed: int, vocab_size: int) -> None:
+def start_encoding(tokenizer_file: Path, sentences: str, vocab_size: int) -> None:
     """Prepares this process for `encode_documents`.
 
     Args:
         tokenizer_file: the tokenizer.json to encode with.
         sentences: the sentence splitter's name.
-        heldout_below, seed: as in `survey_documents`.
         vocab_size: V, which decides the dtype of the tokens.
     """
     global _encoding
-    splitter = sentence_splitter(sentences)
-    _encoding = _Encoding(encoder(tokenizer_file), splitter, heldout_below, seed, token_dtype(vocab_size))
+    tokenizer = encoder(tokenizer_file)
+    _encoding = _Encoding(
+        tokenizer, sentence_splitter(sentences), token_dtype(vocab_size), tokenizer.get_vocab()[UNKNOWN]
+    )
 
 
-def encode_documents(documents: list[str]) -> list[Block]:
-    """The blocks of ``documents``, one for each split. Call `start_encoding` first."""
-    split_documents: dict[str, list[list[str]]] = {split: [] for split in SPLITS}
-    for document in documents:
-        side, _ = document_hashes(normalise_spaces(document), _encoding.seed)
-        split = "heldout" if side < _encoding.heldout_below else "train"
-        split_documents[split].append(_encoding.split_sentences(document))
+def encode_documents(documents: list[tuple[bool, str]]) -> list[Block]:
+    """The blocks of ``documents``, one for each split. Call `start_encoding` first.
+
+    Args:
+        documents: (whether it is held out, text) of each.
+    """
     blocks = []
-    for split, texts in split_documents.items():
+    for split in SPLITS:
+        texts = [_encoding.split_sentences(text) for heldout, text in documents if heldout == (split == "heldout")]
         sentences = list(itertools.chain.from_iterable(texts))
         ids = [e.ids for e in _encoding.tokenizer.encode_batch_fast(sentences, add_special_tokens=False)]
         tokens = np.fromiter(itertools.chain.from_iterable(ids), _encoding.dtype)
-        blocks.append(Block(split, tokens, list(map(len, ids)), list(map(len, texts))))
+        unknown: collections.Counter[str] = collections.Counter()
+        long_words = 0
+        if (tokens == _encoding.unk).any():
+            for sentence, pieces in zip(sentences, ids, strict=True):
+                if _encoding.unk in pieces:
+                    unknown.update(sentence)
+                    long_words += words_too_long(sentence, _encoding.tokenizer)
+        blocks.append(Block(split, tokens, list(map(len, ids)), list(map(len, texts)), dict(unknown), long_words))
     return blocks

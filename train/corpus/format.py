@@ -5,6 +5,7 @@
     DIR/{split}-{i:05d}.sentences.npy     int64 [n_sentences + 1]: token offset of each sentence, then the end
     DIR/{split}-{i:05d}.documents.npy     int64 [n_documents + 1]: sentence offset of each document, then the end
     DIR/manifest.json                     counts, sizes and sha256 of every file, the special ids, the unigram entropy,
+                                          how it was made (`source`), what it holds (`report`; not in older corpora),
                                           and the sha256 of all this (`manifest_sha256`; not in older corpora)
     DIR/verified.json                     files that were compared with their sha256 (`verify_files`), and when
 
@@ -97,6 +98,7 @@ def check_manifest(path: Path, manifest: Any) -> None:
     require(-1e-9 <= entropy <= math.log(vocab_size) + 1e-9, "unigram_entropy")
     require(isinstance(manifest.get("tokenizer"), dict) and is_sha256(manifest["tokenizer"].get("sha256")), "tokenizer")
     require(isinstance(manifest.get("source"), dict), "source")
+    require(isinstance(manifest.get("report", {}), dict), "report")
     special = manifest.get("special_tokens")
     require(isinstance(special, dict) and set(special) == set(SpecialTokens._fields), "special_tokens")
     require(all(is_integer(i, 0) for i in special.values()), "special_tokens")
@@ -135,4 +137,4 @@ def check_manifest(path: Path, manifest: Any) -> None:
         require(not unknown, f"unknown field {', '.join(map(repr, unknown))}")
 
 
-_FIELDS = ("version", "vocab_size", "tokenizer", "special_tokens", "unigram_entropy", "source", "splits")
+_FIELDS = ("version", "vocab_size", "tokenizer", "special_tokens", "unigram_entropy", "source", "report", "splits")

@@ -11,10 +11,11 @@ corpus. That copy and an unfinished corpus are removed however the run ends; tho
 from __future__ import annotations
 
 import contextlib
+import itertools
 import shutil
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..text import pydocs
-from ..text.characters import count_characters, needs_marks
+from ..text.characters import count_characters, needs_marks, scripts
 from ..text.readers import Progress, TextFile, find_files, read_documents
 from ..text.sentences import sentence_splitter
 from ..text.tokenizer import (
     LOST_TO_LENGTH,
     VOCAB_SIZE,
+    encoder,
     load_tokenizer,
     normalisation,
     share_in_long_words,
@@ -38,12 +40,15 @@ from ..text.workers import available_cores, ordered_map
 from .encode import encode_documents, start_encoding
 from .format import TOKENIZER
 from .reader import Corpus
+from .report import check_heldout, check_unknown, heldout_share
 from .settings import PrepareSettings
-from .survey import survey_documents
+from .survey import HELDOUT, LEFT_OUT, TRAIN, survey_documents
+from .tally import tallies
 from .work_folder import WorkFolder, remove_leftovers
 from .writer import CorpusWriter, check_destination
 
 SAMPLE_CHARS = 32 << 20  # enough for a vocabulary of 30,000; training on it takes ten seconds of a core
+_SCRIPT_CHARS = 1 << 20  # enough to name the scripts of the text
 BATCH_CHARS = 1 << 19  # of the documents that a worker encodes at once
 BATCH_DOCUMENTS = 1 << 13  # at most
 _SMALL_INPUT = 4 << 20  # bytes; below this, starting workers takes longer than the work
@@ -85,18 +90,21 @@ def prepare(settings: PrepareSettings, *, show_progress: bool = False) -> Corpus
         workers = settings.workers or (1 if text.total_bytes < _SMALL_INPUT else available_cores())
 
         with _bar("reading", text.total_bytes, show_progress) as bar:
-            sample_chars = SAMPLE_CHARS if tokenizer is None else 0
-            survey = survey_documents(text.documents(bar.update), settings.heldout, settings.seed, sample_chars)
-        if not survey.num_documents:
+            sample_chars = SAMPLE_CHARS if tokenizer is None else _SCRIPT_CHARS
+            survey = survey_documents(
+                text.documents(bar.update), settings.heldout, settings.seed, sample_chars, scratch
+            )
+        if not len(survey.places):
             raise UserError(f"there is no text in {' '.join(inputs) or settings.corpus}: give files that are not empty")
-        if survey.heldout_below is None:
+        if not (survey.places == HELDOUT).any():
             raise UserError(
                 "no document can be held out, because the text is a single one: a blank line ends a document in .txt, "
                 "a line end in .jsonl; give at least two different documents"
             )
 
+        characters = count_characters(survey.sample)
         if tokenizer is None:
-            tokenizer = _learn_tokenizer(survey.sample, settings, show_progress)
+            tokenizer = _learn_tokenizer(survey.sample, characters, settings, show_progress)
         tokenizer_file = scratch / TOKENIZER
         if settings.tokenizer is not None and settings.tokenizer.suffix == ".json":
             shutil.copyfile(settings.tokenizer, tokenizer_file)  # unchanged, so that its hash identifies it
@@ -115,17 +123,35 @@ def prepare(settings: PrepareSettings, *, show_progress: bool = False) -> Corpus
         }
         writer = stack.enter_context(CorpusWriter(out, tokenizer_file, overwrite=settings.overwrite))
         bar = stack.enter_context(_bar("encoding", text.total_bytes, show_progress))
+        # A text that became longer is found at the end of the file.
+        places = itertools.chain(survey.places, itertools.repeat(TRAIN))
         encoded = ordered_map(
             encode_documents,
-            _batches(text.documents(bar.update)),
+            _batches(zip(places, text.documents(bar.update), strict=False)),
             workers=workers,
             initializer=start_encoding,
-            initargs=(tokenizer_file, settings.sentences, survey.heldout_below, settings.seed, writer.vocab_size),
+            initargs=(tokenizer_file, settings.sentences, writer.vocab_size),
         )
+        counts = tallies(writer.special.unk)
         for blocks in stack.enter_context(contextlib.closing(encoded)):
             for block in blocks:
-                writer.add_block(*block)
-        return writer.finish(source)
+                writer.add_block(block.split, block.tokens, block.sentence_lengths, block.document_lengths)
+                counts[block.split].add(block)
+        made_with = encoder(tokenizer_file)
+        problems = check_unknown(
+            counts, made_with, characters if settings.tokenizer is None else None, settings.allow_unknown
+        )
+        problems += check_heldout(counts, settings.heldout)
+        for problem in problems:
+            warnings.warn(problem, stacklevel=2)
+        copies = {"train": survey.copies[TRAIN], "heldout": survey.copies[HELDOUT]}
+        report = {
+            "splits": {split: tally.describe(made_with, copies[split]) for split, tally in counts.items()},
+            "heldout_share": heldout_share(counts),
+            "scripts": scripts(characters),
+            "warnings": problems,
+        }
+        return writer.finish(source, report)
 
 
 class _Text:
@@ -186,11 +212,14 @@ def _copy_docstrings(
     return TextFile(path, "the docstrings"), found
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
+def _batches(documents: Iterable[tuple[int, str]]) -> Iterator[list[tuple[bool, str]]]:
+    """Tasks of `encode_documents`, of (place, text) of each document."""
+    batch: list[tuple[bool, str]] = []
     length = 0
-    for document in documents:
-        batch.append(document)
+    for place, document in documents:
+        if place == LEFT_OUT:
+            continue
+        batch.append((place == HELDOUT, document))
         length += len(document)
         if length >= BATCH_CHARS or len(batch) == BATCH_DOCUMENTS:
             yield batch
@@ -199,13 +228,15 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _learn_tokenizer(sample: list[str], settings: PrepareSettings, show_progress: bool) -> Tokenizer:
+def _learn_tokenizer(
+    sample: list[str], characters: Mapping[str, int], settings: PrepareSettings, show_progress: bool
+) -> Tokenizer:
     vocab_size, lowercase = settings.vocab_size or VOCAB_SIZE, settings.lowercase is not False
     if show_progress:
         print(f"learning a vocabulary of {vocab_size:,} pieces ...", file=sys.stderr, flush=True)
     strip = lowercase if settings.accents == "auto" else settings.accents == "strip"
     if settings.accents == "auto" and strip:
-        strip = not needs_marks(count_characters(sample))
+        strip = not needs_marks(characters)
     learned = train_tokenizer(
         sample,
         vocab_size,

@@ -102,8 +102,8 @@ class PrepareSettings:
     heldout: Annotated[
         float,
         Option(
-            "Fraction of the documents kept out of training, to measure on. At least 16 documents are, or a tenth "
-            "of them if that is fewer."
+            "Share of the text kept out of training, to measure on: whole documents, chosen by their content, so that "
+            "the copies of a document lie on one side."
         ),
     ] = 0.01
     workers: Annotated[
@@ -113,6 +113,11 @@ class PrepareSettings:
     overwrite: Annotated[
         bool, Option("Replace a corpus that is at --out, once the new one is complete.", flags="--overwrite")
     ] = False
+
+    allow_unknown: Annotated[
+        bool, Option("Write the corpus even if more than half of its tokens are \\[UNK].", flags="--allow-unknown")
+    ] = False
+    json: Annotated[bool, Option("Print what was made as JSON.", flags="--json")] = False
 
     def __post_init__(self) -> None:
         if self.corpus is not None and self.corpus not in CORPORA:

@@ -1,6 +1,6 @@
 """Folders beside a corpus that are in use while it is made, and the removal of those that killed processes left.
 
-    OUT.scratch-XXXXXXXX     the tokenizer, and copies of input that can be read only once
+    OUT.scratch-XXXXXXXX     the tokenizer, the table of the documents, and copies of input that can be read only once
     OUT.partial-XXXXXXXX     the new corpus, until it is complete
     OUT.replaced-XXXXXXXX    the old corpus, while the new one takes its name
 
@@ -22,7 +22,8 @@ from pathlib import Path
 
 from .format import is_corpus_file
 
-COPIES = ("stdin.txt", "pydocs.jsonl")  # of input, in a scratch folder
+DOCUMENTS = "documents.table"
+_SCRATCH_FILES = (DOCUMENTS, "stdin.txt", "pydocs.jsonl")
 
 
 class WorkFolder:
@@ -103,4 +104,4 @@ def remove_leftovers(place: Path) -> None:
 
 def _is_ours(name: str) -> bool:
     inner = re.fullmatch(r"\.(.+)\.partial-\d+", name)  # of `replace_file`
-    return is_corpus_file(inner[1] if inner else name) or name in COPIES
+    return is_corpus_file(inner[1] if inner else name) or name in _SCRATCH_FILES

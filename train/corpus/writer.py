@@ -163,11 +163,12 @@ class CorpusWriter:
         if max(pending.num_tokens, SENTENCE_COST * pending.num_sentences) >= self._shard_tokens:
             self._write_shard(split)
 
-    def finish(self, source: Mapping[str, Any]) -> Corpus:
+    def finish(self, source: Mapping[str, Any], report: Mapping[str, Any] | None = None) -> Corpus:
         """Writes the pending documents and the manifest, and moves the corpus to its destination.
 
         Args:
             source: a record of how the corpus was made; any JSON.
+            report: what the corpus holds, see `report`; any JSON.
 
         Raises:
             CorpusError: a split has no document.
@@ -186,6 +187,7 @@ class CorpusWriter:
             "special_tokens": self.special._asdict(),
             "unigram_entropy": -math.fsum(probability * np.log(probability)),
             "source": dict(source),
+            "report": dict(report or {}),
             "splits": {
                 split: {**{key: sum(shard[key] for shard in shards) for key in ARRAYS}, "shards": shards}
                 for split, shards in self._shards.items()

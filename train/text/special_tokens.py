@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 # Far above any in use (500,000), and small enough for tables with an entry for each token.
 MAX_VOCAB_SIZE = 1 << 22
-SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+UNKNOWN = "[UNK]"
+SPECIAL_TOKENS = ("[PAD]", UNKNOWN, "[CLS]", "[SEP]", "[MASK]")
 
 
 class SpecialTokens(NamedTuple):

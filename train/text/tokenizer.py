@@ -122,6 +122,27 @@ def share_in_long_words(texts: Iterable[str]) -> float:
     return lost / total if total else 0.0
 
 
+def words_too_long(text: str, tokenizer: Tokenizer) -> int:
+    """How many words of ``text`` are [UNK] because they have over 100 characters."""
+    count = 0
+    for run in _LONG_RUN.findall(text):
+        run = tokenizer.normalizer.normalize_str(run) if tokenizer.normalizer is not None else run
+        words = tokenizer.pre_tokenizer.pre_tokenize_str(run) if tokenizer.pre_tokenizer is not None else [(run, None)]
+        count += sum(len(word) > _LONGEST_WORD for word, _ in words)
+    return count
+
+
+def has_token(character: str, tokenizer: Tokenizer) -> bool:
+    """Whether a word with ``character`` can be made of tokens of a WordPiece vocabulary."""
+    text = tokenizer.normalizer.normalize_str(character) if tokenizer.normalizer is not None else character
+    prefix = tokenizer.model.continuing_subword_prefix
+    return all(
+        tokenizer.token_to_id(part) is not None or tokenizer.token_to_id(prefix + part) is not None
+        for part in text
+        if not part.isspace()
+    )
+
+
 _SET_APART = normalizers.BertNormalizer(lowercase=False, strip_accents=False)  # spaces around ideographs, nothing else
 
 

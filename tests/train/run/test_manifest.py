@@ -93,7 +93,9 @@ def test_another_corpus_or_other_weights_are_noticed(
     other = make_corpus(tmp_path, seed=1)
     words = ["pretrain", "--reproduce", out, "--data", other, "--out", tmp_path / "again"]
     assert call(monkeypatch, *words) == 2
-    assert "--data is not that run's" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--data, " in error or "--data is" in error
+    assert "is not that run's: give the corpus it was made from" in error
     assert not (tmp_path / "again").exists()
     copy = shutil.copytree(out, tmp_path / "copy")
     path = copy / "checkpoints" / "step-00000004" / "model.safetensors"
