@@ -16,6 +16,7 @@ import typer
 from ..train.errors import UserError
 from ..train.options import command
 from .measure.settings import (
+    FuseOptions,
     KernelsOptions,
     ParityOptions,
     RunOptions,
@@ -143,6 +144,27 @@ def train(options: TrainOptions) -> None:
     _fail_on_problems(run(resolve(options, on_gpu), device, show=show))
 
 
+def fuse(options: FuseOptions) -> None:
+    """A Hugging Face encoder fused with unpad=True, against the same encoder unfused (SDPA), eager and compiled.
+
+    For each number of sequences, longest length and share of padding:
+    forward in evaluation mode, and forward + backward in training mode.
+    "unfused / ours" above 1: the fused model is faster; with its 95 %
+    interval. Before it is timed, the fused model is compared with the
+    unfused one in float64. Ends with status 1 if it is not right.
+
+    \b
+      fusebert bench fuse
+      fusebert bench fuse --model models/mine --seqlens 128 --batches 32
+    """
+    from .report.terminal import show
+    from .steps.fuse import run
+
+    device = _device(options)
+    resolved = resolve(options, device.type == "cuda", tokens_on_cpu=4096)
+    _fail_on_problems(run(resolved, device, show=show))
+
+
 def parity(options: ParityOptions) -> None:
     """Train ours and Transformers' from the same weights on the same batches; compare loss curves and tokens/s.
 
@@ -192,6 +214,7 @@ def tune(options: TuneOptions) -> None:
 app.command("kernels")(command(KernelsOptions, kernels))
 app.command("step")(command(StepOptions, step))
 app.command("train")(command(TrainOptions, train))
+app.command("fuse")(command(FuseOptions, fuse))
 app.command("parity")(command(ParityOptions, parity))
 app.command("tune")(command(TuneOptions, tune))
 

@@ -4,6 +4,7 @@ command                      kind           dataclass
 fusebert bench kernels       kernels        KernelsResult
 fusebert bench step          step           StepResult
 fusebert bench train         train          TrainResult
+fusebert bench fuse          fuse           FuseResult
 fusebert bench parity        train_parity   ParityResult
 fusebert.bench.record        pretrain       PretrainResult
 fusebert.bench.aot           aot            AotResult       (the file does not name its kind)
@@ -25,7 +26,7 @@ from .ceilings import Ceilings, Drift
 from .correctness import Verdict
 from .machine import ClockSummary, Environment
 from .serialise import FLAT, OPTIONAL, REST, from_json, to_json
-from .settings import KernelsSettings, ParitySettings, StepSettings, TrainSettings
+from .settings import FuseSettings, KernelsSettings, ParitySettings, StepSettings, TrainSettings
 from .statistics import Ratio, Timing
 
 SCHEMA = 1  # raise it when a field changes its meaning
@@ -65,6 +66,15 @@ class StepTime:
     mfu: float
     micro_batches: int = 1
     peak_bytes: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class FuseTime:
+    """A model's time for a batch. ``tokens_per_s``: real tokens."""
+
+    timing: Timing
+    ratio_to_ours: Ratio | None
+    tokens_per_s: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +160,32 @@ class TrainContestant(ContestantResult):
     """``time``: None where it did not train."""
 
     time: TrainTime | None = field(default=None, metadata=FLAT)
+
+
+@dataclasses.dataclass(frozen=True)
+class FuseContestant(ContestantResult):
+    """``time``: None where it was not timed."""
+
+    time: FuseTime | None = field(default=None, metadata=FLAT)
+
+
+@dataclasses.dataclass(frozen=True)
+class FuseCase:
+    """One pass ("forward", "forward+backward") of a model over a batch [B, N], ours first.
+
+    Attributes:
+        filled: share of the B·N slots that are no padding.
+    """
+
+    pass_name: str = field(metadata={"key": "pass"})
+    batch: int
+    seqlen: int
+    filled: float
+    contestants: tuple[FuseContestant, ...]
+
+    @property
+    def words(self) -> str:
+        return f"B={self.batch} N={self.seqlen}, {100 * self.filled:.0f} % filled"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -413,6 +449,33 @@ class TrainResult(Result):
 
 
 @dataclasses.dataclass
+class FuseResult(Result):
+    """Of ``fusebert bench fuse``; it grows while the benchmark runs.
+
+    Attributes:
+        architecture: class, layers and width of the model.
+        fused: what `model.fuse` reported.
+        left_out: cases for which there was no time, or whose batch is larger than ``--tokens``.
+    """
+
+    kind = "fuse"
+    environment: Environment
+    settings: FuseSettings
+    architecture: str
+    fused: str
+    cases: list[FuseCase] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    seconds: float | None = field(default=None, metadata=OPTIONAL)
+    nvidia_smi_after: dict[str, str] | None = None
+
+    @property
+    def problems(self) -> list[str]:
+        return [
+            f"{case.words}, {case.pass_name}: {x.problem}" for case in self.cases for x in case.contestants if x.problem
+        ]
+
+
+@dataclasses.dataclass
 class ParityResult(Result):
     """Of ``fusebert bench parity``. ``runs``: ours first."""
 
@@ -466,6 +529,7 @@ class CampaignResult(Result):
 ALL_KINDS: tuple[type[Result], ...] = (
     AotResult,
     CampaignResult,
+    FuseResult,
     KernelsResult,
     ParityResult,
     PretrainResult,

@@ -105,6 +105,36 @@ class StepOptions(RunOptions, StepSettings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class FuseSettings:
+    """Of ``fusebert bench fuse``."""
+
+    model: Annotated[
+        str,
+        Option(
+            "minilm (the shape of all-MiniLM-L6-v2), tiny, mini, small, base, large, or the folder of an encoder in "
+            "Hugging Face's format."
+        ),
+    ] = "minilm"
+    seqlens: Annotated[str, Option("Longest sequence of a batch, several separated by commas.")] = "16,64,128,512"
+    batches: Annotated[str, Option("Sequences in a batch.")] = "1,8,64"
+    filled: Annotated[str, Option("Share of a batch that is no padding. A batch of 1 is always full.")] = "1,0.8,0.5"
+    tokens: Annotated[int, Option("Larger batches are left out. Default: 4096 on a CPU.", show_default=False)] = 0
+    dropout: Dropout = 0.1
+    compiled: Annotated[
+        bool,
+        Option("Also the unfused model under torch.compile (minutes to compile).", flags="--compile/--no-compile"),
+    ] = False
+    compute_dtype: TrainingDtype = "auto"
+    quick: Quick = False
+    minutes: Minutes = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FuseOptions(RunOptions, FuseSettings):
+    pass
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Train:
     data: Annotated[str, Option("A corpus that `fusebert prepare` made.", metavar="<path>")]
     minutes: Annotated[float, Option("Of training, all contestants together; compiling comes on top.", min=0.01)] = 3.0
@@ -178,7 +208,12 @@ def settings_of(kind: type[Settings], options: Any, **changes: Any) -> Settings:
 
 
 def resolve(
-    options: Settings, on_gpu: bool, *, dtypes: tuple[str, ...] | None = None, tokens_on_gpu: int = 65536
+    options: Settings,
+    on_gpu: bool,
+    *,
+    dtypes: tuple[str, ...] | None = None,
+    tokens_on_gpu: int = 65536,
+    tokens_on_cpu: int = 1024,
 ) -> Settings:
     """``options`` with the device's defaults, and with PyTorch's name of the dtype.
 
@@ -198,5 +233,5 @@ def resolve(
     if given.get("model") == "auto":
         found["model"] = "base" if on_gpu else "tiny"
     if given.get("tokens") == 0:
-        found["tokens"] = tokens_on_gpu if on_gpu else 1024
+        found["tokens"] = tokens_on_gpu if on_gpu else tokens_on_cpu
     return dataclasses.replace(options, **found)  # type: ignore[type-var]

@@ -13,6 +13,8 @@ from typing import Any, Generic, TypeVar
 from ..measure.case import BOUND, Missing
 from ..measure.result import (
     CompiledKernel,
+    FuseCase,
+    FuseContestant,
     KernelContestant,
     KernelTime,
     ParityRun,
@@ -26,7 +28,7 @@ from ..measure.statistics import Ratio
 from .blocks import Cell, Row, Table
 
 R = TypeVar("R")
-AnyContestant = KernelContestant | StepContestant | TrainContestant
+AnyContestant = FuseContestant | KernelContestant | StepContestant | TrainContestant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +185,25 @@ def parity_columns(steps: int) -> list[Column[tuple[str, ParityRun]]]:
         Column("run", lambda run: run[0], words=True),
         *(Column(f"loss at step {i + 1:,}", lambda run, i=i: run[1].losses[i], "{:.4f}") for i in shown),  # type: ignore[misc]
         Column("tokens/s", lambda run: run[1].tokens_per_s, "{:,.0f}"),
+    ]
+
+
+def fuse_columns(cases: Sequence[FuseCase]) -> list[Column[FuseCase]]:
+    """Of a fused model, a row a case: each peer's time over ours."""
+
+    def value(column: Column[Any], title: str, name: str) -> Column[FuseCase]:
+        def read(case: FuseCase) -> Any:
+            row = next((x for x in case.contestants if x.name == name), None)
+            return None if row is None else column.read(row) if row.time else status(row)
+
+        return dataclasses.replace(column, title=title, read=read)
+
+    ours, *peers = dict.fromkeys(x.name for case in cases for x in case.contestants)
+    return [
+        Column("batch", lambda case: case.words, words=True),
+        Column("pass", lambda case: case.pass_name, words=True),
+        *(value(RATIO, f"{name} / ours [95 %]", name) for name in peers),
+        value(TOKENS_PER_S, f"{ours}, real tokens/s", ours),
     ]
 
 

@@ -29,6 +29,7 @@ from ...train.errors import UserError
 from ..measure.case import PEER
 from ..measure.result import (
     AotResult,
+    FuseResult,
     KernelsResult,
     ParityResult,
     PretrainResult,
@@ -41,6 +42,7 @@ from .blocks import Table
 from .columns import RATIO, TOKENS_PER_S, Column, status, table
 from .render import markdown_table
 from .sections import (
+    fuse_table,
     kernels_summary,
     lengths_words,
     parity_drift,
@@ -176,8 +178,21 @@ def _aot(files: Files[AotResult]) -> list[str]:
     return _table(table(AOT, files))
 
 
+def _fuse(files: Files[FuseResult]) -> list[str]:
+    """A row a case."""
+    lines: list[str] = []
+    for path, result in files:
+        lines += [
+            *_paragraph(f"{result.architecture}, dropout {result.settings.dropout}."),
+            *_table(fuse_table(result)),
+        ]
+        lines += _linked([(path, result)])
+    return lines
+
+
 VIEWS: dict[str, tuple[type[Result], Callable[[Files[Any]], list[str]]]] = {  # view → (its files, what it writes)
     "step": (StepResult, _step),
+    "fuse": (FuseResult, _fuse),
     "kernels": (KernelsResult, _kernels),
     "pretrain": (PretrainResult, _pretrain),
     "parity": (ParityResult, _parity),

@@ -12,6 +12,7 @@ from ..measure.machine import Environment
 from ..measure.result import (
     AotResult,
     CampaignResult,
+    FuseResult,
     KernelsResult,
     ParityResult,
     PassResult,
@@ -38,6 +39,7 @@ from .columns import (
     Gap,
     NotRight,
     contestants_table,
+    fuse_columns,
     kernel_columns,
     milliseconds,
     parity_columns,
@@ -266,6 +268,29 @@ def _(result: TrainResult, figures: Sequence[Figure] = ()) -> Section:
     ]
     title = f"Training run beside Transformers, {settings.model}, {settings.compute_dtype}"
     return Section(f"{title}, {result.environment.device_name}", tuple(blocks))
+
+
+def fuse_table(result: FuseResult) -> Table:
+    """A row a case."""
+    cases = result.cases
+    return table(fuse_columns(cases), cases, bad=lambda case: any(x.verdict.is_bad for x in case.contestants))
+
+
+@section.register
+def _(result: FuseResult, figures: Sequence[Figure] = ()) -> Section:
+    settings = result.settings
+    blocks: list[Block] = [
+        Text(
+            f"{result.architecture}, dropout {settings.dropout}; {result.fused}. Forward in evaluation mode; forward + "
+            "backward in training mode, without an optimiser. Time over ours: above 1, the fused model is faster."
+        ),
+        *([fuse_table(result)] if result.cases else []),
+        *(text for case in result.cases for text in remarks(case.contestants)),
+        *([Text(f"Left out: {'; '.join(result.left_out)}.")] if result.left_out else []),
+        *figures,
+    ]
+    title = f"fuse, {settings.model}, {settings.compute_dtype}, {result.environment.device_name}"
+    return Section(title, tuple(blocks))
 
 
 @section.register

@@ -8,8 +8,9 @@ from typing import Any
 from ..measure.case import Missing
 from ..measure.ceilings import Ceilings
 from ..measure.machine import Environment
-from ..measure.result import KernelsResult, ParityResult, PassResult, StepResult, TrainResult
+from ..measure.result import FuseCase, FuseResult, KernelsResult, ParityResult, PassResult, StepResult, TrainResult
 from .blocks import Text
+from .columns import interval
 from .render import terminal
 from .sections import ceiling_texts, drift_text, kernels_gaps, kernels_summary, pass_section, section
 
@@ -47,6 +48,19 @@ def _(record: KernelsResult) -> None:
     terminal([Text(""), kernels_summary(record.results), *texts, *kernels_gaps(record)])
 
 
+@show.register
+def _(record: FuseCase) -> None:
+    ours, *peers = record.contestants
+    if ours.time is None:
+        print(f"{record.words}, {record.pass_name}: {ours.verdict.status}: {ours.verdict.detail}", flush=True)
+        return
+    ratios = ", ".join(
+        f"{x.name} / ours {interval(x.time.ratio_to_ours)}" for x in peers if x.time and x.time.ratio_to_ours
+    )
+    print(f"{record.words}, {record.pass_name}: {ours.time.tokens_per_s:,.0f} tokens/s, {ratios}", flush=True)
+
+
+@show.register(FuseResult)
 @show.register(StepResult)
 @show.register(TrainResult)
 @show.register(ParityResult)
