@@ -28,5 +28,5 @@ def test_kernels_alone():
 def test_pretrain_and_finetune(tmp_path):
     small = ("--steps", "2", "--max-bytes", "200KB", "--examples", "20", "--epochs", "1")
     said = run("pretrain_and_finetune.py", "--out", str(tmp_path), "--packages", "torch", "numpy", *small)
-    assert "30 docstrings to train on, 10 to judge by: torch or numpy?" in said
+    assert "40 docstrings to train on, 300 to judge by: torch, numpy?" in said
     assert len(re.findall(r"accuracy from .*: \d+\.\d%", said)) == 2
