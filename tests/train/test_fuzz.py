@@ -1,7 +1,9 @@
 """Readers of random and of damaged files: the content, or an error of one line that names the file."""
 
+import bz2
 import gzip
 import json
+import lzma
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,17 @@ from fusebert.train.batches.passages import Passages
 from fusebert.train.corpus.format import CorpusError, manifest_sha256
 from fusebert.train.corpus.reader import Corpus
 from fusebert.train.errors import UserError
-from fusebert.train.text.readers import SUFFIXES, TextFile, read_documents
+from fusebert.train.text.files import SUFFIXES, TextFile
+from fusebert.train.text.readers import read_documents
 from fusebert.train.text.tokenizer import load_tokenizer
 
-PACKERS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".zst": zstandard.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
 
 
 def read(path: Path) -> list[str] | None:

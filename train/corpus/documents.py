@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-_ROW = np.dtype([("split_hash", "<u8"), ("rank_hash", "<u8"), ("bytes", "<u4")])
+FIRST, COPY, COPY_OF_HELDOUT = range(3)  # what `DocumentTable.copies` says of a document
+_ROW = np.dtype([("split_hash", "<u8"), ("rank_hash", "<u8"), ("bytes", "<u4"), ("heldout", "u1")])
 _ROWS_AT_ONCE = 1 << 20
 _PENDING_BYTES = 1 << 20
 _PART_ROWS = 1 << 22  # documents whose hashes are sorted at once: about 200 MB
@@ -29,14 +30,15 @@ class DocumentTable:
         self._pending = bytearray()
         self._rows = np.empty(0, dtype=_ROW)
 
-    def add(self, digest: bytes, size: int) -> None:
+    def add(self, digest: bytes, size: int, heldout: bool) -> None:
         """Appends a document.
 
         Args:
             digest: 16 bytes: split hash, rank hash.
             size: bytes of its text, below 2³².
+            heldout: it is from a file of --heldout-files. These come first.
         """
-        self._pending += digest + size.to_bytes(4, "little")
+        self._pending += digest + size.to_bytes(4, "little") + bytes((heldout,))
         if len(self._pending) >= _PENDING_BYTES:
             self._file.write(self._pending)
             self._pending.clear()
@@ -53,30 +55,36 @@ class DocumentTable:
         return len(self._rows)
 
     def chunks(self) -> Iterator[tuple[slice, np.ndarray]]:
-        """(where, rows) of parts of the table, in order; rows have the fields split_hash, rank_hash and bytes."""
+        """(where, rows) of parts of the table, in order. The fields of rows: split_hash, rank_hash, bytes, heldout."""
         for start in range(0, len(self._rows), _ROWS_AT_ONCE):
             where = slice(start, start + _ROWS_AT_ONCE)
             yield where, np.asarray(self._rows[where])
 
+    def heldout(self) -> np.ndarray:
+        """bool [documents]: whether it is from a file that is held out."""
+        return self._rows["heldout"] == 1
+
     def copies(self, part_rows: int = _PART_ROWS) -> np.ndarray:
-        """bool [documents]: whether an earlier document has the same text (the same 128 bits of hash).
+        """uint8 [documents]: `FIRST`, or whether an earlier document has the same text (the same 128 bits of hash):
+        `COPY`, or `COPY_OF_HELDOUT` if the first one is held out.
 
         Args:
             part_rows: about so many documents are compared at once.
         """
-        is_copy = np.zeros(len(self), dtype=bool)
+        result = np.zeros(len(self), dtype=np.uint8)
         parts = -(-len(self) // part_rows)
         for part in range(parts):
             found = []
             for where, rows in self.chunks():
-                mine = (
-                    np.flatnonzero(rows["rank_hash"] % np.uint64(parts) == part) if parts > 1 else np.arange(len(rows))
-                )
-                found.append(mine + where.start)
-            row = np.concatenate(found)
-            split_hash, rank_hash = self._rows["split_hash"][row], self._rows["rank_hash"][row]
-            order = np.lexsort((split_hash, rank_hash))  # stable: the first of equal documents stays first
-            split_hash, rank_hash = split_hash[order], rank_hash[order]
-            same = (split_hash[1:] == split_hash[:-1]) & (rank_hash[1:] == rank_hash[:-1])
-            is_copy[row[order[1:][same]]] = True
-        return is_copy
+                found.append(np.flatnonzero(rows["rank_hash"] % np.uint64(parts) == part) + where.start)
+            number = np.concatenate(found)
+            rows = self._rows[number]
+            order = np.lexsort((rows["split_hash"], rows["rank_hash"]))  # stable: the first of equal ones stays first
+            rows, number = rows[order], number[order]
+            is_first = np.ones(len(rows), dtype=bool)
+            is_first[1:] = (rows["split_hash"][1:] != rows["split_hash"][:-1]) | (
+                rows["rank_hash"][1:] != rows["rank_hash"][:-1]
+            )
+            of_heldout = rows["heldout"][np.flatnonzero(is_first)][np.cumsum(is_first) - 1]
+            result[number] = np.where(is_first, FIRST, COPY + of_heldout)
+        return result

@@ -11,6 +11,7 @@ corpus. That copy and an unfinished corpus are removed however the run ends; tho
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import shutil
 import sys
@@ -25,7 +26,10 @@ from tqdm import tqdm
 from ..errors import UserError
 from ..text import pydocs
 from ..text.characters import count_characters, needs_marks, scripts
-from ..text.readers import Progress, TextFile, find_files, read_documents
+from ..text.compression import BLOCK_BYTES, Progress
+from ..text.files import TextFile, find_files
+from ..text.readers import kind_of_start, read_documents
+from ..text.reading import Reading
 from ..text.sentences import sentence_splitter
 from ..text.tokenizer import (
     LOST_TO_LENGTH,
@@ -40,9 +44,9 @@ from ..text.workers import available_cores, ordered_map
 from .encode import encode_documents, start_encoding
 from .format import TOKENIZER
 from .reader import Corpus
-from .report import check_heldout, check_unknown, heldout_share
+from .report import check_heldout, check_skipped, check_unknown, heldout_share
 from .settings import PrepareSettings
-from .survey import HELDOUT, LEFT_OUT, TRAIN, survey_documents
+from .survey import HELDOUT, LEFT_OUT, TRAIN, Survey, survey_documents
 from .tally import tallies
 from .work_folder import WorkFolder, remove_leftovers
 from .writer import CorpusWriter, check_destination
@@ -72,7 +76,10 @@ def prepare(settings: PrepareSettings, *, show_progress: bool = False) -> Corpus
     sentence_splitter(settings.sentences)
     strip = {"auto": None, "keep": False, "strip": True}[settings.accents]
     tokenizer = None if settings.tokenizer is None else load_tokenizer(settings.tokenizer, settings.lowercase, strip)
-    files = find_files([name for name in inputs if name != "-"])
+    heldout_files = find_files(settings.heldout_files or [], settings.format)
+    own = {file.path.resolve() for file in heldout_files}
+    files = find_files([name for name in inputs if name != "-"], settings.format)
+    files = [file for file in files if file.path.resolve() not in own]
 
     with contextlib.ExitStack() as stack, _name_in_errors(out):
         # Not in the system's temporary folder, which may be small or in memory.
@@ -85,22 +92,23 @@ def prepare(settings: PrepareSettings, *, show_progress: bool = False) -> Corpus
             copy, found = _copy_docstrings(scratch, settings.workers or available_cores(), max_bytes, show_progress)
             files, source = [copy], {"corpus": settings.corpus, **found._asdict()}
         elif "-" in inputs:
-            files.append(_copy_stdin(scratch, max_bytes))
-        text = _Text(files, settings.text_field, max_bytes)
+            files.append(_copy_stdin(scratch, settings.format, max_bytes))
+        reading = Reading(settings.text_field, settings.documents, settings.skip_bad_records)
+        text = _Text(heldout_files, files, reading, max_bytes)
         workers = settings.workers or (1 if text.total_bytes < _SMALL_INPUT else available_cores())
 
         with _bar("reading", text.total_bytes, show_progress) as bar:
             sample_chars = SAMPLE_CHARS if tokenizer is None else _SCRIPT_CHARS
             survey = survey_documents(
-                text.documents(bar.update), settings.heldout, settings.seed, sample_chars, scratch
+                text.documents(bar.update),
+                settings.heldout,
+                settings.seed,
+                sample_chars,
+                scratch,
+                dedup=settings.dedup,
             )
-        if not len(survey.places):
-            raise UserError(f"there is no text in {' '.join(inputs) or settings.corpus}: give files that are not empty")
-        if not (survey.places == HELDOUT).any():
-            raise UserError(
-                "no document can be held out, because the text is a single one: a blank line ends a document in .txt, "
-                "a line end in .jsonl; give at least two different documents"
-            )
+        skipped = {"count": text.skipped, "first": text.reasons}
+        _check_survey(survey, text, settings)
 
         characters = count_characters(survey.sample)
         if tokenizer is None:
@@ -116,6 +124,9 @@ def prepare(settings: PrepareSettings, *, show_progress: bool = False) -> Corpus
             "tokenizer": "learned" if settings.tokenizer is None else str(settings.tokenizer),
             **normalisation(tokenizer),
             "text_field": settings.text_field,
+            "documents": settings.documents,
+            "dedup": settings.dedup,
+            "heldout_files": settings.heldout_files,
             "sentences": "blingfire" if settings.sentences == "auto" else settings.sentences,
             "max_bytes": max_bytes,
             "heldout": settings.heldout,
@@ -127,7 +138,7 @@ def prepare(settings: PrepareSettings, *, show_progress: bool = False) -> Corpus
         places = itertools.chain(survey.places, itertools.repeat(TRAIN))
         encoded = ordered_map(
             encode_documents,
-            _batches(zip(places, text.documents(bar.update), strict=False)),
+            _batches(zip(places, (each for each, _ in text.documents(bar.update)), strict=False)),
             workers=workers,
             initializer=start_encoding,
             initargs=(tokenizer_file, settings.sentences, writer.vocab_size),
@@ -141,7 +152,8 @@ def prepare(settings: PrepareSettings, *, show_progress: bool = False) -> Corpus
         problems = check_unknown(
             counts, made_with, characters if settings.tokenizer is None else None, settings.allow_unknown
         )
-        problems += check_heldout(counts, settings.heldout)
+        problems += check_heldout(counts, None if heldout_files else settings.heldout)
+        problems += check_skipped(skipped)
         for problem in problems:
             warnings.warn(problem, stacklevel=2)
         copies = {"train": survey.copies[TRAIN], "heldout": survey.copies[HELDOUT]}
@@ -149,32 +161,76 @@ def prepare(settings: PrepareSettings, *, show_progress: bool = False) -> Corpus
             "splits": {split: tally.describe(made_with, copies[split]) for split, tally in counts.items()},
             "heldout_share": heldout_share(counts),
             "scripts": scripts(characters),
+            "copies_left_out": survey.dropped,
+            "left_out_as_held_out": survey.leaked,
+            "skipped_records": skipped,
             "warnings": problems,
         }
         return writer.finish(source, report)
+
+
+def _check_survey(survey: Survey, text: _Text, settings: PrepareSettings) -> None:
+    """Raises UserError unless there is text to train on, and text to hold out."""
+    if not len(survey.places):
+        where = " ".join(settings.inputs or []) or settings.corpus
+        if text.too_long is not None:
+            raise UserError(
+                f"--max-bytes {settings.max_bytes} is less than the first document has, {text.too_long} bytes: raise it"
+            )
+        if text.skipped:
+            raise UserError(f"no record in {where} can be read ({text.reasons[0]})")
+        raise UserError(f"there is no text in {where}: give files that are not empty")
+    if not (survey.places == HELDOUT).any():
+        raise UserError(
+            "no document can be held out, because the text is a single one: a blank line ends a document in .txt, a "
+            "record in .jsonl, and --documents line makes each line one; give at least two different documents"
+        )
+    if not (survey.places == TRAIN).any():
+        raise UserError("every document is in --heldout-files: give other text to train on")
 
 
 class _Text:
     """The documents of some files, up to ``max_bytes`` of UTF-8 text; they can be read several times.
 
     Reading raises UserError if a file has changed since this object was made.
+
+    Args:
+        heldout_files: files whose documents are held out. They are read first.
+        files: the others.
+        reading: how to read them.
+        max_bytes: of text; None: all of it.
+
+    Attributes:
+        skipped, reasons: of the bad records of the last reading.
+        too_long: bytes of the document that would have exceeded ``max_bytes``.
     """
 
-    def __init__(self, files: list[TextFile], text_field: str, max_bytes: int | None) -> None:
-        self._files, self._text_field, self._max_bytes = files, text_field, max_bytes
-        self._versions = [_version(file) for file in files]
+    def __init__(
+        self, heldout_files: list[TextFile], files: list[TextFile], reading: Reading, max_bytes: int | None
+    ) -> None:
+        self._files = [(file, True) for file in heldout_files] + [(file, False) for file in files]
+        self._reading, self._max_bytes = reading, max_bytes
+        self._versions = [_version(file) for file, _ in self._files]
         self.total_bytes = sum(size for size, *_ in self._versions)
+        self.skipped, self.reasons = 0, list[str]()
+        self.too_long: int | None = None
 
-    def documents(self, progress: Progress) -> Iterator[str]:
+    def documents(self, progress: Progress) -> Iterator[tuple[str, bool]]:
+        """(text, whether it is from a file that is held out) of each document."""
         left = self._max_bytes
-        for file, version in zip(self._files, self._versions, strict=True):
+        reading = dataclasses.replace(self._reading, skipped=0, reasons=[])
+        for (file, heldout), version in zip(self._files, self._versions, strict=True):
             _check_version(file, version)
-            for document in read_documents(file, self._text_field, progress):
-                if left is not None and (left := left - len(document.encode())) < 0:
+            for document in read_documents(file, reading, progress):
+                if left is not None and (left := left - (size := len(document.encode()))) < 0:
                     _check_version(file, version)
-                    return
-                yield document
+                    self.too_long = size
+                    break
+                yield document, heldout
             _check_version(file, version)
+            self.skipped, self.reasons = reading.skipped, reading.reasons
+            if left is not None and left < 0:
+                return
 
 
 def _version(file: TextFile) -> tuple[int, ...]:
@@ -190,16 +246,23 @@ def _check_version(file: TextFile, version: tuple[int, ...]) -> None:
         )
 
 
-def _copy_stdin(scratch: Path, max_bytes: int | None) -> TextFile:
-    path, copied = scratch / "stdin.txt", 0
-    with open(path, "wb") as out:
-        while (max_bytes is None or copied < max_bytes) and (block := sys.stdin.buffer.read(1 << 20)):
+def _copy_stdin(scratch: Path, given_format: str | None, max_bytes: int | None) -> TextFile:
+    file = TextFile(scratch / "stdin", "standard input", given_format)
+    with open(file.path, "wb") as out:
+        copied, block = 0, sys.stdin.buffer.read(BLOCK_BYTES)
+        kind = file.kind or kind_of_start(block)
+        ends = b" \n" if kind in (".txt", ".md") else b"\n"
+        if kind in (".json", ".csv"):
+            max_bytes = None  # their records have no end that can be seen here: `_Text` applies the limit
+        while block:
             copied += len(block)
             if max_bytes is not None and copied >= max_bytes:
-                # Stop reading here. End with a whole word, so that no character is cut.
-                block = block[: max(block.rfind(b"\n"), block.rfind(b" ")) + 1] or block
+                # Stop reading here. End with a whole word or record.
+                out.write(block[: max(block.rfind(bytes((end,))) for end in ends) + 1] or block)
+                break
             out.write(block)
-    return TextFile(path, "standard input")
+            block = sys.stdin.buffer.read(BLOCK_BYTES)
+    return file
 
 
 def _copy_docstrings(

@@ -79,18 +79,19 @@ def _cause(tallies: Mapping[str, Tally], tokenizer: Tokenizer, learned_from: Map
     )
 
 
-def check_heldout(tallies: Mapping[str, Tally], share: float) -> list[str]:
+def check_heldout(tallies: Mapping[str, Tally], share: float | None) -> list[str]:
     """A warning, or none, about the size of the held-out split.
 
     Args:
-        share: the value of --heldout.
+        share: the value of --heldout; None with --heldout-files.
     """
     heldout = tallies["heldout"]
     actual = heldout_share(tallies)
-    if abs(actual - share) > HELDOUT_TOLERANCE * share:
+    if share is not None and abs(actual - share) > HELDOUT_TOLERANCE * share:
         return [
             f"{actual:.2%} of the text is held out, not the {share:.2%} of --heldout, because the text is "
-            f"{sum(each.documents for each in tallies.values()):,} documents, copies counted: give more or shorter ones"
+            f"{sum(each.documents for each in tallies.values()):,} documents, copies counted: give more or shorter "
+            "ones (--documents says what ends one)"
         ]
     if heldout.documents < FEW_HELDOUT:
         return [
@@ -98,6 +99,13 @@ def check_heldout(tallies: Mapping[str, Tally], share: float) -> list[str]:
             "rough: raise --heldout"
         ]
     return []
+
+
+def check_skipped(skipped: Mapping[str, Any]) -> list[str]:
+    """A warning, or none, about the records that --skip-bad-records left out."""
+    if not skipped["count"]:
+        return []
+    return [f"{skipped['count']:,} bad records are left out; the first: {'; '.join(skipped['first'])}"]
 
 
 def heldout_share(tallies: Mapping[str, Tally]) -> float:
@@ -171,6 +179,12 @@ def print_report(corpus: Corpus, seconds: float) -> None:
         f"held out {report['heldout_share']:.2%} of the tokens",
         markup=False,
     )
+    for count, words in (
+        (report["copies_left_out"], "copies left out"),
+        (report["left_out_as_held_out"], "documents left out of training, because they are held out"),
+    ):
+        if count:
+            console.print(f"{count:,} {words}", markup=False)
     console.print(
         f"vocabulary of {corpus.vocab_size:,} tokens; unigram entropy {corpus.unigram_entropy:.3f} nats a token",
         markup=False,

@@ -9,6 +9,8 @@ from typing import Annotated
 
 from ..errors import UserError
 from ..options import Option
+from ..text.files import FORMATS
+from ..text.reading import DOCUMENTS
 from ..text.special_tokens import MAX_VOCAB_SIZE
 
 CORPORA = ("pydocs",)
@@ -47,8 +49,9 @@ class PrepareSettings:
         list[str] | None,
         Option(
             "Text: files, folders (searched below too), quoted globs, or - for standard input. "
-            ".txt: a blank line ends a document. .jsonl: one JSON object a line, a document each. "
-            "Either may be compressed: .gz, .zst.",
+            "Text in .txt, .md or without a suffix: see --documents. A document each record: .jsonl (an object a "
+            "line), .json (an array, or lines), .csv, .tsv. All may be compressed: .gz, .zst, .bz2, .xz. Data sets of "
+            "Hugging Face: .parquet, .arrow, and folders with such files.",
             positional=True,
             metavar="INPUT...",
             show_default=False,
@@ -88,7 +91,35 @@ class PrepareSettings:
             "Vietnamese)."
         ),
     ] = "auto"
-    text_field: Annotated[str, Option("The field of a .jsonl object that holds the text.")] = "text"
+    text_field: Annotated[
+        str,
+        Option(
+            "The field, or column, of a record that holds the text; a.b is the field b of the object a; a number is "
+            "that column of a table without a header."
+        ),
+    ] = "text"
+    documents: Annotated[
+        str | None,
+        Option(
+            "What ends a document in text: 'blank' (a blank line), 'line' (each line is one) or 'file' (each file is "
+            "one). Over 65,536 characters are several documents.",
+            show_default="blank; file in .md",
+        ),
+    ] = None
+    format: Annotated[
+        str | None,
+        Option(
+            "Of standard input, and of files without a suffix: txt, md, jsonl, json, csv or tsv.",
+            show_default="txt, or JSON where it begins so",
+        ),
+    ] = None
+    skip_bad_records: Annotated[
+        bool,
+        Option(
+            "Leave out records that cannot be read or have no text, and say how many and why.",
+            flags="--skip-bad-records",
+        ),
+    ] = False
     sentences: Annotated[
         str,
         Option(
@@ -106,6 +137,19 @@ class PrepareSettings:
             "the copies of a document lie on one side."
         ),
     ] = 0.01
+    heldout_files: Annotated[
+        list[str] | None,
+        Option(
+            "Hold out the documents of these files (also a folder or a quoted glob; may be repeated), in place of a "
+            "share of the text. Documents elsewhere with the same text are left out.",
+            metavar="GLOB",
+            show_default=False,
+        ),
+    ] = None
+    dedup: Annotated[
+        bool,
+        Option("Leave out documents with the text of an earlier one, spaces apart.", flags="--dedup"),
+    ] = False
     workers: Annotated[
         int | None, Option("Processes. The corpus does not depend on it.", show_default="one a core")
     ] = None
@@ -129,6 +173,10 @@ class PrepareSettings:
             raise UserError("give either --vocab-size, to learn a vocabulary, or --tokenizer, which has one, not both")
         if self.accents not in ACCENTS:
             raise UserError(f"--accents must be one of {', '.join(ACCENTS)}; got {self.accents!r}")
+        for name, allowed in (("documents", DOCUMENTS), ("format", FORMATS)):
+            value = getattr(self, name)
+            if value is not None and value not in allowed:
+                raise UserError(f"--{name} must be one of {', '.join(allowed)}; got {value!r}")
         if not 0 < self.heldout < 1:
             raise UserError(f"--heldout must be a fraction between 0 and 1; got {self.heldout}")
         if not 0 <= self.seed < 1 << 64:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .documents import DocumentTable
+from .documents import COPY_OF_HELDOUT, FIRST, DocumentTable
 from .split import BIN_BITS, bin_of, choose_heldout
 from .work_folder import DOCUMENTS
 
@@ -28,11 +28,15 @@ class Survey(NamedTuple):
     Attributes:
         places: uint8 [documents], in the order of the text: `TRAIN`, `HELDOUT` or `LEFT_OUT`.
         copies: for `TRAIN` and `HELDOUT`, how many documents in it have the text of an earlier one.
+        dropped: copies that ``dedup`` left out.
+        leaked: documents left out because they are in the files that are held out, too.
         sample: training documents for the tokenizer, with normalised spaces.
     """
 
     places: np.ndarray
     copies: dict[int, int]
+    dropped: int
+    leaked: int
     sample: list[str]
 
 
@@ -46,28 +50,38 @@ def document_digest(text: bytes, seed: int) -> bytes:
     return hashlib.blake2b(text, digest_size=16, key=seed.to_bytes(8, "little")).digest()
 
 
-def survey_documents(documents: Iterable[str], heldout: float, seed: int, sample_chars: int, scratch: Path) -> Survey:
+def survey_documents(
+    documents: Iterable[tuple[str, bool]],
+    heldout: float,
+    seed: int,
+    sample_chars: int,
+    scratch: Path,
+    *,
+    dedup: bool = False,
+) -> Survey:
     """Surveys ``documents``, which are read once.
 
     Args:
-        documents: any number; each takes a byte of memory.
-        heldout: share of the text to hold out, in (0, 1), by its bytes. At least one document is held out, and at
-            least one is not, unless no two of them differ: then none is.
+        documents: (text, whether it is from a file that is held out) of each; those of such files first. Any number;
+            each takes two bytes of memory.
+        heldout: share of the text to hold out, in (0, 1), by its bytes, if there is no file that is held out. At least
+            one document is held out, and at least one is not, unless no two of them differ: then none is.
         seed: 0 … 2⁶⁴ − 1; the key of the hashes.
         sample_chars: size limit of the sample: the training documents with the smallest rank hashes, which is a uniform
             sample.
-        scratch: folder for a file with 20 bytes for each document.
+        scratch: folder for a file with 21 bytes for each document.
+        dedup: leave out documents with the text of an earlier one.
     """
     table = DocumentTable(scratch / DOCUMENTS)
     sample: list[tuple[int, int, str]] = []  # heap of (−rank hash, number of the document, text)
     sampled, rank_below = 0, 1 << 64
-    for number, document in enumerate(documents):
+    for number, (document, is_heldout) in enumerate(documents):
         text = normalise_spaces(document)
         data = text.encode()
         digest = document_digest(data, seed)
-        table.add(digest, len(data))
+        table.add(digest, len(data), is_heldout)
         rank = int.from_bytes(digest[8:], "little")
-        if rank < rank_below:
+        if rank < rank_below and not is_heldout:
             heapq.heappush(sample, (-rank, number, text))
             sampled += len(text)
             while sampled > sample_chars or len(sample) > SAMPLE_DOCUMENTS:
@@ -75,14 +89,33 @@ def survey_documents(documents: Iterable[str], heldout: float, seed: int, sample
                 dropped, _, text = heapq.heappop(sample)
                 sampled, rank_below = sampled - len(text), -dropped
     table.close()
+    copies = table.copies()
+    places = _places(table, copies, heldout, dedup)
+    left_out = places == LEFT_OUT
+    leaked = int(np.count_nonzero(left_out & (copies == COPY_OF_HELDOUT) & ~table.heldout()))
+    return Survey(
+        places,
+        {place: int(np.count_nonzero((copies != FIRST) & (places == place))) for place in (TRAIN, HELDOUT)},
+        int(np.count_nonzero(left_out)) - leaked,
+        leaked,
+        [text for _, number, text in sample if places[number] == TRAIN],
+    )
 
-    sizes = np.zeros(1 << BIN_BITS, dtype=np.int64)
-    for _, rows in table.chunks():
-        np.add.at(sizes, bin_of(rows["split_hash"]), rows["bytes"])
-    heldout_bins = choose_heldout(sizes, heldout)
-    places = np.empty(len(table), dtype=np.uint8)
-    for where, rows in table.chunks():
-        places[where] = np.where(heldout_bins[bin_of(rows["split_hash"])], HELDOUT, TRAIN)
-    is_copy = table.copies()
-    copies = {place: int(np.count_nonzero(is_copy & (places == place))) for place in (TRAIN, HELDOUT)}
-    return Survey(places, copies, [text for _, number, text in sample if places[number] == TRAIN])
+
+def _places(table: DocumentTable, copies: np.ndarray, heldout: float, dedup: bool) -> np.ndarray:
+    places = np.full(len(table), TRAIN, dtype=np.uint8)
+    from_files = table.heldout()
+    if from_files.any():
+        places[from_files] = HELDOUT
+        places[~from_files & (copies == COPY_OF_HELDOUT)] = LEFT_OUT
+    else:
+        sizes = np.zeros(1 << BIN_BITS, dtype=np.int64)
+        for where, rows in table.chunks():
+            counted = (copies[where] == FIRST) if dedup else np.ones(len(rows), dtype=bool)
+            np.add.at(sizes, bin_of(rows["split_hash"][counted]), rows["bytes"][counted])
+        heldout_bins = choose_heldout(sizes, heldout)
+        for where, rows in table.chunks():
+            places[where][heldout_bins[bin_of(rows["split_hash"])]] = HELDOUT
+    if dedup:
+        places[copies != FIRST] = LEFT_OUT
+    return places

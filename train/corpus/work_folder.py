@@ -23,7 +23,7 @@ from pathlib import Path
 from .format import is_corpus_file
 
 DOCUMENTS = "documents.table"
-_SCRATCH_FILES = (DOCUMENTS, "stdin.txt", "pydocs.jsonl")
+_SCRATCH_FILES = (DOCUMENTS, "stdin", "pydocs.jsonl", "stdin.txt")  # the last one of earlier versions
 
 
 class WorkFolder:

@@ -12,7 +12,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..errors import UserError
-from ..text.readers import find_files, read_documents
+from ..text.files import find_files
+from ..text.readers import read_documents
+from ..text.reading import Reading
 from ..text.sentences import sentence_splitter
 from .embed import Embedder
 from .rows import STDIN
@@ -42,7 +44,7 @@ def summarize(settings: SummarizeSettings) -> Iterator[list[str]]:
         documents = iter([sys.stdin.read()])
     else:
         (file,) = find_files([settings.input])
-        documents = read_documents(file, settings.text_field)
+        documents = read_documents(file, Reading(settings.text_field))
     embedder = Embedder(settings, settings.pooling, normalize=True)
     for document in documents:
         sentences = list(dict.fromkeys(split(document)))

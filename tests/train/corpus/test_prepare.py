@@ -6,6 +6,7 @@ import hashlib
 import io
 import itertools
 import json
+import lzma
 import os
 import random
 import signal
@@ -101,12 +102,14 @@ def test_every_kind_of_input_is_the_same_corpus(tmp_path, monkeypatch):
     lines = b"".join(json.dumps({"body": " ".join(d)}).encode() + b"\n" for d in documents)
     files = {"a.txt": text, "b.txt.gz": gzip.compress(text), "c.txt.zst": zstandard.compress(text)}
     files |= {"d.jsonl": lines, "e.jsonl.gz": gzip.compress(lines), "f.jsonl.zst": zstandard.compress(lines)}
+    files |= {"g": text, "h.json": b"[" + lines.strip().replace(b"\n", b",") + b"]", "i.txt.xz": lzma.compress(text)}
     made = {}
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
         made[name] = prepare([str(tmp_path / name)], tmp_path / f"out-{name}", vocab_size=100, text_field="body")
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
-    made["-"] = prepare(["-"], tmp_path / "out-stdin", vocab_size=100)
+    for name, data, options in (("-", text, {}), ("JSON", lines, {}), ("told", lines, {"format": "json"})):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        made[name] = prepare(["-"], tmp_path / f"out-{name}", vocab_size=100, text_field="body", **options)
     expected = hashes(made["a.txt"].directory)
     for corpus in made.values():
         found = hashes(corpus.directory)
@@ -162,10 +165,14 @@ def test_how_much_is_held_out(tmp_path, count, fraction, least, most):
 
 def test_the_sample_for_the_tokenizer_is_bounded_and_not_held_out(tmp_path):
     documents = [f"Document {i} " + "x" * (i % 7 * 40) for i in range(2000)]
-    survey = survey_documents(iter(documents), 0.2, 0, 20_000, tmp_path)
+
+    def sampled(texts):
+        return survey_documents(((text, False) for text in texts), 0.2, 0, 20_000, tmp_path)
+
+    survey = sampled(documents)
     by_rank = sorted(documents, key=lambda text: document_digest(text.encode(), 0)[8:][::-1])
     for order in (by_rank, by_rank[::-1], random.Random(0).sample(documents, len(documents))):
-        assert sorted(survey_documents(iter(order), 0.2, 0, 20_000, tmp_path).sample) == sorted(survey.sample)
+        assert sorted(sampled(order).sample) == sorted(survey.sample)
     assert 12_000 < sum(map(len, survey.sample)) <= 20_000
     heldout = {text for text, place in zip(documents, survey.places, strict=True) if place == HELDOUT}
     assert not heldout & set(survey.sample)
@@ -210,6 +217,71 @@ def test_a_size_cap(tmp_path, monkeypatch):
     assert made.split("train").num_tokens > 3000
 
 
+def test_a_size_cap_of_records_on_standard_input(tmp_path, monkeypatch):
+    documents = some_documents(300)
+    lines = b"".join(json.dumps({"text": " ".join(d)}).encode() + b"\n" for d in documents)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
+    made = prepare(["-"], tmp_path / "out", vocab_size=100, max_bytes=5000)
+    found = read_back(made, "train", "heldout")
+    assert 20 < len(found) < 200
+    assert sorted(found) == sorted(folded(documents)[: len(found)])
+
+
+def test_copies_are_dropped_when_told(tmp_path):
+    documents = some_documents(100)
+    doubled = documents + documents[:50]
+    options = {"vocab_size": 100, "heldout": 0.1}
+    kept = prepare([write_text(tmp_path / "a.txt", doubled)], tmp_path / "a", **options)
+    assert sum(split["duplicate_documents"] for split in kept.manifest["report"]["splits"].values()) == 50
+    made = prepare([str(tmp_path / "a.txt")], tmp_path / "b", dedup=True, **options)
+    once = prepare([write_text(tmp_path / "c.txt", documents)], tmp_path / "c", **options)
+    for name in ("train", "heldout"):
+        assert read_back(made, name) == read_back(once, name)
+    report = made.manifest["report"]
+    assert report["copies_left_out"] == 50
+    assert all(split["duplicate_documents"] == 0 for split in report["splits"].values())
+
+
+def test_files_to_hold_out(tmp_path):
+    documents = some_documents(120)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "all").mkdir()
+    write_text(tmp_path / "mine" / "one.txt", documents[:10])
+    write_text(tmp_path / "mine" / "two.txt", documents[10:15])
+    write_text(tmp_path / "all" / "a.txt", documents[5:])  # ten of them are held out, too
+    held = [str(tmp_path / "mine" / "*.txt")]
+    made = prepare([str(tmp_path / "all")], tmp_path / "out", heldout_files=held, vocab_size=100, dedup=True)
+    assert sorted(read_back(made, "heldout")) == sorted(folded(documents[:15]))
+    assert read_back(made, "train") == folded(documents[15:])
+    assert (made.manifest["report"]["left_out_as_held_out"], made.manifest["report"]["copies_left_out"]) == (10, 0)
+    assert made.manifest["source"]["heldout_files"] == held
+    # A file that is among the inputs as well is held out.
+    both = prepare([str(tmp_path / "all"), str(tmp_path / "mine")], tmp_path / "b", heldout_files=held, vocab_size=100)
+    assert read_back(both, "heldout") == read_back(made, "heldout")
+    with pytest.raises(UserError, match=r"every document is in --heldout-files"):
+        prepare([str(tmp_path / "mine")], tmp_path / "c", heldout_files=[str(tmp_path / "mine")])
+
+
+def test_skipped_records_are_told(tmp_path):
+    lines = [json.dumps({"text": " ".join(d)}) for d in some_documents(50)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines[:20], '{"text": 3}', "{", *lines[20:]]))
+    with pytest.warns(
+        UserWarning, match=r"2 bad records are left out; the first: .*a\.jsonl:21: .* is a int.*jsonl:22"
+    ):
+        made = prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", vocab_size=100, skip_bad_records=True)
+    assert made.manifest["report"]["skipped_records"]["count"] == 2
+    (tmp_path / "b.jsonl").write_text("{\n{\n")
+    with pytest.raises(UserError, match=r"no record in .*b\.jsonl can be read \(.*b\.jsonl:1: not JSON"):
+        prepare([str(tmp_path / "b.jsonl")], tmp_path / "b", skip_bad_records=True)
+
+
+def test_each_line_a_document(tmp_path):
+    documents = some_documents(60)
+    (tmp_path / "a.txt").write_text("\n".join(" ".join(d) for d in documents))
+    made = prepare([str(tmp_path / "a.txt")], tmp_path / "out", vocab_size=100, documents="line")
+    assert sorted(read_back(made, "train", "heldout")) == sorted(folded(documents))
+
+
 def test_docstrings(tmp_path, monkeypatch):
     for i in range(40):
         source = "".join(
@@ -251,7 +323,10 @@ def test_a_vocabulary_the_text_cannot_fill(tmp_path):
         ({"seed": -1}, "--seed"),
         ({"sentences": "nltk"}, "no sentence splitter"),
         ({"inputs": ["missing.txt"]}, "missing.txt does not exist"),
-        ({"max_bytes": 1}, "there is no text"),
+        ({"max_bytes": 1}, r"--max-bytes 1 is less than the first document has, \d+ bytes"),
+        ({"documents": "page"}, "--documents must be one of blank, line, file; got 'page'"),
+        ({"format": "xml"}, "--format must be one of txt, md, jsonl"),
+        ({"heldout_files": ["missing.txt"]}, "missing.txt does not exist"),
     ],
 )
 def test_bad_arguments(tmp_path, arguments, message):
@@ -325,7 +400,8 @@ def test_many_tiny_documents_take_little_memory(tmp_path, monkeypatch):
     made = prepare([str(tmp_path / "a.txt")], tmp_path / "out", vocab_size=100, workers=1)
     assert made.split("train").num_documents + made.split("heldout").num_documents == len(words)
     assert max(sizes) == 100
-    samples = [survey_documents(order, 0.1, 0, 1 << 20, tmp_path).sample for order in (words, words[::-1])]
+    orders = ([(word, False) for word in order] for order in (words, words[::-1]))
+    samples = [survey_documents(order, 0.1, 0, 1 << 20, tmp_path).sample for order in orders]
     assert len(samples[0]) <= 200
     assert sorted(samples[0]) == sorted(samples[1])
 
@@ -407,9 +483,9 @@ def test_a_signal_cleans_up(tmp_path, number):
         stdout=subprocess.PIPE,
     )
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("out.scratch-*/stdin.txt")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob("out.scratch-*/stdin")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert list(tmp_path.glob("out.scratch-*/stdin.txt"))
+    assert list(tmp_path.glob("out.scratch-*/stdin"))
     running.send_signal(number)
     running.communicate(timeout=60)
     assert running.returncode not in (0, None)

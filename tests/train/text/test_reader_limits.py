@@ -1,6 +1,8 @@
 """Readers of files that are not text or do not end: bombs, endless lines, loops, FIFOs, unreadable folders."""
 
+import bz2
 import gzip
+import lzma
 import os
 import subprocess
 import sys
@@ -11,7 +13,8 @@ import pytest
 import zstandard
 
 from fusebert.train.errors import UserError
-from fusebert.train.text.readers import DOCUMENT_CHARS, TextFile, find_files, read_documents
+from fusebert.train.text.files import TextFile, find_files
+from fusebert.train.text.readers import DOCUMENT_CHARS, read_documents
 
 MIB = 1 << 20
 
@@ -47,6 +50,25 @@ def test_compressed_bombs_are_read_in_pieces(tmp_path: Path) -> None:
     bomb = tmp_path / "bomb.txt.gz"
     bomb.write_bytes(gzip.compress(b"word\n\n" * (10 * MIB), compresslevel=1))
     assert peak_of(bomb, most_documents=100_000)[1] < 24 * MIB
+
+
+@pytest.mark.parametrize("suffix", [".bz2", ".xz"])
+def test_bombs_of_streams_are_read_in_pieces(tmp_path: Path, suffix: str) -> None:
+    packer = bz2.BZ2Compressor() if suffix == ".bz2" else lzma.LZMACompressor(preset=0)
+    block = b"word\n\n" * 200_000
+    bomb = tmp_path / f"bomb.txt{suffix}"
+    bomb.write_bytes(b"".join([*(packer.compress(block) for _ in range(12)), packer.flush()]))
+    assert bomb.stat().st_size < 64 << 10
+    count, peak = peak_of(bomb, most_documents=100_000)
+    assert count == 100_000
+    assert peak < 22 * MIB
+
+
+def test_a_large_dictionary_is_refused(tmp_path: Path) -> None:
+    filters = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 28}]
+    (tmp_path / "a.txt.xz").write_bytes(lzma.compress(b"text " * 1000, filters=filters))
+    with pytest.raises(UserError, match=r"a\.txt\.xz needs over 128 MiB .* smaller dictionary"):
+        list(read_documents(TextFile(tmp_path / "a.txt.xz", "a.txt.xz")))
 
 
 def test_a_bomb_of_a_single_line_of_json_is_refused(tmp_path: Path) -> None:

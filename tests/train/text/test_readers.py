@@ -1,56 +1,61 @@
 """Documents from files: the kinds of file, streaming, and the error for each bad file."""
 
+import bz2
 import gzip
 import json
+import lzma
 
 import pytest
 import zstandard
 
 from fusebert.train.errors import UserError
-from fusebert.train.text import readers as readers
-from fusebert.train.text.readers import DOCUMENT_CHARS, TextFile, find_files, read_documents
+from fusebert.train.text import compression, readers
+from fusebert.train.text.files import TextFile, find_files
+from fusebert.train.text.readers import DOCUMENT_CHARS, read_documents
+from fusebert.train.text.reading import Reading
 
 
 def read(path, **options):
-    return list(read_documents(TextFile(path, str(path)), **options))
+    return list(read_documents(TextFile(path, str(path)), Reading(**options)))
+
+
+PACKED = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
 
 
 def pack(path, data):
-    """Writes ``data`` as the suffix says; .gz and .zst as two members end to end, which both formats allow."""
+    """Writes ``data`` as the suffix says: two members end to end, which every format allows."""
     half = len(data) // 2
-    if path.suffix == ".gz":
-        data = gzip.compress(data[:half]) + gzip.compress(data[half:])
-    elif path.suffix == ".zst":
-        data = zstandard.compress(data[:half]) + zstandard.compress(data[half:])
-    path.write_bytes(data)
+    packer = PACKED.get(path.suffix, bytes)
+    path.write_bytes(packer(data[:half]) + packer(data[half:]))
     return path
 
 
 DOCUMENTS = ["One line.", "Two\nlines, ünïcödé 漢字 🙂", "The last, without an end."]
 
 
-@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
-def test_blank_lines_end_documents(tmp_path, compression):
+@pytest.mark.parametrize("packed", PACKED)
+def test_blank_lines_end_documents(tmp_path, packed):
     text = "\n\n  \n" + DOCUMENTS[0] + "\n \t\n" + DOCUMENTS[1] + "\n\n\n" + DOCUMENTS[2]
     for name, data in (("unix", text), ("dos", text.replace("\n", "\r\n")), ("marked", "\ufeff" + text)):
-        assert read(pack(tmp_path / f"{name}.txt{compression}", data.encode())) == DOCUMENTS
+        assert read(pack(tmp_path / f"{name}.txt{packed}", data.encode())) == DOCUMENTS
 
 
-@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("packed", PACKED)
 @pytest.mark.parametrize("ascii_only", [True, False])
-def test_a_json_object_a_line(tmp_path, compression, ascii_only):
+def test_a_json_object_a_line(tmp_path, packed, ascii_only):
     lines = [
         json.dumps({"id": 1, "body": d}, ensure_ascii=ascii_only) for d in [*DOCUMENTS[:2], "", " \n", DOCUMENTS[2]]
     ]
-    path = pack(tmp_path / f"a.jsonl{compression}", "\n".join([lines[0], "", *lines[1:]]).encode())
+    path = pack(tmp_path / f"a.jsonl{packed}", "\n".join([lines[0], "", *lines[1:]]).encode())
     assert read(path, text_field="body") == DOCUMENTS
 
 
 def test_blocks_do_not_show(tmp_path, monkeypatch):
     text = "".join(f"Line {i} é.\n" + "\n" * (i % 3 == 0) for i in range(200))
     whole = read(pack(tmp_path / "a.txt", text.encode()))
-    monkeypatch.setattr(readers, "BLOCK_BYTES", 64)
-    for suffix in ("", ".gz", ".zst"):
+    for module in (readers, compression):
+        monkeypatch.setattr(module, "BLOCK_BYTES", 64)
+    for suffix in PACKED:
         assert read(pack(tmp_path / f"b.txt{suffix}", text.encode())) == whole
     assert len(whole) == 68
 
@@ -105,6 +110,10 @@ def test_json_strings_that_text_cannot_hold(tmp_path):
         ("a.txt.gz", gzip.compress(b"text " * 999)[:20] + b"\x00" * 40, "damaged or not .gz|cut short"),
         ("a.txt.zst", zstandard.compress(bytes(range(32, 120)) * 99)[:-9], "cut short"),
         ("a.txt.zst", b"text, long enough for a header", "damaged or not .zst"),
+        ("a.txt.bz2", bz2.compress(b"text " * 999)[:-9], "cut short"),
+        ("a.txt.bz2", b"text, long enough for a header", "damaged or not .bz2"),
+        ("a.txt.xz", lzma.compress(b"text " * 999)[:-9], "cut short"),
+        ("a.txt.xz", b"text, long enough for a header", "damaged or not .xz"),
     ],
     # The data would go into the ids, and gzip's holds the time of day: two workers would collect different tests.
     ids=[
@@ -122,6 +131,10 @@ def test_json_strings_that_text_cannot_hold(tmp_path):
         "gz damaged",
         "zst cut short",
         "not zst",
+        "bz2 cut short",
+        "not bz2",
+        "xz cut short",
+        "not xz",
     ],
 )
 def test_bad_files_are_told_where(tmp_path, name, data, message):
@@ -140,16 +153,20 @@ def test_endless_json_lines(tmp_path, monkeypatch):
 
 
 def test_finding_files(tmp_path):
-    for name in ("b/2.jsonl", "b/1.txt.zst", "b/deep/3.txt", "b/image.png", "a.txt.gz", "c.md"):
+    for name in ("b/2.jsonl", "b/1.txt.zst", "b/deep/3.txt", "b/image.png", "a.txt.gz", "c.md", "b/wiki_00", "b/w.bz2"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")
+    for name in ("b/.hidden", "b/.git/HEAD"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
 
     def names(*inputs):
         return [str(f.path.relative_to(tmp_path)) for f in find_files([str(tmp_path / i) for i in inputs])]
 
-    assert names("b") == ["b/1.txt.zst", "b/2.jsonl", "b/deep/3.txt"]
-    assert names("a.txt.gz", "b/**/*.txt", "b", "*.gz") == ["a.txt.gz", "b/deep/3.txt", "b/1.txt.zst", "b/2.jsonl"]
+    assert names("b") == ["b/1.txt.zst", "b/2.jsonl", "b/deep/3.txt", "b/w.bz2", "b/wiki_00"]
+    assert names("a.txt.gz", "b/**/*.txt", "b", "*.gz")[:3] == ["a.txt.gz", "b/deep/3.txt", "b/1.txt.zst"]
+    assert names("c.md", "b/.git/HEAD") == ["c.md", "b/.git/HEAD"]
     assert find_files([]) == []
     (tmp_path / "[odd].txt").write_text("")
     assert names("[odd].txt") == ["[odd].txt"]
@@ -160,14 +177,14 @@ def test_finding_files(tmp_path):
     [
         ("missing.txt", "does not exist"),
         ("*.jsonl", "matches no file"),
-        ("notes.md", "of an unknown kind"),
-        ("*.md", "of an unknown kind"),
-        ("empty", "holds no file named"),
-        ("em*", "no file named"),
+        ("notes.pdf", "of an unknown kind"),
+        ("*.pdf", "of an unknown kind"),
+        ("empty", "holds no file of text"),
+        ("em*", "no file of text"),
     ],
 )
 def test_inputs_that_name_nothing(tmp_path, given, message):
-    (tmp_path / "notes.md").write_text("")
+    (tmp_path / "notes.pdf").write_text("")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty2").mkdir()
     with pytest.raises(UserError, match=message) as error:
