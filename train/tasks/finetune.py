@@ -18,12 +18,10 @@ import json
 import os
 import shutil
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ...model.atomic import replace_file
 from ...model.heads import SINGLE
@@ -45,7 +43,7 @@ from .labels import TASKS, Labels
 from .models import choose_machine, open_folder
 from .rows import Columns
 from .scores import choose_metric, goodness
-from .seed_run import Job, train_seed
+from .seed_run import Job, say, train_seed
 from .settings import FinetuneSettings
 from .tokens import TextTokenizer
 
@@ -183,16 +181,14 @@ def _prepare(settings: FinetuneSettings, machine: Any, folder: EncoderFolder) ->
     known = {(row.text, row.pair) for row in train}
     seen = sum((row.text, row.pair) in known for row in dev)
     what = f"{len(labels.names)} classes" if settings.task == "classify" else "a number each"
-    _tell(f"{len(train):,} training texts, {len(dev):,} dev texts, {what}; a text has up to {tokenizer.seqlen} tokens")
-    for line in [*job.model(settings.seed)[1], *filter(None, [tokenizer.warning()])]:
-        _tell(line)
+    say(f"{len(train):,} training texts, {len(dev):,} dev texts, {what}; a text has up to {tokenizer.seqlen} tokens")
+    if labels.names == tuple(folder.label_names or ()) and head in folder.tensors:
+        say("the model's own head is trained on, for its classes")
+    for warning in filter(None, [tokenizer.warning()]):
+        say(warning)
     if seen:
-        _tell(f"warning: {seen:,} of {len(dev):,} dev texts are training texts too: the scores are too good")
+        say(f"warning: {seen:,} of {len(dev):,} dev texts are training texts too: the scores are too good")
     return job
-
-
-def _tell(line: str) -> None:
-    tqdm.write(f"fusebert: {line}", file=sys.stderr)
 
 
 def _class_weights(given: str | None, labels: Labels, encoded: torch.Tensor) -> list[float] | None:

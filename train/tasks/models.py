@@ -19,6 +19,7 @@ from ..step.precision import COMPUTE_DTYPES, PRECISIONS, check_precision, defaul
 from .settings import ModelSettings
 
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 65536}  # without a backward, larger batches are hardly faster
+TASK_PRECISIONS = ("auto", *(name for name in PRECISIONS if name != "fp8"))  # fp8 is for pretraining
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +50,10 @@ def choose_machine(settings: ModelSettings) -> Machine:
         if value is not None and not 0 < value <= 1 << 20:
             raise UserError(f"--{name.replace('_', '-')} must be from 1 to {1 << 20}; got {value}")
     device = choose_device(settings.device, Ranks())
-    if settings.precision not in ("auto", *PRECISIONS):
-        raise UserError(f"--precision {settings.precision!r} is not known: choose one of auto, {', '.join(PRECISIONS)}")
+    if settings.precision not in TASK_PRECISIONS:
+        raise UserError(
+            f"--precision {settings.precision!r} is not known here: choose one of {', '.join(TASK_PRECISIONS)}"
+        )
     precision = default_precision(device) if settings.precision == "auto" else settings.precision
     check_precision(precision, device)
     set_float32_products(precision)

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,11 @@ RESULT = "result.json"
 LOG_EVERY = {"cpu": 10, "cuda": 50}  # steps; the host waits for the device at each log line
 SAVE_SECONDS = 600.0  # between checkpoints within an epoch
 MAX_SKIPS = 20  # steps in a row; fp16 may need 16 to lower its scale from 2^16 to 1
+
+
+def say(line: str) -> None:
+    """Prints a line on stderr, above the progress bar."""
+    tqdm.write(f"fusebert: {line}", file=sys.stderr)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +141,8 @@ class SeedRun:
         settings, machine = job.settings, job.machine
         self._job, self._seed, self._stop, self._out = job, seed, stop, out
         self._model, notes = job.model(seed)
+        for note in notes if seed == settings.seed else []:
+            say(note)
         self._optimizer = make_optimizer(
             self._model, settings.lr, settings.weight_decay, layer_decay=settings.layer_decay
         )
@@ -244,7 +252,7 @@ class SeedRun:
         is_best = before is None or goodness(job.metric, found) > before
         self.log.write("dev", state.step, epoch=epoch + 1, is_best=is_best, **found)
         words = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
-        tqdm.write(f"seed {self._seed}, epoch {epoch + 1}: {words}")
+        say(f"seed {self._seed}, epoch {epoch + 1}: {words}")
         if is_best:
             save_classifier(self._model, self._out / f"best-{state.step}", job.folder, job.labels.names, job.tokenizer)
             state.selection = {"step": state.step, "scores": found, "since": 0}

