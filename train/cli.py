@@ -37,6 +37,7 @@ app = typer.Typer(
         "Pretrain BERT encoders fast: text in, a model that loads in Hugging Face Transformers out.\n\n"
         "[bold]fusebert prepare[/bold] --corpus pydocs --out data/pydocs    text → tokenizer and token ids\n\n"
         "[bold]fusebert pretrain[/bold] --data data/pydocs --out runs/first --minutes 5    token ids → model\n\n"
+        "[bold]fusebert finetune[/bold] --model runs/first/hf --task classify ...    model → classifier\n\n"
         "[bold]fusebert embed[/bold] --model runs/first/hf --input texts.txt --out vectors.npy    model → vectors"
     ),
 )

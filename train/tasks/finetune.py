@@ -13,14 +13,16 @@ the dropout and the head's first weights are functions of the seed, so that a ru
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
-import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ...model.atomic import replace_file
@@ -72,7 +74,8 @@ class Outcome:
         found = {}
         for name in self.best["scores"]:
             values = [float("nan") if (x := each["scores"][name]) is None else x for each in self.results]
-            found[name] = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+            spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+            found[name] = float(np.mean(values)), spread
         return found
 
     def lines(self) -> list[str]:
@@ -122,10 +125,9 @@ def finetune(settings: FinetuneSettings, stop: StopSignal, resume_command: str) 
         _check_place(settings, identity)
         job = _prepare(settings, machine, folder)
         _write_manifest(settings, identity, resume_command, str(machine.device))
-        results = []
-        for seed in range(settings.seed, settings.seed + settings.seeds):
-            results.append(train_seed(job, seed, stop))
-        return _conclude(job, results)
+        with _errors_explained(resume_command):
+            seeds = range(settings.seed, settings.seed + settings.seeds)
+            return _conclude(job, [train_seed(job, seed, stop) for seed in seeds])
     except Stopped as stopped:
         message = f"stopped and saved; go on with:\n{resume_command}"
         raise Interrupted(message, exit_status(stopped.interrupted)) from None
@@ -133,6 +135,16 @@ def finetune(settings: FinetuneSettings, stop: StopSignal, resume_command: str) 
         raise UserError("the GPU's memory is full: lower --tokens-per-batch; a step keeps its --batch-size") from error
     finally:
         lock.release()
+
+
+@contextlib.contextmanager
+def _errors_explained(resume_command: str) -> Iterator[None]:
+    """Errors of the operating system, such as a full disk, get the command to go on."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"{error.strerror or error}; solve the problem, then go on with: {resume_command}"
+        raise OSError(error.errno, reason, error.filename) from error
 
 
 def _check(settings: FinetuneSettings) -> None:
@@ -147,8 +159,9 @@ def _check(settings: FinetuneSettings) -> None:
         if not low < getattr(settings, name) <= high:
             given = getattr(settings, name)
             raise UserError(f"--{name.replace('_', '-')} must be above {low:g} and at most {high:g}; got {given}")
-    if not 0.0 <= settings.warmup < 1.0:
-        raise UserError(f"--warmup must be from 0 to below 1; got {settings.warmup}")
+    for name in ("warmup", "weight_decay"):
+        if not 0.0 <= getattr(settings, name) < 1.0:
+            raise UserError(f"--{name.replace('_', '-')} must be from 0 to below 1; got {getattr(settings, name)}")
     if settings.seed + settings.seeds > 1 << 32:
         raise UserError(f"--seed must be below 2³²; got {settings.seed}")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,7 +155,9 @@ def _draw(logs: Sequence[Path], best: Predictions, path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"font.size": 10, "axes.edgecolor": INK, "text.color": INK, "axes.labelcolor": INK}):
+    colors = {"axes.edgecolor": INK, "text.color": INK, "axes.labelcolor": INK}
+    with matplotlib.rc_context({"font.size": 10, **colors}), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a character that the font lacks is drawn as a box
         figure = Figure(figsize=(15, 4.6), dpi=110, layout="constrained")
         loss, middle, right = figure.subplots(1, 3)
         _draw_loss(loss, [read_log(log) for log in logs])
@@ -207,8 +210,8 @@ def _draw_confusion(axes: Axes, best: Predictions) -> None:
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     shown = [name if len(name) <= 18 else name[:17] + "…" for name in names]
-    axes.set_xticks(range(len(names)), shown, rotation=90)
-    axes.set_yticks(range(len(names)), shown)
+    axes.set_xticks(range(len(names)), shown, rotation=90, parse_math=False)
+    axes.set_yticks(range(len(names)), shown, parse_math=False)
     if len(names) <= 15:
         for (i, j), count in np.ndenumerate(counts):
             axes.text(j, i, str(count), ha="center", va="center", color="white" if shares[i, j] > 0.5 else INK)
@@ -219,7 +222,8 @@ def _draw_confusion(axes: Axes, best: Predictions) -> None:
 
 def _draw_f1(axes: Axes, best: Predictions) -> None:
     classes = sorted(best.per_class(), key=lambda each: -each["texts"])[:MOST_CLASSES]
-    axes.barh([each["class"][:18] for each in classes], [each["f1"] for each in classes], color=TRAIN_COLOR)
+    axes.barh(range(len(classes)), [each["f1"] for each in classes], color=TRAIN_COLOR)
+    axes.set_yticks(range(len(classes)), [each["class"][:18] for each in classes], parse_math=False)
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.set_title("F1 of the most frequent classes", loc="left", fontweight="bold")

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from fusebert.model.config import BertConfig
 from fusebert.model.heads import SequenceClassifier
 from fusebert.model.hf.encoders import open_encoder
+from fusebert.model.hf.save_classifier import copied_tokenizer, save_classifier
 from fusebert.train.run.signals import Interrupted, StopSignal
 from fusebert.train.step.optim import learning_rate, make_optimizer, set_learning_rate
 from fusebert.train.step.step import TrainingStep
@@ -72,7 +73,7 @@ def test_it_learns_and_reports_mean_and_spread(topics: Path) -> None:
 
 def test_the_page_shows_plots_and_texts_and_runs_none_of_them(tmp_path: Path) -> None:
     rows = [Row(str(i), text) for i, text in enumerate(["<script>right()</script>", "a & wrong"])]
-    labels = Labels("single_label_classification", ("<yes>", "no"))
+    labels = Labels("single_label_classification", ("$\\frac{$", "no"))
     logits = np.array([[9.0, 0.0], [5.0, 1.0]], dtype=np.float32)
     best = Predictions(labels, rows, torch.tensor([0, 1]), logits)
     write_report(tmp_path, "a run", [], (["", "accuracy"], [["seed 0", 0.5]]), best)
@@ -335,3 +336,44 @@ def test_patience_ends_a_run_that_does_not_improve(fusebert: Fusebert, tmp_path:
     result = json.loads((out / "seed-0" / "result.json").read_text())
     assert result["best_step"] == 15
     assert result["steps"] == 30
+
+
+@pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
+def test_predictions_of_several_classes_and_of_a_value(problem: str, place: Path, fusebert: Fusebert, tmp_path) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    names = ("x", "y", "z") if problem.startswith("multi") else ("LABEL_0",)
+    source = open_encoder(place / "model")
+    torch.manual_seed(0)
+    model, _ = make_classifier(source, Labels(problem, names))
+    model.out.bias.data += torch.tensor([1.0, -1.0, 2.0])[: len(names)]
+    save_classifier(model, tmp_path / "hf", source, names, copied_tokenizer(source.directory, 64))
+    words = ["--input", "dev.jsonl", "--text", "one", "--text-pair", "two", "--out", tmp_path / "out.jsonl"]
+    assert fusebert("predict", "--model", tmp_path / "hf", *words) == 0
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer.model_max_length == 64
+    rows = predictions(Path("dev.jsonl"))
+    inputs = tokenizer([row["one"] for row in rows], [row["two"] for row in rows], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = theirs(**inputs).logits
+    found = predictions(tmp_path / "out.jsonl")
+    if problem == "regression":
+        torch.testing.assert_close(torch.tensor([[each["value"]] for each in found]), logits, rtol=1e-4, atol=1e-5)
+        return
+    given = torch.tensor([[each["probabilities"][name] for name in names] for each in found])
+    torch.testing.assert_close(given, logits.sigmoid(), rtol=1e-4, atol=1e-5)
+    assert all(each["labels"] == [name for name in names if each["probabilities"][name] > 0.5] for each in found)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--model", "model", "--input", "dev.tsv"], "model has no classification head: fine-tune the model first"),
+        (["--model", "topics", "--input", "dev.tsv"], "topics is a run's folder: give the model in it"),
+        (["--model", "topics/hf", "--input", "dev.jsonl"], "dev.jsonl:1: no field 'text'"),
+    ],
+)
+def test_mistakes_in_a_prediction(words, expected: str, topics: Path, fusebert: Fusebert, capsys) -> None:
+    assert fusebert("predict", *words) == 2
+    assert expected in capsys.readouterr().err.splitlines()[-1]
