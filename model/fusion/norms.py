@@ -15,6 +15,7 @@ class FusedNorm(Fused):
     """``nn.LayerNorm`` over one axis."""
 
     by = "layernorm"
+    only_kernels = True
 
     @staticmethod
     def matches(module: Any) -> bool:
@@ -60,6 +61,7 @@ class FusedRMSNorm(Fused):
     """Transformers' RMSNorm of Llama, EuroBERT and others, each a class of its own with the same code."""
 
     by = "rmsnorm"
+    only_kernels = True
 
     @staticmethod
     def matches(module: Any) -> bool:
@@ -100,6 +102,7 @@ class FusedPostNorm(Fused):
     """The end of a post-LN sub-layer, such as ``BertOutput``: LayerNorm(residual + dropout(dense(x)))."""
 
     by = "dropout_add_layernorm"
+    only_kernels = True
 
     @staticmethod
     def matches(module: Any) -> bool:

@@ -11,12 +11,14 @@ import functools
 import inspect
 import sys
 from collections.abc import Iterable
+from itertools import repeat
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ...kernels.backend import choose_backend
 from .attention_interface import register_attention
 
 
@@ -29,11 +31,14 @@ class Fused(nn.Module):
 
     Attributes:
         by: what runs now, for the report.
+        only_kernels: nothing but kernels is gained, so that the original forward runs where they do not run, as on a
+            CPU.
         template: the template of a fused class.
         original: the class that the instance had before.
     """
 
     by: str
+    only_kernels = False
     template: Any
     original: Any
 
@@ -137,6 +142,12 @@ SEEN = "_fusebert_seen"
 METHODS = ("forward", "_sa_block", "_ff_block")  # that fused code replaces
 
 
+def kernels_run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the kernels can run in a call with these arguments."""
+    x = args[0] if args else next(iter(kwargs.values()), None)
+    return not isinstance(x, Tensor) or x.is_cuda or choose_backend(x) != "reference"
+
+
 def _is_untouched(module: Any, template: Any) -> bool:
     """Whether ``template.touched(module)`` is None, without calling it where nothing changed since the last time.
 
@@ -151,31 +162,32 @@ def _is_untouched(module: Any, template: Any) -> bool:
     own.pop(SEEN, None)
     if template.touched(module) is not None:
         return False
-    parts = [(part, part.__class__, _children(part.__dict__), _config(part)) for part in template.parts(module)]
-    configs = {id(config): (config, config._attn_implementation) for *_, config in parts if config is not None}
-    own[SEEN] = (RemovableHandle.next_id, _children(own), parts, list(configs.values()))
+    parts = list(template.parts(module))
+    own[SEEN] = (RemovableHandle.next_id, _children(own), [part.__dict__ for part in parts], parts, *_look(parts))
     return True
 
 
-def _is_as_seen(own: dict[str, Any], children: tuple[Any, ...], parts: list[Any], configs: list[Any]) -> bool:
-    if _children(own) != children or not own.keys().isdisjoint(METHODS[1:]):
-        return False
-    for part, cls, inner, config in parts:
-        its = part.__dict__
-        if part.__class__ is not cls or _children(its) != inner or not its.keys().isdisjoint(METHODS):
-            return False
-        if config is not None and its["config"] is not config:
-            return False
-    return all(config._attn_implementation == name for config, name in configs)
+def _is_as_seen(own: dict[str, Any], children: tuple[Any, ...], dicts: list[Any], parts: list[Any], *seen: Any) -> bool:
+    return (
+        _children(own) == children
+        and own.keys().isdisjoint(METHODS[1:])
+        and not any(any(map(dict.__contains__, dicts, repeat(name))) for name in METHODS)
+        and _look(parts) == seen
+    )
+
+
+def _look(parts: list[Any]) -> tuple[Any, ...]:
+    """What may change without a hook: classes, children, configurations and their attention. Without a Python loop over
+    all ``parts``, because it is called at each forward."""
+    dicts = [part.__dict__ for part in parts]
+    classes = [part.__class__ for part in parts]
+    inner = list(map(tuple, map(dict.values, map(dict.get, dicts, repeat("_modules")))))
+    configs = list({id(x): x for x in map(dict.get, dicts, repeat("config")) if x is not None}.values())
+    return classes, inner, configs, [getattr(config, "_attn_implementation", None) for config in configs]
 
 
 def _children(own: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(own["_modules"].values())
-
-
-def _config(part: Any) -> Any:
-    config = part.__dict__.get("config")
-    return config if hasattr(config, "_attn_implementation") else None
 
 
 @functools.cache
@@ -190,6 +202,8 @@ def _fused_class(template: Any, original: Any) -> Any:
     if "forward" in vars(template):
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if template.only_kernels and not kernels_run(args, kwargs):
+                return original.forward(self, *args, **kwargs)
             fused = isinstance(self, Fused) and _is_untouched(self, template)
             return (template if fused else original).forward(self, *args, **kwargs)
 

@@ -25,6 +25,7 @@ class FusedMultiheadAttention(Fused):
     """``nn.MultiheadAttention``: self-attention that returns no weights and takes no attention mask."""
 
     by = "attention, where need_weights=False and there is no attn_mask"
+    only_kernels = True
 
     @staticmethod
     def matches(module: Any) -> bool:
@@ -75,6 +76,7 @@ class FusedEncoderLayer(Fused):
     """``nn.TransformerEncoderLayer`` with a fused attention; post-LN norms take the dropout and the residual."""
 
     by = "attention, and dropout_add_layernorm if post-LN, where there is no src_mask"
+    only_kernels = True
 
     @staticmethod
     def matches(module: Any) -> bool:
@@ -133,6 +135,7 @@ class FusedEncoder(Fused):
     """``nn.TransformerEncoder`` that passes a bool padding mask to its layers; PyTorch's own makes it a float mask."""
 
     by = "passes the padding mask to its layers unchanged, where there is no mask"
+    only_kernels = True
 
     @staticmethod
     def matches(module: Any) -> bool:

@@ -89,7 +89,7 @@ def check_manifest(path: Path, manifest: Any) -> None:
     require(is_integer(version, 1), "no version")
     if version != FORMAT_VERSION:
         raise CorpusError(
-            f"{path} has format version {version}; this fusebert reads version {FORMAT_VERSION}: prepare the corpus "
+            f"{path} has format version {version!r}; this fusebert reads version {FORMAT_VERSION}: prepare the corpus "
             "again"
         )
     vocab_size, entropy = manifest.get("vocab_size"), manifest.get("unigram_entropy")

@@ -233,7 +233,7 @@ def read_state(path: Path) -> TrainerState:
             content = json.loads(file.read(LARGEST_JSON))
         version, files = content["version"], content["files"]
         if version not in READABLE:
-            raise CheckpointError(f"{path} has format version {version}; this fusebert reads {READABLE}")
+            raise CheckpointError(f"{path} has format version {version!r}; this fusebert reads {READABLE}")
         if version >= 3 and content["crc32"] != _checksum({"state": content["state"], "files": files}):
             raise CheckpointError(f"{path / 'trainer.json'} is damaged: its content differs from its checksum")
         state = _read_fields(content["state"])

@@ -88,9 +88,10 @@ def read_manifest(out: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if content["version"] != FORMAT_VERSION:
-            raise UserError(f"{path} has format version {content['version']}; this fusebert reads {FORMAT_VERSION}")
+            raise UserError(f"{path} has format version {content['version']!r}; this fusebert reads {FORMAT_VERSION}")
         ranks, sessions = content["ranks"], content["sessions"]
         usable = isinstance(ranks, int) and all(isinstance(each["settings"], dict) for each in [content, *sessions])
+        usable = usable and bool(sessions) and all(isinstance(each["step"], int) for each in sessions)
         if not usable or "steps" not in content["settings"] or not isinstance(content["identity"], dict):
             raise TypeError("a field has another type")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

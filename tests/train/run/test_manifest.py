@@ -80,10 +80,15 @@ def test_what_cannot_be_repeated_says_why(made: tuple[Path, Path], tmp_path: Pat
     assert options_to_repeat(changed(made, tmp_path / "3", workers=2))["steps"] == 4
     with pytest.raises(UserError, match=r"has no run.json"):
         options_to_repeat(tmp_path)
-    for content in ("{", "[]", "{}", '{"version": 1}', "[" * 100_000):
+    whole = json.loads((made[1] / "run.json").read_text())
+    sessions = [json.dumps({**whole, "sessions": sessions}) for sessions in ([], [{"settings": {}}], 3)]
+    for content in ("{", "[]", "{}", '{"version": 1}', "[" * 100_000, *sessions):
         (tmp_path / "run.json").write_text(content)
         with pytest.raises(UserError, match=r"run.json is damaged"):
             options_to_repeat(tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps({**whole, "version": "\n"}))
+    with pytest.raises(UserError, match=r"has format version '\\n'"):  # in one line
+        options_to_repeat(tmp_path)
 
 
 def test_another_corpus_or_other_weights_are_noticed(
