@@ -155,8 +155,12 @@ def _draw(logs: Sequence[Path], best: Predictions, path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    colors = {"axes.edgecolor": INK, "text.color": INK, "axes.labelcolor": INK}
-    with matplotlib.rc_context({"font.size": 10, **colors}), warnings.catch_warnings():
+    with (
+        matplotlib.rc_context(
+            {"axes.edgecolor": INK, "text.color": INK, "axes.labelcolor": INK, "text.parse_math": False}
+        ),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore", UserWarning)  # a character that the font lacks is drawn as a box
         figure = Figure(figsize=(15, 4.6), dpi=110, layout="constrained")
         loss, middle, right = figure.subplots(1, 3)
@@ -210,8 +214,8 @@ def _draw_confusion(axes: Axes, best: Predictions) -> None:
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     shown = [name if len(name) <= 18 else name[:17] + "…" for name in names]
-    axes.set_xticks(range(len(names)), shown, rotation=90, parse_math=False)
-    axes.set_yticks(range(len(names)), shown, parse_math=False)
+    axes.set_xticks(range(len(names)), shown, rotation=90)
+    axes.set_yticks(range(len(names)), shown)
     if len(names) <= 15:
         for (i, j), count in np.ndenumerate(counts):
             axes.text(j, i, str(count), ha="center", va="center", color="white" if shares[i, j] > 0.5 else INK)
@@ -223,7 +227,7 @@ def _draw_confusion(axes: Axes, best: Predictions) -> None:
 def _draw_f1(axes: Axes, best: Predictions) -> None:
     classes = sorted(best.per_class(), key=lambda each: -each["texts"])[:MOST_CLASSES]
     axes.barh(range(len(classes)), [each["f1"] for each in classes], color=TRAIN_COLOR)
-    axes.set_yticks(range(len(classes)), [each["class"][:18] for each in classes], parse_math=False)
+    axes.set_yticks(range(len(classes)), [each["class"][:18] for each in classes])
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.set_title("F1 of the most frequent classes", loc="left", fontweight="bold")
