@@ -6,11 +6,9 @@ checkpoint names another, so at each moment the newest checkpoint and its best m
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ...model.atomic import replace_file
-from ...model.heads import SequenceClassifier
-from ...model.hf.encoders import EncoderFolder
 from ...model.hf.save_classifier import save_classifier
 from ..errors import UserError
 from ..run.checkpoint import TrainerState, clean_up, load_checkpoint, newest_good, save_checkpoint
@@ -31,56 +27,15 @@ from ..run.signals import Stopped, StopSignal
 from ..run.strict_json import strict_json
 from ..step.optim import learning_rate, make_optimizer
 from ..step.step import StepResult, TrainingStep
-from .classifier import make_classifier, predict_logits
-from .examples import EpochBatches, Examples
-from .labels import Labels
-from .models import Machine
-from .rows import Row
+from .classifier import predict_logits
+from .examples import EpochBatches
+from .job import Job, say
 from .scores import goodness, scores
-from .settings import FinetuneSettings
 
 RESULT = "result.json"
 LOG_EVERY = {"cpu": 10, "cuda": 50}  # steps; the host waits for the device at each log line
 SAVE_SECONDS = 600.0  # between checkpoints within an epoch
 MAX_SKIPS = 20  # steps in a row; fp16 may need 16 to lower its scale from 2^16 to 1
-
-
-def say(line: str) -> None:
-    """Prints a line on stderr, above the progress bar."""
-    tqdm.write(f"fusebert: {line}", file=sys.stderr)
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What the seeds of a run share.
-
-    Attributes:
-        folder: of the model to start from.
-        tokenizer: files of `copied_tokenizer`.
-        dev_rows: the texts of ``dev``.
-        class_weights: of the C classes, or None.
-        metric: on ``dev``, chooses the best model.
-    """
-
-    settings: FinetuneSettings
-    machine: Machine
-    folder: EncoderFolder
-    labels: Labels
-    tokenizer: dict[str, bytes]
-    train: Examples
-    dev: Examples
-    dev_rows: list[Row]
-    class_weights: list[float] | None
-    metric: str
-
-    def model(self, seed: int) -> tuple[SequenceClassifier, list[str]]:
-        """The model before the first step, on its device, and what to tell the user about its weights."""
-        torch.manual_seed(seed)
-        model, notes = make_classifier(self.folder, self.labels, self.class_weights)
-        frozen = self.settings.freeze_layers
-        for part in [model.encoder.embeddings, *model.encoder.layers[:frozen]] if frozen else []:
-            part.requires_grad_(False)
-        return model.to(self.machine.device), notes
 
 
 class Interval:

@@ -1,0 +1,113 @@
+"""What a fine-tuning run gave: scores over the seeds, the best model, the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...model.atomic import replace_file
+from ..run.strict_json import strict_json
+from .classifier import make_classifier, predict_logits
+from .finetune_report import Predictions, write_report
+from .job import Job
+from .models import open_folder
+from .scores import goodness
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a run gave.
+
+    Attributes:
+        out: its folder.
+        metric: that chose the models.
+        results: of `train_seed`, in the order of the seeds.
+        best: the best of them.
+    """
+
+    out: Path
+    metric: str
+    results: list[dict[str, Any]]
+    best: dict[str, Any]
+
+    def means(self) -> dict[str, tuple[float, float | None]]:
+        """(Mean, standard deviation over the seeds) of each score; None with one seed."""
+        found = {}
+        for name in self.best["scores"]:
+            values = [float("nan") if (x := each["scores"][name]) is None else x for each in self.results]
+            spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+            found[name] = float(np.mean(values)), spread
+        return found
+
+    def lines(self) -> list[str]:
+        """The scores in words."""
+        seeds = f", mean ± standard deviation of {len(self.results)} seeds" if len(self.results) > 1 else ""
+        return [
+            f"on the dev texts{seeds}:",
+            *(f"  {name:10} {words}" for name, words in self.in_words().items()),
+            self.chosen(),
+            f"model: {self.out / 'hf'}",
+            f"report: {self.out / 'report.html'}",
+        ]
+
+    def in_words(self) -> dict[str, str]:
+        """Mean and standard deviation of each score."""
+        return {
+            name: f"{mean:.4f}" + (f" ± {spread:.4f}" if spread is not None else "")
+            for name, (mean, spread) in self.means().items()
+        }
+
+    def chosen(self) -> str:
+        """Which model is the best one."""
+        return f"best by {self.metric}: seed {self.best['seed']}, epoch {self.best['best_epoch']:g}"
+
+
+def conclude(job: Job, results: list[dict[str, Any]]) -> Outcome:
+    """Copies the best seed's model to hf/ and writes the report about it."""
+    out = job.settings.out
+    best = max(results, key=lambda result: goodness(job.metric, result["scores"]))
+    _link_folder(out / f"seed-{best['seed']}" / "hf", out / "hf")
+    outcome = Outcome(out, job.metric, results, best)
+    folder = open_folder(out / "hf")
+    model = make_classifier(folder, job.labels, needs=("dense", "out"))[0].to(job.machine.device)
+    logits = predict_logits(model, job.dev.texts, job.machine)
+    predictions = Predictions(job.labels, job.dev_rows, job.dev.labels, logits)
+    settings = job.settings
+    title = f"{settings.model}: {settings.task}, {len(job.train.texts):,} training texts, {len(logits):,} dev texts"
+    tokens, seconds = sum(each["tokens"] for each in results), sum(each["seconds"] for each in results)
+    facts = f"{tokens:,} tokens in {seconds:,.0f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s, evaluations included"
+    figures = [[f"seed {each['seed']}", *each["scores"].values()] for each in results]
+    if len(results) > 1:
+        figures.append(["mean ± standard deviation", *outcome.in_words().values()])
+    write_report(out, title, [f"{outcome.chosen()}.", facts], (["", *best["scores"]], figures), predictions)
+    content = {
+        "metric": job.metric,
+        "best_seed": best["seed"],
+        "scores": {name: {"mean": mean, "stdev": spread} for name, (mean, spread) in outcome.means().items()},
+        "seeds": results,
+        "classes": predictions.per_class(),
+    }
+    with replace_file(out / "report.json") as partial:
+        partial.write_text(strict_json(content, indent=1) + "\n", encoding="utf-8")
+    return outcome
+
+
+def _link_folder(source: Path, target: Path) -> None:
+    """A copy of a folder of files, by hard links where the file system has them."""
+
+    def link(one: str, other: str) -> None:
+        try:
+            os.link(one, other)
+        except OSError:
+            shutil.copy2(one, other)
+
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial, copy_function=link)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
