@@ -228,7 +228,10 @@ def main() -> None:
             if _in_a_job():
                 _exit_unless_first()
             raise
-        _fail(f"{error.format_message()} (fusebert --help lists commands and options)", getattr(error, "exit_code", 2))
+        message, status = error.format_message(), getattr(error, "exit_code", 2)
+        if not message:  # a command without arguments has printed its help
+            sys.exit(status)
+        _fail(f"{message} (fusebert --help lists commands and options)", status)
     sys.exit(status if isinstance(status, int) else 0)
 
 

@@ -23,7 +23,8 @@ def save_hf(model: BertForPreTraining, directory: str | Path, tokenizer: str | P
     """Write ``model`` as a Hugging Face folder: ``transformers.BertForPreTraining.from_pretrained(directory)``.
 
     Writes config.json, model.safetensors (float32) and, given a tokenizer, tokenizer.json, tokenizer_config.json,
-    special_tokens_map.json and vocab.txt, so that ``AutoTokenizer.from_pretrained(directory)`` encodes like it.
+    special_tokens_map.json and vocab.txt, so that ``AutoTokenizer.from_pretrained(directory)`` encodes like it, with
+    [CLS] and [SEP] as in pretraining, and without padding and truncation.
     All files are first written beside ``directory``. An existing folder keeps its other files and has no config.json,
     without which it cannot be loaded, until every new file is in place.
 

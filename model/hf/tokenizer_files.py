@@ -42,6 +42,8 @@ def tokenizer_files(path: Path, config: BertConfig) -> dict[str, bytes]:
             f"{path} has {num_tokens} tokens, but the model's vocab_size is {config.vocab_size}: give the tokenizer "
             "that the model was trained with"
         )
+    if _as_trained(tokenizer):
+        content = tokenizer.to_str(pretty=True).encode()
     special = {role: token for role, token in BERT_SPECIAL_TOKENS.items() if tokenizer.token_to_id(token) is not None}
     settings = {
         **_tokenizer_class(json.loads(tokenizer.to_str())),
@@ -58,6 +60,30 @@ def tokenizer_files(path: Path, config: BertConfig) -> dict[str, bytes]:
     if vocabulary is not None:
         files["vocab.txt"] = "".join(f"{token}\n" for token in vocabulary).encode()
     return files
+
+
+def _as_trained(tokenizer: Tokenizer) -> bool:
+    """Makes the tokenizer encode as pretraining does: [CLS] A [SEP] and [CLS] A [SEP] B [SEP] with the types 0 and 1,
+    without padding and truncation. Whether that changed it."""
+    from tokenizers.processors import TemplateProcessing
+
+    changed = tokenizer.padding is not None or tokenizer.truncation is not None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    cls, sep = (tokenizer.token_to_id(BERT_SPECIAL_TOKENS[role]) for role in ("cls_token", "sep_token"))
+    if cls is None or sep is None:
+        return changed
+    a, b = (tokenizer.encode(text, add_special_tokens=False).ids for text in ("a", "b"))
+    one, two = tokenizer.encode("a"), tokenizer.encode("a", "b")
+    wanted = ([cls, *a, sep], [cls, *a, sep, *b, sep], [0] * (len(a) + 2) + [1] * (len(b) + 1))
+    if (one.ids, two.ids, two.type_ids) == wanted:
+        return changed
+    tokenizer.post_processor = TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0",
+        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", cls), ("[SEP]", sep)],
+    )
+    return True
 
 
 def _tokenizer_class(pipeline: dict[str, Any]) -> dict[str, Any]:

@@ -56,6 +56,15 @@ def test_help_does_not_load_torch(words: list[str]) -> None:
     assert "Usage" in result.stdout
 
 
+def test_without_a_command_there_is_help_and_no_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch) == 2
+    captured = capsys.readouterr()
+    assert "prepare" in captured.out
+    assert captured.err == ""
+
+
 def test_module_and_version() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "fusebert.train", "--version"], capture_output=True, text=True, check=True

@@ -63,6 +63,11 @@ class PackedExamples(Dataset[list[PackedBatch]]):
             self.batches_per_chunk = math.ceil(needed)
         self._order: tuple[int, np.ndarray, np.ndarray] | None = None  # epoch, its passages, the bounds of its chunks
 
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches in which the whole split is read once."""
+        return self.chunks_per_epoch * self.batches_per_chunk
+
     def _text_per_batch(self) -> float:
         """Tokens of text in a full batch (without special tokens and slack), measured on a sample."""
         rng = np.random.default_rng(0)

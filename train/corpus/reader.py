@@ -134,8 +134,8 @@ class Corpus:
         vocab_size: V; every id is below it.
         tokenizer_path: the tokenizer.json that made the ids.
         special: ids of the special tokens.
-        unigram_entropy: −Σ p log p over the training tokens, in nats per token: the loss of a model that knows only the
-            frequency of each token.
+        unigram_entropy: −Σ p log p over the training tokens that can be masked (no special ones, so no [UNK]), in nats
+            per token: the loss of a model that knows only the frequency of each token.
     """
 
     def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:

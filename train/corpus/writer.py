@@ -179,13 +179,15 @@ class CorpusWriter:
                 self._write_shard(split)
             if not self._shards[split]:
                 raise CorpusError(f"the split {split!r} of {self.directory} would have no document: give more text")
-        probability = self._frequency[self._frequency > 0] / self._frequency.sum()
+        predicted = self._frequency.copy()
+        predicted[list(self.special)] = 0  # never masked
+        probability = predicted[predicted > 0] / max(predicted.sum(), 1)
         manifest = {
             "version": FORMAT_VERSION,
             "vocab_size": self.vocab_size,
             "tokenizer": {"sha256": file_sha256(self.partial / TOKENIZER)},
             "special_tokens": self.special._asdict(),
-            "unigram_entropy": -math.fsum(probability * np.log(probability)),
+            "unigram_entropy": 0.0 - math.fsum(probability * np.log(probability)),  # not -0.0
             "source": dict(source),
             "report": dict(report or {}),
             "splits": {

@@ -52,7 +52,8 @@ def guess_masked_words(model: BertForPreTraining, corpus: Corpus, seqlen: int, c
         tokens = [corpus.special.cls, *ids, corpus.special.sep]
         tokens[masked + 1] = corpus.special.mask
         hidden = model.encode(_one_segment(tokens).to(device))  # (T, H)
-        probabilities = model.predict_tokens(hidden[masked + 1]).float().softmax(-1)  # (V,)
+        # Rows that pad the vocabulary to a multiple have no token.
+        probabilities = model.predict_tokens(hidden[masked + 1]).float().softmax(-1)[: corpus.vocab_size]  # (V,)
         best = torch.topk(probabilities, TOP)
         # Decode in two parts, because the tokenizer skips [MASK].
         text = f"{tokenizer.decode(ids[:masked])} [MASK] {tokenizer.decode(ids[masked + 1 :])}"

@@ -7,11 +7,15 @@ import json
 import math
 import os
 import sys
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ...model.config import PRESETS, BertConfig
+from ...model.hf.folder import check_settings
+from ...model.json_file import read_json
 from ..errors import UserError
 from ..step.distributed import Ranks
 from ..step.optim import OPTIMIZERS, SCHEDULES
@@ -36,9 +40,22 @@ LARGEST = {
     "workers": 256,
     "threads": 512,
     "processes": 512,
+    "layers": 1 << 10,
+    "hidden_size": 1 << 14,  # of the LayerNorm kernels
+    "heads": 1 << 10,
+    "intermediate_size": 1 << 18,
+    "max_positions": 1 << 20,
     "seed": (1 << 64) - 1,  # of torch's generators
 }
 LARGEST_INTEGER = 1 << 62  # of the others
+# Options with the sizes of the model, and their names in config.json.
+SIZES = {
+    "layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "heads": "num_attention_heads",
+    "intermediate_size": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +113,7 @@ def resolve(settings: PretrainSettings, ranks: Ranks | None = None) -> Plan:
     compute_dtype = COMPUTE_DTYPES[precision]
     tokens = settings.tokens_per_batch
     if tokens is None:
-        tokens = _gpu_tokens(model, compute_dtype, device) if on_gpu else CPU_TOKENS_PER_BATCH
+        tokens = _gpu_tokens(settings, model, compute_dtype, device) if on_gpu else CPU_TOKENS_PER_BATCH
         cpu_tokens = tokens if settings.processes else tokens * ranks.world_size
         wanted = settings.batch_tokens or (GPU_BATCH_TOKENS if on_gpu else cpu_tokens)
         tokens = max(min(tokens, wanted // ranks.world_size // 8 * 8), -(-settings.seqlen // 8) * 8)
@@ -127,7 +144,7 @@ def resolve(settings: PretrainSettings, ranks: Ranks | None = None) -> Plan:
         tokens_per_batch=tokens,
         accumulation=batch_tokens // at_once,
         batch_tokens=batch_tokens,
-        lr=settings.lr if settings.lr is not None else LEARNING_RATES["base" if settings.init_from else model],
+        lr=settings.lr if settings.lr is not None else _learning_rate(settings, model),
         workers=workers,
         log_every=settings.log_every or (50 if on_gpu else 10),
     )
@@ -170,11 +187,55 @@ def _processes_that_pay(settings: PretrainSettings, cores: int) -> int:
 
 def _hidden_size(settings: PretrainSettings) -> int:
     if settings.init_from is None:
-        return PRESETS[CPU_MODEL if settings.model == "auto" else settings.model][1]
+        return int(sizes(settings, CPU_MODEL if settings.model == "auto" else settings.model)["hidden_size"])
     try:
         return int(json.loads((settings.init_from / "config.json").read_text(encoding="utf-8"))["hidden_size"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0  # `from_hf` will say what is wrong with it
+
+
+def sizes(settings: PretrainSettings, model: str) -> dict[str, Any]:
+    """Fields of `BertConfig`: those of the preset ``model`` with the sizes of ``settings``, or those in ``--config``.
+
+    Raises:
+        UserError: --config cannot be read, is not of a BERT, or lacks a size.
+    """
+    if settings.config is not None:
+        return _config_file(settings.config)
+    preset = BertConfig.preset(model, vocab_size=2)
+    fields = {theirs: getattr(preset, theirs) for theirs in SIZES.values()}
+    if settings.hidden_size is not None:
+        fields["num_attention_heads"] = max(1, settings.hidden_size // 64)
+        fields["intermediate_size"] = 4 * settings.hidden_size
+    given = {theirs: getattr(settings, ours) for ours, theirs in SIZES.items()}
+    return {**fields, **{name: value for name, value in given.items() if value is not None}}
+
+
+def _config_file(path: Path) -> dict[str, Any]:
+    try:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--config {path} cannot be read ({error})") from error
+    if not isinstance(content, dict) or content.get("model_type", "bert") != "bert":
+        raise UserError(f"--config {path} is not the config.json of a BERT: model_type must be 'bert'")
+    check_settings(content, f"--config {path}")
+    fields = {field.name for field in dataclasses.fields(BertConfig)} - {"vocab_size", "pad_token_id"}
+    found = {name: value for name, value in content.items() if name in fields}
+    for name in SIZES.values():
+        value = found.setdefault(name, 512) if name == "max_position_embeddings" else found.get(name)
+        if not isinstance(value, int):
+            raise UserError(f"--config {path}: {name} must be a positive integer; got {value!r}")
+    return found
+
+
+def _learning_rate(settings: PretrainSettings, model: str) -> float:
+    """That of the preset; of the narrowest preset that is as wide, where sizes are given."""
+    if settings.init_from is not None:
+        return LEARNING_RATES["base"]
+    width = sizes(settings, model)["hidden_size"]
+    if width == PRESETS[model][1]:
+        return LEARNING_RATES[model]
+    return next((LEARNING_RATES[name] for name, (_, hidden, *_) in PRESETS.items() if hidden >= width), 1e-4)
 
 
 def _check(settings: PretrainSettings) -> None:
@@ -184,6 +245,12 @@ def _check(settings: PretrainSettings) -> None:
         raise UserError(
             "--model and --init-from contradict each other: config.json in the folder of --init-from defines the model"
         )
+    by_hand = [_option(name) for name in SIZES if getattr(settings, name) is not None]
+    for name in ("init_from", "config"):
+        others = [*by_hand, *(["--config"] if settings.config is not None and name == "init_from" else [])]
+        others += ["--model"] if settings.model != "auto" and name == "config" else []
+        if getattr(settings, name) is not None and others:
+            raise UserError(f"{_option(name)} defines the model: leave out {', '.join(others)}")
     if (settings.steps is None) == (settings.minutes is None):
         given = "neither was given" if settings.steps is None else "both were given"
         raise UserError(f"say how long to train: --steps 100000 or --minutes 5, one of the two; {given}")
@@ -193,7 +260,7 @@ def _check(settings: PretrainSettings) -> None:
             advice = ": give --batch-tokens for a larger step" if field.name == "tokens_per_batch" else ""
             raise UserError(f"{_option(field.name)} must be at most {most}; got {value}{advice}")
     positive = ("steps", "minutes", "seqlen", "tokens_per_batch", "batch_tokens", "lr", "clip", "muon_scale")
-    for name in (*positive, "eval_every", "save_every", "log_every", "threads", "processes"):
+    for name in (*positive, *SIZES, "eval_every", "save_every", "log_every", "threads", "processes"):
         value = getattr(settings, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"{_option(name)} must be positive; got {value}")
@@ -256,13 +323,13 @@ def choose_device(name: str, ranks: Ranks) -> torch.device:
     return torch.device("cuda") if ranks.alone else torch.device("cuda", ranks.local_rank)
 
 
-def _gpu_tokens(model: str, compute_dtype: torch.dtype, device: torch.device) -> int:
+def _gpu_tokens(settings: PretrainSettings, model: str, compute_dtype: torch.dtype, device: torch.device) -> int:
     """The largest power of two of tokens with activations that fit in half of the GPU's memory, at most
     GPU_TOKENS_PER_BATCH.
 
     The backward needs 17·H·L scalars a token (Korthikanti et al. 2022, without attention matrices).
     """
-    config = BertConfig.preset(model, vocab_size=2)
-    bytes_a_token = 17 * config.hidden_size * config.num_hidden_layers * compute_dtype.itemsize
+    shape = sizes(settings, model)
+    bytes_a_token = 17 * shape["hidden_size"] * shape["num_hidden_layers"] * compute_dtype.itemsize
     fits = int(0.5 * torch.cuda.get_device_properties(device).total_memory / bytes_a_token)
     return min(GPU_TOKENS_PER_BATCH, 1 << max(fits.bit_length() - 1, 7))

@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..step.distributed import LostPeer, Ranks, lost_connection
 from ..step.sharding import unsharded
 from .evaluate import Evaluation
+from .first_model import name_of_model
 from .guesses import guess_masked_words
 from .log import read_log
 from .loop import check_inputs, errors_explained, evaluate_and_log, save, train
@@ -95,8 +96,8 @@ def _finish(run: Run, stop: StopSignal) -> Report | None:
         raise run.log_error
     check_places(out)
     save_hf(model, out / "hf", run.inputs.keep(out))
+    records = read_log(out / "log.jsonl")
     try:
-        records = read_log(out / "log.jsonl")
         loss_curve = "not drawn: log.jsonl has no evaluation, perhaps because it was deleted"
         if any(record["kind"] == "eval" for record in records):
             plot_loss_curve(records, run.corpus.unigram_entropy, out / "loss.png")
@@ -106,11 +107,12 @@ def _finish(run: Run, stop: StopSignal) -> Report | None:
     assert state.first_evaluation is not None
     train_s = max(state.train_s, 1e-9)
     report = Report(
-        model=str(settings.init_from or run.plan.model),
+        model=name_of_model(settings, run.plan),
         parameters=run.model.num_parameters(),
         device=run.device_words,
         precision=run.plan.precision,
         steps=state.step,
+        epochs=state.batches / run.examples.batches_per_epoch,
         tokens=state.tokens,
         spikes=state.spikes,
         seconds=state.elapsed_s if complete else run.clock.elapsed(),
@@ -121,6 +123,10 @@ def _finish(run: Run, stop: StopSignal) -> Report | None:
         unigram_entropy=run.corpus.unigram_entropy,
         before=Evaluation.from_json(state.first_evaluation),
         after=after,
+        best_loss=min(
+            [record["mlm_loss"] for record in records if record["kind"] == "eval" and record["mlm_loss"] is not None],
+            default=after.mlm_loss,
+        ),
         guesses=guess_masked_words(model, run.corpus, settings.seqlen),
         hf_directory=str(out / "hf"),
         loss_curve=loss_curve,

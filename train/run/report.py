@@ -12,6 +12,7 @@ from .guesses import Guess
 from .strict_json import strict_json
 
 CLEARLY_BELOW = 0.95  # of the unigram entropy: a model above it has learned almost nothing from context
+DIVERGED = 1.1  # times the loss of the best evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Report:
         device: in words.
         precision: one of `precision.PRECISIONS`.
         steps: optimisation steps.
+        epochs: how often the training text was read.
         tokens: real tokens.
         spikes: of the training loss.
         seconds: wall-clock time of the run.
@@ -33,6 +35,7 @@ class Report:
         matmul: what ``matmul_rate`` is the rate of, in words.
         unigram_entropy: of the training corpus, nats a token.
         before, after: held-out evaluations before and after training.
+        best_loss: masked-LM loss of the best evaluation.
         guesses: guesses for masked words in held-out sentences.
         hf_directory: folder of the exported model.
         loss_curve: path of the PNG, or the reason why there is none.
@@ -43,6 +46,7 @@ class Report:
     device: str
     precision: str
     steps: int
+    epochs: float
     tokens: int
     spikes: int
     seconds: float
@@ -53,6 +57,7 @@ class Report:
     unigram_entropy: float
     before: Evaluation
     after: Evaluation
+    best_loss: float
     guesses: list[Guess]
     hf_directory: str
     loss_curve: str
@@ -60,6 +65,11 @@ class Report:
     def verdict(self) -> str:
         """Compares the loss with the unigram entropy: whether the model uses context."""
         loss, entropy = self.after.mlm_loss, self.unigram_entropy
+        advice = "lower --lr or raise --warmup"
+        if self.steps and loss > 1.01 * self.before.mlm_loss:
+            return f"ABOVE the loss before training, {self.before.mlm_loss:.3f}: the run has diverged; {advice}"
+        if loss > DIVERGED * self.best_loss:
+            return f"far above the best evaluation's, {self.best_loss:.3f}: the run has diverged; {advice}"
         if loss < CLEARLY_BELOW * entropy:
             return f"clearly below the unigram entropy, {entropy:.3f}: the model uses context"
         if loss < entropy:
@@ -83,8 +93,8 @@ class Report:
         lines = [
             f"# Pretrained {self.model}: {self.parameters / 1e6:.1f} M parameters",
             "",
-            f"{self.steps:,} steps, {self.tokens:,} tokens, {minutes} min {seconds} s on {self.device}, "
-            f"{self.precision}",
+            f"{self.steps:,} steps, {self.epochs:.3g} epochs, {self.tokens:,} tokens, {minutes} min {seconds} s on "
+            f"{self.device}, {self.precision}",
             f"{self.tokens_per_second:,.0f} tokens/s, MFU {self.mfu:.0%} of the {rate_words(self.matmul_rate)} "
             f"that a {self.matmul} reaches here",
             "",

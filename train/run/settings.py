@@ -94,6 +94,27 @@ class PretrainSettings:
             MODEL,
         ),
     ] = None
+    config: Annotated[
+        Path | None,
+        Option(
+            "Start from new weights with the sizes in this config.json, as Hugging Face writes it. The vocabulary and "
+            "the dropout are this run's.",
+            MODEL,
+            metavar="FILE.json",
+        ),
+    ] = None
+    layers: Annotated[int | None, Option("Layers, in place of the preset's.", MODEL)] = None
+    hidden_size: Annotated[int | None, Option("Width, in place of the preset's.", MODEL)] = None
+    heads: Annotated[
+        int | None, Option("Attention heads a layer. Default: the preset's; with --hidden-size, one for 64.", MODEL)
+    ] = None
+    intermediate_size: Annotated[
+        int | None,
+        Option("Inner width of the feed-forward. Default: the preset's; with --hidden-size, four times that.", MODEL),
+    ] = None
+    max_positions: Annotated[
+        int | None, Option("Positions that the model learns: the most that --seqlen can be.", MODEL, show_default="512")
+    ] = None
     dropout: Annotated[float, Option("Dropout probability, of hidden states and of attention.", MODEL)] = 0.1
 
     seqlen: Annotated[int, Option("Longest segment in tokens, \\[CLS] and \\[SEP]s included.", BATCH)] = 128

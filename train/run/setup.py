@@ -11,19 +11,15 @@ import torch
 from tqdm import tqdm
 
 from ...model.batch import PackedBatch
-from ...model.config import BertConfig
 from ...model.fp8 import use_fp8
 from ...model.hf.format import WEIGHTS_FILE
-from ...model.hf.load import from_hf
 from ...model.pretraining import BertForPreTraining
 from ..batches.batch_maker import MLM_PROBABILITY, BatchMaker, fit_shape
 from ..batches.dataset import PackedExamples, heldout_batches
 from ..batches.shape import BatchShape
 from ..corpus.format import file_sha256
 from ..corpus.reader import Corpus
-from ..errors import UserError
 from ..step.distributed import Ranks
-from ..step.finite import blown_up
 from ..step.flops import matmul_rate, matmul_words, rate_words
 from ..step.optim import make_optimizer
 from ..step.precision import set_float32_products
@@ -31,6 +27,7 @@ from ..step.sharding import distribute
 from ..step.step import TrainingStep
 from .checkpoint import TrainerState, last_good, load_checkpoint
 from .clock import Clock, Schedule
+from .first_model import make_model, name_of_model
 from .inputs import RunInputs
 from .lock import RunLock
 from .log import RunLog
@@ -164,7 +161,7 @@ def _set_up(settings: PretrainSettings, resume_command: str, ranks: Ranks, lock:
     if settings.verify and ranks.local_rank == 0:  # once a machine: each may have a copy of its own
         corpus.verify(show_progress=ranks.first)
     inputs = RunInputs(corpus)
-    saved = found[1].identity["--model"] if found is not None and settings.init_from is not None else None
+    saved = found[1].identity["--model"] if found is not None and (settings.init_from or settings.config) else None
     model = make_model(settings, plan, corpus, saved)
     model.encoder.checkpoint_activations = settings.checkpoint_activations
     set_float32_products(plan.precision)
@@ -266,71 +263,11 @@ def _set_up(settings: PretrainSettings, resume_command: str, ranks: Ranks, lock:
     return run
 
 
-def make_model(
-    settings: PretrainSettings, plan: Plan, corpus: Corpus, saved: dict[str, Any] | None = None
-) -> BertForPreTraining:
-    """A new model from the preset, or the one in ``settings.init_from``, with the dropout of ``settings``.
-
-    Args:
-        saved: the configuration of a run that started with ``settings.init_from`` and is continued: its checkpoint has
-            the weights, so the folder is not read.
-
-    Raises:
-        UserError: the vocabulary is not the corpus's, a weight is not finite, or ``--seqlen`` is too long.
-    """
-    dropout: dict[str, Any] = {
-        "hidden_dropout_prob": settings.dropout,
-        "attention_probs_dropout_prob": settings.dropout,
-    }
-    if saved is not None:
-        model = BertForPreTraining(BertConfig(**{**saved, **dropout}))
-    elif settings.init_from is None:
-        config = BertConfig.preset(plan.model, corpus.vocab_size, pad_token_id=corpus.special.pad, **dropout)
-        model = BertForPreTraining(config)
-    else:
-        source = from_hf(settings.init_from)
-        if source.config.vocab_size != corpus.vocab_size:
-            raise UserError(
-                f"--init-from {settings.init_from} has a vocabulary of {source.config.vocab_size} tokens, the corpus "
-                f"{corpus.directory} one of {corpus.vocab_size}: prepare the corpus with that model's tokenizer "
-                "(fusebert prepare --tokenizer)"
-            )
-        _check_vocabulary(settings.init_from, corpus)
-        bad = blown_up(source.state_dict())
-        if bad is not None:
-            raise UserError(
-                f"--init-from {settings.init_from}: {bad} is not finite, or too large to compute with: give another "
-                "model"
-            )
-        model = BertForPreTraining(dataclasses.replace(source.config, **dropout))
-        model.load_state_dict(source.state_dict())
-    if settings.seqlen > model.config.max_position_embeddings:
-        raise UserError(
-            f"--seqlen {settings.seqlen} is more than the model's {model.config.max_position_embeddings} positions"
-        )
-    return model
-
-
-def _check_vocabulary(directory: Path, corpus: Corpus) -> None:
-    """Raises UserError if the folder has a tokenizer.json with other tokens than the corpus's."""
-    from tokenizers import Tokenizer
-
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        return
-    theirs, ours = (Tokenizer.from_file(str(each)).get_vocab() for each in (path, corpus.tokenizer_path))
-    if theirs != ours:
-        raise UserError(
-            f"--init-from {directory} has another vocabulary than the corpus {corpus.directory}, of the same size: "
-            "prepare the corpus with that model's tokenizer (fusebert prepare --tokenizer)"
-        )
-
-
 def chosen_settings(settings: PretrainSettings, plan: Plan) -> PretrainSettings:
     """``settings`` with the values of ``plan`` in place of what they leave open."""
     return dataclasses.replace(
         settings,
-        model=settings.model if settings.init_from is not None else plan.model,
+        model=settings.model if settings.init_from or settings.config else plan.model,
         device=plan.device.type,
         precision=plan.precision,
         tokens_per_batch=plan.tokens_per_batch,
@@ -367,10 +304,14 @@ def _introduce(run: Run) -> None:
         torch=torch.__version__,
         device=run.device_words,
     )
-    length = f"{settings.steps:,} steps" if settings.steps is not None else f"{settings.minutes:g} minutes"
+    if settings.steps is not None:
+        batches = settings.steps * plan.batch_tokens // plan.tokens_per_batch
+        length = f"{settings.steps:,} steps ({batches / run.examples.batches_per_epoch:.3g} epochs)"
+    else:
+        length = f"{settings.minutes:g} minutes"
     each = f"{plan.accumulation}" if ranks.alone else f"{ranks.world_size} × {plan.accumulation}"
     run.say(
-        f"{settings.init_from or plan.model}: {run.model.num_parameters() / 1e6:.1f} M parameters, vocabulary "
+        f"{name_of_model(settings, plan)}: {run.model.num_parameters() / 1e6:.1f} M parameters, vocabulary "
         f"{run.corpus.vocab_size:,}, on {run.device_words} in {plan.precision}; "
         f"a {run.matmul} reaches {rate_words(run.matmul_rate)} here\n"
         f"{run.corpus.split('train').num_tokens:,} training tokens; {length} of {each} × "

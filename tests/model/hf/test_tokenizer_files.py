@@ -25,6 +25,11 @@ def bert_tokenizer(lowercase=True, special=SPECIAL, **normalizer):
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     trainer = trainers.WordPieceTrainer(vocab_size=90, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator(TEXT * 3, trainer)
+    return with_special_tokens(tokenizer)
+
+
+def with_special_tokens(tokenizer):
+    """The tokenizer, which puts special tokens around a text as pretraining does."""
     ids = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS]:0 $A:0 [SEP]:0", pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1", special_tokens=ids
@@ -81,6 +86,8 @@ def test_auto_tokenizer_encodes_as_the_tokenizers_library(tmp_path, kind):
     save_hf(model, tmp_path / "bert", tmp_path / "tokenizer.json")
 
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "bert")
+    if kind == "no special tokens around a text":
+        tokenizer = with_special_tokens(tokenizer)
     for text in TEXT:
         ours, their = tokenizer.encode(text), theirs(text)
         assert their["input_ids"] == ours.ids, text
@@ -104,6 +111,38 @@ def test_tokenizer_files(tmp_path):
     assert (settings["tokenizer_class"], settings["do_lower_case"]) == ("BertTokenizer", False)
     vocabulary = (tmp_path / "bert" / "vocab.txt").read_text(encoding="utf-8").split("\n")[:-1]
     assert vocabulary == [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
+
+
+OTHER = {
+    "none": None,
+    "RoBERTa's, without types": processors.RobertaProcessing(("[SEP]", 3), ("[CLS]", 2)),
+    "no separator": processors.TemplateProcessing(
+        single="[CLS] $A", pair="[CLS] $A $B:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    ),
+    "BERT's": processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2)),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER)
+def test_the_exported_tokenizer_adds_what_pretraining_adds(tmp_path, kind):
+    tokenizer = bare_tokenizer()
+    if OTHER[kind] is not None:
+        tokenizer.post_processor = OTHER[kind]
+    tokenizer.enable_padding(length=20)
+    tokenizer.enable_truncation(3)
+    tokenizer.save(str(tmp_path / "tok.json"))
+    save_hf(BertForPreTraining(dataclasses.replace(MICRO, vocab_size=96)), tmp_path / "bert", tmp_path / "tok.json")
+    saved = json.loads((tmp_path / "bert" / "tokenizer.json").read_text())
+    assert saved["padding"] is saved["truncation"] is None
+    exported = Tokenizer.from_file(str(tmp_path / "bert" / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    wanted = with_special_tokens(tokenizer)
+    for texts in ((TEXT[0],), (TEXT[0], TEXT[1])):
+        ours, theirs = wanted.encode(*texts), exported.encode(*texts)
+        assert (theirs.ids, theirs.type_ids) == (ours.ids, ours.type_ids)
+    if kind == "BERT's":
+        assert saved["post_processor"]["type"] == "BertProcessing"
 
 
 def test_tokenizers_that_are_rejected(tmp_path):

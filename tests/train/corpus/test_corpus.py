@@ -128,6 +128,15 @@ def test_unigram_entropy_is_that_of_the_training_tokens(tmp_path, tokenizer_file
     assert made.unigram_entropy == pytest.approx(expected, rel=1e-12)
 
 
+def test_the_unigram_entropy_is_of_tokens_that_can_be_predicted(tmp_path, tokenizer_file):
+    """[UNK] (1) is never masked. A single token has the entropy 0, not -0."""
+    made = write(tmp_path / "a", tokenizer_file, [[[5, 1, 6, 1, 1, 1]]], [[[5]]])
+    assert made.unigram_entropy == pytest.approx(math.log(2))
+    for number, ids in enumerate(([5, 5], [1, 1])):
+        made = write(tmp_path / f"b{number}", tokenizer_file, [[ids]], [[[5]]])
+        assert f"{made.unigram_entropy:.3f}" == "0.000"
+
+
 def test_pickles_without_its_arrays(written):
     corpus = Corpus.open(written)
     documents = read_back(corpus.split("train"))

@@ -386,10 +386,20 @@ def test_full_sentences_have_no_next_sentence_figures(corpus: Path, tmp_path: Pa
 
 def test_the_verdict_compares_the_loss_with_the_unigram_entropy() -> None:
     fields: dict[str, Any] = {f.name: None for f in dataclasses.fields(Report)}
-    for loss, words in ((5.6, "clearly below"), (5.9, "just below"), (6.1, "NOT below")):
-        evaluation = Evaluation(loss, 0.1, None, None, 10, 0)
-        report = Report(**{**fields, "unigram_entropy": 6.0, "after": evaluation})
-        assert report.verdict().startswith(words)
+    for before, best, loss, words in (
+        (9.0, 5.6, 5.6, "clearly below"),
+        (9.0, 5.9, 5.9, "just below"),
+        (9.0, 6.1, 6.1, "NOT below"),
+        (9.0, 9.0, 9.5, "ABOVE the loss before training, 9.000: the run has diverged; lower --lr"),
+        (9.0, 4.0, 8.8, "far above the best evaluation's, 4.000: the run has diverged; lower --lr"),
+        (9.0, 4.0, 5.0, "far above the best evaluation's"),
+        (9.0, 5.5, 5.6, "clearly below"),
+    ):
+        evaluations = {"before": Evaluation(before, 0.1, None, None, 10, 0), "best_loss": best}
+        evaluations["after"] = Evaluation(loss, 0.1, None, None, 10, 0)
+        verdict = Report(**{**fields, "steps": 9, "unigram_entropy": 6.0, **evaluations}).verdict()
+        assert verdict.startswith(words)
+        assert ("train longer" in verdict) == words.startswith(("just", "NOT"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
