@@ -85,8 +85,7 @@ def _finetune(settings: FinetuneSettings) -> None:
 
         fusebert finetune --model bert/ --task classify --label-separator ';' --train a.csv --dev b.csv --out runs/tags
 
-        fusebert finetune --model bert/ --task regress --text one --text-pair two --label score --train sts.jsonl
-        --dev sts-dev.jsonl --out runs/sts --seeds 5
+        fusebert finetune --model bert/ --task regress --text-pair other --train a.tsv --dev b.tsv --out sts --seeds 5
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see `cli`
     # A signal during the imports ends the process without a traceback.

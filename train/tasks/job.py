@@ -21,6 +21,8 @@ from .scores import choose_metric
 from .settings import FinetuneSettings
 from .tokens import TextTokenizer
 
+MOST_EPOCHS = 10_000  # the order of all is known before the first step
+
 
 def say(line: str) -> None:
     """Prints a line on stderr, above the progress bar."""
@@ -76,6 +78,8 @@ def check_settings(settings: FinetuneSettings) -> None:
     for name in ("warmup", "weight_decay"):
         if not 0.0 <= getattr(settings, name) < 1.0:
             raise UserError(f"--{name.replace('_', '-')} must be from 0 to below 1; got {getattr(settings, name)}")
+    if settings.epochs > MOST_EPOCHS:
+        raise UserError(f"--epochs must be from 1 to {MOST_EPOCHS:,}; got {settings.epochs:,}")
     if settings.seed + settings.seeds > 1 << 32:
         raise UserError(f"--seed must be below 2³²; got {settings.seed}")
 
@@ -116,8 +120,10 @@ def prepare_job(settings: FinetuneSettings, machine: Machine, folder: EncoderFol
     seen = sum((row.text, row.pair) in known for row in dev)
     what = f"{len(labels.names)} classes" if settings.task == "classify" else "a number each"
     say(f"{len(train):,} training texts, {len(dev):,} dev texts, {what}; a text has up to {tokenizer.seqlen} tokens")
-    if labels.names == tuple(folder.label_names or ()) and head in folder.tensors:
-        say("the model's own head is trained on, for its classes")
+    if head in folder.tensors and len(folder.tensors[head]) == len(labels.names):
+        others = [name for name in folder.label_names or [] if name not in labels.names]
+        whose = f", which was for other classes: {', '.join(others[:8])}" if others else ""
+        say(f"training starts from the model's own head{whose}")
     for warning in filter(None, [tokenizer.warning()]):
         say(warning)
     if seen:

@@ -224,6 +224,7 @@ MISTAKES = {
     "one class": (["--train", "one.tsv"], "no two classes to tell apart, only fox"),
     "not classes": (["--train", "many.tsv"], "60 different labels in 60 rows are not classes"),
     "metric": (["--metric", "pearson"], "choose one of auto, accuracy, macro_f1, mcc, loss"),
+    "epochs": (["--epochs", "1000000"], "--epochs must be from 1 to 10,000; got 1,000,000"),
     "lr": (["--lr", "0"], "--lr must be above 0"),
     "weights": (["--class-weights", "dog=2"], "is not NAME=NUMBER with one of the classes fox, hare, owl"),
     "layers": (["--freeze-layers", "3"], "--freeze-layers must be from 0 to 2"),
