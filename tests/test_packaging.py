@@ -68,7 +68,8 @@ def test_installed_alone_it_brings_torch_and_triton():
 
 def test_every_package_that_training_imports_is_in_train():
     names = {Requirement(line).name for line in _settings()["extras_require"]["train"]}
-    assert {"numpy", "safetensors", "tokenizers", "typer", "tqdm", "zstandard", "blingfire", "regex"} == names
+    libraries = {"numpy", "safetensors", "tokenizers", "typer", "rich", "tqdm", "zstandard", "blingfire", "regex"}
+    assert libraries == names
 
 
 def test_the_kernels_and_fuse_run_with_torch_and_triton_alone():

@@ -75,7 +75,8 @@ class TrainerState:
         identity: what must not change when the run is continued, see `resume.run_identity`.
         first_evaluation: `Evaluation.to_json` before the first step.
         loss_scale: state of GradScaler, in fp16.
-        selection: in fine-tuning, the step of the best evaluation, its scores, and the evaluations since.
+        selection: the step of the best evaluation, its scores, and the number of evaluations since. In pretraining
+            with --keep-best, and in fine-tuning.
     """
 
     step: int = 0
@@ -102,12 +103,14 @@ def save_checkpoint(
     state: TrainerState,
     keep: int = 2,
     ranks: Ranks | None = None,
+    spare: int | None = None,
 ) -> Path:
     """Writes ``root``/step-N with N = ``state.step``, and removes all but the ``keep`` newest checkpoints.
 
     A collective call: rank 0 writes and the others wait. Sharded tensors are gathered to the CPU memory of rank 0.
 
     Args:
+        spare: the checkpoint of this step is kept, too.
         ranks: None: this process alone.
 
     Raises:
@@ -117,7 +120,7 @@ def save_checkpoint(
     ranks = ranks or Ranks()
     check_weights(model, optimizer, ranks)
     tensors = gather(model.state_dict(), ranks), gather(_optimizer_tensors(model, optimizer), ranks)
-    return ranks.from_first(lambda: _write(root, tensors, state, keep))
+    return ranks.from_first(lambda: _write(root, tensors, state, keep, spare))
 
 
 def check_weights(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
@@ -127,7 +130,9 @@ def check_weights(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ran
         raise BlownUpWeights(f"{bad or 'a tensor of another rank'} is not finite, or too large to compute with")
 
 
-def _write(root: Path, tensors: tuple[dict[str, Tensor], ...], state: TrainerState, keep: int) -> Path:
+def _write(
+    root: Path, tensors: tuple[dict[str, Tensor], ...], state: TrainerState, keep: int, spare: int | None
+) -> Path:
     final = root / f"step-{state.step:08d}"
     partial, replaced = (root / f".{final.name}.{what}-{os.getpid()}" for what in ("partial", "replaced"))
     root.mkdir(parents=True, exist_ok=True)
@@ -150,7 +155,8 @@ def _write(root: Path, tensors: tuple[dict[str, Tensor], ...], state: TrainerSta
     _remove(replaced)
     # Those of later steps do not count: the run went on from an earlier one because they are damaged.
     for old in [path for path in list_checkpoints(root) if _step(path) <= state.step][keep:]:
-        _remove(old)
+        if _step(old) != spare:
+            _remove(old)
     return final
 
 

@@ -29,6 +29,7 @@ from .evaluate import Evaluation, evaluate
 from .log import read_log
 from .metrics import Counts, Interval, Readback, peak_memory_bytes
 from .replay import save_window
+from .settings import PretrainSettings
 from .setup import Run
 from .signals import Stopped, StopSignal
 from .spikes import Spikes
@@ -191,7 +192,8 @@ def train(run: Run, stop: StopSignal) -> None:
                 if supply.failed and not done:
                     supply.fail(f"; saved in {save(run)}; go on with: {run.resume_command}")
                 if evaluation_due and not done:  # at the end the caller evaluates and saves
-                    evaluate_and_log(run, stop)
+                    is_best, done = selected(run, evaluate_and_log(run, stop))
+                    save_due = save_due or is_best
                     schedule.evaluated()
                 if save_due and not done:
                     save(run)
@@ -277,6 +279,30 @@ def evaluate_and_log(run: Run, stop: StopSignal) -> Evaluation:
     return result
 
 
+def selected(run: Run, result: Evaluation) -> tuple[bool, bool]:
+    """With --keep-best: whether this evaluation is the best so far, and whether --patience ends the run."""
+    state, patience = run.state, run.settings.patience
+    if not keeps_best(run.settings):
+        return False, False
+    best = state.selection
+    if best is None or result.mlm_loss < best["scores"]["mlm_loss"]:
+        state.selection = {"step": state.step, "scores": result.to_json(), "since": 0}
+        return True, False
+    state.selection = {**best, "since": best["since"] + 1}
+    ends = patience is not None and state.selection["since"] >= patience
+    if ends:
+        run.say(
+            f"step {state.step:>6,}: no lower held-out loss in {patience} evaluations since step {best['step']:,}: "
+            "the run ends (--patience)"
+        )
+    return False, ends
+
+
+def keeps_best(settings: PretrainSettings) -> bool:
+    """Whether the checkpoint of the best evaluation is kept, and exported."""
+    return settings.keep_best or settings.patience is not None
+
+
 def save(run: Run) -> Path:
     """Writes a checkpoint. A collective call.
 
@@ -288,7 +314,15 @@ def save(run: Run) -> Path:
     state.elapsed_s = run.clock.elapsed()
     state.loss_scale = run.step.scaler.state_dict() if run.step.scaler is not None else None
     try:
-        path = save_checkpoint(run.checkpoints, run.model, run.optimizer, state, ranks=run.ranks)
+        path = save_checkpoint(
+            run.checkpoints,
+            run.model,
+            run.optimizer,
+            state,
+            run.settings.keep,
+            run.ranks,
+            spare=state.selection["step"] if state.selection is not None else None,
+        )
     except BlownUpWeights as error:
         raise BlownUpWeights(
             f"the weights have blown up by step {state.step} ({error}): not saved; lower --lr or raise --warmup; "

@@ -36,6 +36,8 @@ WITHOUT_EFFECT = {
     "save_every",
     "log_every",
     "eval_every",
+    "keep",
+    "keep_best",
     "tensorboard",
 }
 

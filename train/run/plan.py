@@ -260,7 +260,17 @@ def _check(settings: PretrainSettings) -> None:
             advice = ": give --batch-tokens for a larger step" if field.name == "tokens_per_batch" else ""
             raise UserError(f"{_option(field.name)} must be at most {most}; got {value}{advice}")
     positive = ("steps", "minutes", "seqlen", "tokens_per_batch", "batch_tokens", "lr", "clip", "muon_scale")
-    for name in (*positive, *SIZES, "eval_every", "save_every", "log_every", "threads", "processes"):
+    for name in (
+        *positive,
+        *SIZES,
+        "keep",
+        "patience",
+        "eval_every",
+        "save_every",
+        "log_every",
+        "threads",
+        "processes",
+    ):
         value = getattr(settings, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"{_option(name)} must be positive; got {value}")

@@ -12,16 +12,19 @@ the settings only, not on the number of processes. Rank 0 keeps the clock, write
 from __future__ import annotations
 
 import torch
+from safetensors.torch import load_file
 
 from ...model.hf.save import save_hf
+from ...model.pretraining import BertForPreTraining
 from ..errors import UserError
 from ..step.distributed import LostPeer, Ranks, lost_connection
 from ..step.sharding import unsharded
+from .checkpoint import read_state
 from .evaluate import Evaluation
 from .first_model import name_of_model
 from .guesses import guess_masked_words
 from .log import read_log
-from .loop import check_inputs, errors_explained, evaluate_and_log, save, train
+from .loop import check_inputs, errors_explained, evaluate_and_log, keeps_best, save, selected, train
 from .loss_curve import plot_loss_curve
 from .places import check_places
 from .plan import choose_device
@@ -88,6 +91,7 @@ def _finish(run: Run, stop: StopSignal) -> Report | None:
     after = evaluate_and_log(run, stop)
     state.finished = True
     if not complete:
+        selected(run, after)
         save(run)
     model = unsharded(run.model, run.ranks)
     if model is None:
@@ -95,6 +99,14 @@ def _finish(run: Run, stop: StopSignal) -> Report | None:
     if run.log_error is not None:
         raise run.log_error
     check_places(out)
+    model_step = state.step
+    if keeps_best(settings) and state.selection is not None and state.selection["step"] != state.step:
+        model_step, after = state.selection["step"], Evaluation.from_json(state.selection["scores"])
+        path = run.checkpoints / f"step-{model_step:08d}"
+        read_state(path)
+        model = BertForPreTraining(model.config)
+        model.load_state_dict(load_file(path / "model.safetensors"))
+        model.to(run.plan.device)
     save_hf(model, out / "hf", run.inputs.keep(out))
     records = read_log(out / "log.jsonl")
     try:
@@ -127,6 +139,7 @@ def _finish(run: Run, stop: StopSignal) -> Report | None:
             [record["mlm_loss"] for record in records if record["kind"] == "eval" and record["mlm_loss"] is not None],
             default=after.mlm_loss,
         ),
+        model_step=model_step,
         guesses=guess_masked_words(model, run.corpus, settings.seqlen),
         hf_directory=str(out / "hf"),
         loss_curve=loss_curve,

@@ -34,7 +34,8 @@ class Report:
         matmul_rate: FLOP/s, measured.
         matmul: what ``matmul_rate`` is the rate of, in words.
         unigram_entropy: of the training corpus, nats a token.
-        before, after: held-out evaluations before and after training.
+        before, after: held-out evaluations before training and of the exported model.
+        model_step: the step of the exported model, the last one unless --keep-best chose another.
         best_loss: masked-LM loss of the best evaluation.
         guesses: guesses for masked words in held-out sentences.
         hf_directory: folder of the exported model.
@@ -58,6 +59,7 @@ class Report:
     before: Evaluation
     after: Evaluation
     best_loss: float
+    model_step: int
     guesses: list[Guess]
     hf_directory: str
     loss_curve: str
@@ -102,6 +104,11 @@ class Report:
             "",
             f"Loss after, {after.mlm_loss:.3f}, is {self.verdict()}.",
             f"(Held-out: {counted}.)",
+            *(
+                [f"The model and the figures after are those of step {self.model_step:,}, the best evaluation."]
+                if self.model_step != self.steps
+                else []
+            ),
             *([f"Spikes of the training loss: {self.spikes} (`spike` in log.jsonl)."] if self.spikes else []),
             "",
             "## Masked words guessed in held-out sentences",

@@ -193,8 +193,24 @@ class PretrainSettings:
     save_every: Annotated[
         int | None,
         Option(
-            "Steps between checkpoints, of which the newest two are kept. Default: a checkpoint every ten minutes.",
+            "Steps between checkpoints. Default: a checkpoint every ten minutes.",
             RECORD,
+        ),
+    ] = None
+    keep: Annotated[int, Option("Checkpoints that are kept: the newest ones.", RECORD)] = 2
+    keep_best: Annotated[
+        bool,
+        Option(
+            "Save and keep the checkpoint with the lowest held-out loss of all evaluations as well, and export that "
+            "one to hf/.",
+            RECORD,
+            flags="--keep-best",
+        ),
+    ] = False
+    patience: Annotated[
+        int | None,
+        Option(
+            "End the run after so many evaluations in a row without a lower held-out loss. Implies --keep-best.", RECORD
         ),
     ] = None
     log_every: Annotated[
