@@ -36,6 +36,7 @@ class MemoryShard:
     tokens: np.ndarray
     sentences: np.ndarray
     documents: np.ndarray
+    weight: float = 1.0
 
     def check(self) -> None:
         """As of a `Shard`: no file can become shorter here."""
@@ -43,11 +44,12 @@ class MemoryShard:
 
 @dataclasses.dataclass
 class MemorySplit:
-    """A `Split` in memory, in shards of ``per_shard`` documents."""
+    """A `Split` in memory, in shards of ``per_shard`` documents, with ``weights`` in turn."""
 
     documents: Documents
     per_shard: int = 1 << 30
     name: str = "train"
+    weights: Sequence[float] = (1.0,)
 
     def __post_init__(self) -> None:
         self.shards, first = [], FIRST
@@ -56,7 +58,8 @@ class MemorySplit:
             sentences = np.cumsum([0, *(n for document in documents for n in document)])
             tokens = np.arange(first, first + sentences[-1])
             bounds = np.cumsum([0, *(len(document) for document in documents)])
-            self.shards.append(MemoryShard(tokens.astype(np.uint32), sentences.astype(np.int64), bounds))
+            weight = self.weights[len(self.shards) % len(self.weights)]
+            self.shards.append(MemoryShard(tokens.astype(np.uint32), sentences.astype(np.int64), bounds, weight))
             first += len(tokens)
         self.num_tokens = first - FIRST
         self.document_of = np.repeat(np.arange(len(self.documents)), [sum(d) for d in self.documents])
@@ -65,8 +68,8 @@ class MemorySplit:
 class MemoryCorpus:
     """A `Corpus` in memory, as far as batches need it; both splits are the same text."""
 
-    def __init__(self, documents: Documents, per_shard: int = 1 << 30) -> None:
-        self.text = MemorySplit(documents, per_shard)
+    def __init__(self, documents: Documents, per_shard: int = 1 << 30, weights: Sequence[float] = (1.0,)) -> None:
+        self.text = MemorySplit(documents, per_shard, weights=weights)
         self.special = SPECIAL
         self.vocab_size = FIRST + self.text.num_tokens
         self.continues_word = continues_word(self.vocab_size)

@@ -26,7 +26,7 @@ _PASSAGE_ORDER, _CHUNK = 0, 1  # purposes of random streams
 class PackedExamples(Dataset[list[PackedBatch]]):
     """Chunks of packed batches, without end: ``examples[i]`` is a list of ``batches_per_chunk`` batches.
 
-    A chunk depends only on the arguments and i. Each passage is in one chunk of an epoch.
+    A chunk depends only on the arguments and i. Each passage is once in an epoch, or as often as its weight says.
 
     Args:
         maker: the text, the shape of the batches and the kind of examples.
@@ -53,7 +53,7 @@ class PackedExamples(Dataset[list[PackedBatch]]):
         self._seed = seed
 
         # Among chunks of about CHUNK_TOKENS, choose those that round the batches of an epoch up by the least.
-        needed = (1 + SPARE) * passages.num_tokens / self._text_per_batch()
+        needed = (1 + SPARE) * passages.tokens_of_epoch() / self._text_per_batch()
         least, most = CHUNK_BATCHES
         most = min(math.ceil(needed), max(least, min(most, CHUNK_TOKENS // maker.shape.tokens)))
         options = [(math.ceil(needed / k), k) for k in range((most + 1) // 2, most + 1)]
@@ -85,10 +85,10 @@ class PackedExamples(Dataset[list[PackedBatch]]):
         epoch, number = divmod(chunk, count)
         if self._order is None or self._order[0] != epoch:
             tokens = self._maker.passages.tokens
-            order = np.random.default_rng((self._seed, _PASSAGE_ORDER, epoch)).permutation(len(tokens)).astype(np.int32)
+            order = self._maker.passages.draw(np.random.default_rng((self._seed, _PASSAGE_ORDER, epoch)))
             # Equal shares of the tokens, cut at the nearest passage, with at least one passage in each.
             middle = np.cumsum(tokens[order], dtype=np.int64) - tokens[order] / 2
-            bounds = np.searchsorted(middle, np.arange(count + 1) * (tokens.sum(dtype=np.int64) / count))
+            bounds = np.searchsorted(middle, np.arange(count + 1) * (tokens[order].sum(dtype=np.int64) / count))
             bounds[0], bounds[-1] = 0, len(order)
             ahead = np.arange(count + 1)
             bounds = np.minimum(np.maximum.accumulate(bounds - ahead) + ahead, len(order) - ahead[::-1])

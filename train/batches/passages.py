@@ -50,6 +50,7 @@ class Passages:
 
     Attributes:
         tokens: int32 [P], the length of each passage before the cuts are moved.
+        weights: float32 [P], how often an epoch has each passage; None: once.
         num_tokens: tokens in the split.
         num_documents: documents in the split.
 
@@ -63,11 +64,15 @@ class Passages:
         for shard in self._shards:
             lengths.append(np.diff(shard.sentences[shard.documents]))
             counts.append(len(lengths[-1]))
+        weights = [shard.weight for shard in self._shards]
         length = np.concatenate([np.zeros(0, dtype=np.int64), *lengths])
         pieces = -(-length // max_tokens)
         self._first_document = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))  # of each shard, then the end
         self._document = np.repeat(np.arange(len(length), dtype=np.int32), pieces)
         self.tokens = np.repeat((length // np.maximum(pieces, 1)).astype(np.int32), pieces)
+        self.weights = None
+        if any(weight != 1.0 for weight in weights):
+            self.weights = np.repeat(np.repeat(np.array(weights, dtype=np.float32), counts), pieces)
         self.num_tokens = int(length.sum())
         self.num_documents = int(np.count_nonzero(length))
         if self.num_tokens == 0:
@@ -75,6 +80,19 @@ class Passages:
 
     def __len__(self) -> int:
         return len(self._document)
+
+    def tokens_of_epoch(self) -> float:
+        """Tokens that an epoch has of the split, weights counted."""
+        return float(self.num_tokens if self.weights is None else (self.weights * self.tokens).sum(dtype=np.float64))
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        """int32 [n]: the passages of an epoch in random order, each as often as its weight says, on average."""
+        count = len(self)
+        if self.weights is None:
+            return rng.permutation(count).astype(np.int32)
+        whole = np.floor(self.weights)
+        times = (whole + (rng.random(count) < self.weights - whole)).astype(np.int64)
+        return rng.permutation(np.repeat(np.arange(count, dtype=np.int32), times))
 
     def sample(self, tokens: int, rng: np.random.Generator) -> np.ndarray:
         """Numbers of passages drawn at random without repetition, of about ``tokens`` tokens, or all passages."""

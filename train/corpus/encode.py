@@ -16,14 +16,14 @@ from tokenizers import Tokenizer
 from ..text.sentences import Splitter, sentence_splitter
 from ..text.special_tokens import UNKNOWN
 from ..text.tokenizer import encoder, words_too_long
-from .format import SPLITS, token_dtype
+from .format import token_dtype
 
 
 class Block(NamedTuple):
-    """Documents of one split.
+    """Documents of one split, with one weight.
 
     Attributes:
-        split, tokens, sentence_lengths, document_lengths: the arguments of `CorpusWriter.add_block`.
+        split, tokens, sentence_lengths, document_lengths, weight: the arguments of `CorpusWriter.add_block`.
         unknown: how often each character occurs in the sentences that have an [UNK].
         long_words: words that are [UNK] for their length.
     """
@@ -32,6 +32,7 @@ class Block(NamedTuple):
     tokens: np.ndarray
     sentence_lengths: list[int]
     document_lengths: list[int]
+    weight: float
     unknown: dict[str, int]
     long_words: int
 
@@ -61,15 +62,25 @@ def start_encoding(tokenizer_file: Path, sentences: str, vocab_size: int) -> Non
     )
 
 
-def encode_documents(documents: list[tuple[bool, str]]) -> list[Block]:
-    """The blocks of ``documents``, one for each split. Call `start_encoding` first.
+class Text(NamedTuple):
+    """A document to encode.
 
-    Args:
-        documents: (whether it is held out, text) of each.
+    Attributes:
+        split: "train" or "heldout".
+        weight: how often an epoch has it.
+        text: of the document.
     """
+
+    split: str
+    weight: float
+    text: str
+
+
+def encode_documents(documents: list[Text]) -> list[Block]:
+    """The blocks of ``documents``, one for each split and weight. Call `start_encoding` first."""
     blocks = []
-    for split in SPLITS:
-        texts = [_encoding.split_sentences(text) for heldout, text in documents if heldout == (split == "heldout")]
+    for split, weight in sorted({(document.split, document.weight) for document in documents}):
+        texts = [_encoding.split_sentences(each.text) for each in documents if each[:2] == (split, weight)]
         sentences = list(itertools.chain.from_iterable(texts))
         ids = [e.ids for e in _encoding.tokenizer.encode_batch_fast(sentences, add_special_tokens=False)]
         tokens = np.fromiter(itertools.chain.from_iterable(ids), _encoding.dtype)
@@ -80,5 +91,7 @@ def encode_documents(documents: list[tuple[bool, str]]) -> list[Block]:
                 if _encoding.unk in pieces:
                     unknown.update(sentence)
                     long_words += words_too_long(sentence, _encoding.tokenizer)
-        blocks.append(Block(split, tokens, list(map(len, ids)), list(map(len, texts)), dict(unknown), long_words))
+        blocks.append(
+            Block(split, tokens, list(map(len, ids)), list(map(len, texts)), weight, dict(unknown), long_words)
+        )
     return blocks

@@ -9,6 +9,7 @@
                                           and the sha256 of all this (`manifest_sha256`; not in older corpora)
     DIR/verified.json                     files that were compared with their sha256 (`verify_files`), and when
 
+A shard may have a weight in the manifest: how often an epoch of training has its documents (1 without one).
 There are two splits, "train" and "heldout". No split, document or sentence is empty. Offsets count within a shard, and
 each document lies in one shard.
 """
@@ -116,6 +117,8 @@ def check_manifest(path: Path, manifest: Any) -> None:
                 and shard["documents"] <= shard["sentences"] <= shard["tokens"],
                 f"a shard of {name}",
             )
+            weight = shard.get("weight", 1.0)
+            require(type(weight) in (int, float) and 1 <= weight <= 1000, f"the weight of a shard of {name}")
             files = shard.get("files")
             require(
                 isinstance(files, dict)

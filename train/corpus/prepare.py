@@ -18,7 +18,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -41,11 +41,11 @@ from ..text.tokenizer import (
     train_tokenizer,
 )
 from ..text.workers import available_cores, ordered_map
-from .encode import encode_documents, start_encoding
+from .encode import Text, encode_documents, start_encoding
 from .format import TOKENIZER
 from .reader import Corpus
 from .report import check_heldout, check_skipped, check_unknown, heldout_share
-from .settings import PrepareSettings
+from .settings import PrepareSettings, parse_weight
 from .survey import HELDOUT, LEFT_OUT, TRAIN, Survey, survey_documents
 from .tally import tallies
 from .work_folder import WorkFolder, remove_leftovers
@@ -80,6 +80,7 @@ def prepare(settings: PrepareSettings, *, show_progress: bool = False) -> Corpus
     own = {file.path.resolve() for file in heldout_files}
     files = find_files([name for name in inputs if name != "-"], settings.format)
     files = [file for file in files if file.path.resolve() not in own]
+    weights = _weights(settings, files)
 
     with contextlib.ExitStack() as stack, _name_in_errors(out):
         # Not in the system's temporary folder, which may be small or in memory.
@@ -94,13 +95,13 @@ def prepare(settings: PrepareSettings, *, show_progress: bool = False) -> Corpus
         elif "-" in inputs:
             files.append(_copy_stdin(scratch, settings.format, max_bytes))
         reading = Reading(settings.text_field, settings.documents, settings.skip_bad_records)
-        text = _Text(heldout_files, files, reading, max_bytes)
+        text = _Text(heldout_files, files, reading, max_bytes, weights)
         workers = settings.workers or (1 if text.total_bytes < _SMALL_INPUT else available_cores())
 
         with _bar("reading", text.total_bytes, show_progress) as bar:
             sample_chars = SAMPLE_CHARS if tokenizer is None else _SCRIPT_CHARS
             survey = survey_documents(
-                text.documents(bar.update),
+                (document[:2] for document in text.documents(bar.update)),
                 settings.heldout,
                 settings.seed,
                 sample_chars,
@@ -127,6 +128,7 @@ def prepare(settings: PrepareSettings, *, show_progress: bool = False) -> Corpus
             "documents": settings.documents,
             "dedup": settings.dedup,
             "heldout_files": settings.heldout_files,
+            "weight": settings.weight,
             "sentences": "blingfire" if settings.sentences == "auto" else settings.sentences,
             "max_bytes": max_bytes,
             "heldout": settings.heldout,
@@ -138,7 +140,7 @@ def prepare(settings: PrepareSettings, *, show_progress: bool = False) -> Corpus
         places = itertools.chain(survey.places, itertools.repeat(TRAIN))
         encoded = ordered_map(
             encode_documents,
-            _batches(zip(places, (each for each, _ in text.documents(bar.update)), strict=False)),
+            _batches(zip(places, text.documents(bar.update), strict=False)),
             workers=workers,
             initializer=start_encoding,
             initargs=(tokenizer_file, settings.sentences, writer.vocab_size),
@@ -146,7 +148,7 @@ def prepare(settings: PrepareSettings, *, show_progress: bool = False) -> Corpus
         counts = tallies(writer.special.unk)
         for blocks in stack.enter_context(contextlib.closing(encoded)):
             for block in blocks:
-                writer.add_block(block.split, block.tokens, block.sentence_lengths, block.document_lengths)
+                writer.add_block(*block[:5])
                 counts[block.split].add(block)
         made_with = encoder(tokenizer_file)
         problems = check_unknown(
@@ -189,6 +191,31 @@ def _check_survey(survey: Survey, text: _Text, settings: PrepareSettings) -> Non
         raise UserError("every document is in --heldout-files: give other text to train on")
 
 
+def _weights(settings: PrepareSettings, files: list[TextFile]) -> dict[Path, float]:
+    """The weight of each file that --weight names.
+
+    Raises:
+        UserError: a file is not among the inputs.
+    """
+    weights: dict[Path, float] = {}
+    known = {file.path.resolve() for file in files}
+    for given in settings.weight or []:
+        glob, weight = parse_weight(given)
+        found = {file.path.resolve() for file in find_files([glob], settings.format)}
+        if not found <= known:
+            raise UserError(f"--weight {given}: {min(found - known)} is not among the inputs that are trained on")
+        weights |= dict.fromkeys(found, weight)
+    return weights
+
+
+class _Document(NamedTuple):
+    """A document, whether it is from a file that is held out, and how often an epoch has it."""
+
+    text: str
+    heldout: bool
+    weight: float
+
+
 class _Text:
     """The documents of some files, up to ``max_bytes`` of UTF-8 text; they can be read several times.
 
@@ -199,6 +226,7 @@ class _Text:
         files: the others.
         reading: how to read them.
         max_bytes: of text; None: all of it.
+        weights: of files, by resolved path; 1 for the others.
 
     Attributes:
         skipped, reasons: of the bad records of the last reading.
@@ -206,27 +234,33 @@ class _Text:
     """
 
     def __init__(
-        self, heldout_files: list[TextFile], files: list[TextFile], reading: Reading, max_bytes: int | None
+        self,
+        heldout_files: list[TextFile],
+        files: list[TextFile],
+        reading: Reading,
+        max_bytes: int | None,
+        weights: dict[Path, float],
     ) -> None:
         self._files = [(file, True) for file in heldout_files] + [(file, False) for file in files]
-        self._reading, self._max_bytes = reading, max_bytes
+        self._reading, self._max_bytes, self._weights = reading, max_bytes, weights
         self._versions = [_version(file) for file, _ in self._files]
         self.total_bytes = sum(size for size, *_ in self._versions)
         self.skipped, self.reasons = 0, list[str]()
         self.too_long: int | None = None
 
-    def documents(self, progress: Progress) -> Iterator[tuple[str, bool]]:
-        """(text, whether it is from a file that is held out) of each document."""
+    def documents(self, progress: Progress) -> Iterator[_Document]:
+        """Every document, in order."""
         left = self._max_bytes
         reading = dataclasses.replace(self._reading, skipped=0, reasons=[])
         for (file, heldout), version in zip(self._files, self._versions, strict=True):
             _check_version(file, version)
+            weight = self._weights.get(file.path.resolve(), 1.0)
             for document in read_documents(file, reading, progress):
                 if left is not None and (left := left - (size := len(document.encode()))) < 0:
                     _check_version(file, version)
                     self.too_long = size
                     break
-                yield document, heldout
+                yield _Document(document, heldout, weight)
             _check_version(file, version)
             self.skipped, self.reasons = reading.skipped, reading.reasons
             if left is not None and left < 0:
@@ -275,15 +309,17 @@ def _copy_docstrings(
     return TextFile(path, "the docstrings"), found
 
 
-def _batches(documents: Iterable[tuple[int, str]]) -> Iterator[list[tuple[bool, str]]]:
-    """Tasks of `encode_documents`, of (place, text) of each document."""
-    batch: list[tuple[bool, str]] = []
+def _batches(documents: Iterable[tuple[int, _Document]]) -> Iterator[list[Text]]:
+    """Tasks of `encode_documents`, of each document and its place."""
+    batch: list[Text] = []
     length = 0
     for place, document in documents:
         if place == LEFT_OUT:
             continue
-        batch.append((place == HELDOUT, document))
-        length += len(document)
+        batch.append(
+            Text("heldout", 1.0, document.text) if place == HELDOUT else Text("train", document.weight, document.text)
+        )
+        length += len(document.text)
         if length >= BATCH_CHARS or len(batch) == BATCH_DOCUMENTS:
             yield batch
             batch, length = [], 0

@@ -44,9 +44,10 @@ class Shard:
 
     Attributes:
         num_tokens, num_sentences, num_documents: the counts in the manifest.
+        weight: how often an epoch of training has the shard's documents.
     """
 
-    def __init__(self, directory: Path, split: str, index: int, vocab_size: int, counts: Mapping[str, int]) -> None:
+    def __init__(self, directory: Path, split: str, index: int, vocab_size: int, counts: Mapping[str, Any]) -> None:
         # File names are computed, never read from the manifest: a manifest cannot point outside the directory.
         self.paths = {array: directory / array_file(split, index, array) for array in ARRAYS}
         self._vocab_size = vocab_size
@@ -54,6 +55,7 @@ class Shard:
         self.num_tokens = counts["tokens"]
         self.num_sentences = counts["sentences"]
         self.num_documents = counts["documents"]
+        self.weight = float(counts.get("weight", 1.0))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ARRAYS}

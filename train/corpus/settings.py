@@ -17,6 +17,7 @@ CORPORA = ("pydocs",)
 ACCENTS = ("auto", "keep", "strip")
 MAX_BYTES = 1 << 62
 MAX_WORKERS = 256
+MAX_WEIGHT = 100
 
 
 def parse_size(text: str) -> int:
@@ -34,6 +35,18 @@ def parse_size(text: str) -> int:
     if size > MAX_BYTES:
         raise UserError(f"a size of over {MAX_BYTES} bytes is too large: leave the option out")
     return int(size)
+
+
+def parse_weight(text: str) -> tuple[str, float]:
+    """(Input, weight) of a value of --weight.
+
+    Raises:
+        UserError: it is not of the form GLOB=NUMBER, or the number is out of range.
+    """
+    glob, _, number = text.rpartition("=")
+    if not glob or not re.fullmatch(r"\d{1,3}(\.\d{1,6})?", number) or not 1 <= float(number) <= MAX_WEIGHT:
+        raise UserError(f"--weight must be GLOB=NUMBER with a number of 1 to {MAX_WEIGHT}; got {text!r}")
+    return glob, float(number)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +163,15 @@ class PrepareSettings:
         bool,
         Option("Leave out documents with the text of an earlier one, spaces apart.", flags="--dedup"),
     ] = False
+    weight: Annotated[
+        list[str] | None,
+        Option(
+            "Train on the documents of these inputs (a file, a folder or a quoted glob) so many times an epoch, 1 to "
+            "100; 1.5 is once, and in half of the epochs twice. May be repeated. Nothing is copied.",
+            metavar="GLOB=NUMBER",
+            show_default=False,
+        ),
+    ] = None
     workers: Annotated[
         int | None, Option("Processes. The corpus does not depend on it.", show_default="one a core")
     ] = None
@@ -173,6 +195,8 @@ class PrepareSettings:
             raise UserError("give either --vocab-size, to learn a vocabulary, or --tokenizer, which has one, not both")
         if self.accents not in ACCENTS:
             raise UserError(f"--accents must be one of {', '.join(ACCENTS)}; got {self.accents!r}")
+        for given in self.weight or []:
+            parse_weight(given)
         for name, allowed in (("documents", DOCUMENTS), ("format", FORMATS)):
             value = getattr(self, name)
             if value is not None and value not in allowed:

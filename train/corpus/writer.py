@@ -82,9 +82,9 @@ class CorpusWriter:
         self._overwrite = overwrite
         self._shard_tokens = shard_tokens
         self._dtype = token_dtype(self.vocab_size)
-        self._frequency = np.zeros(self.vocab_size, dtype=np.int64)
+        self._frequency = np.zeros(self.vocab_size)
         self._shards: dict[str, list[dict[str, Any]]] = {name: [] for name in SPLITS}
-        self._pending = {name: _Pending() for name in SPLITS}
+        self._pending: dict[tuple[str, float], _Pending] = {}
         self._place = self.directory.resolve()  # "." and symbolic links have no usable name of their own
         self._folder = WorkFolder.make(self._place, "partial")
         self.partial = self._folder.path
@@ -118,7 +118,12 @@ class CorpusWriter:
             self.add_block(split, np.concatenate(arrays), [len(ids) for ids in arrays], [len(arrays)])
 
     def add_block(
-        self, split: str, tokens: np.ndarray, sentence_lengths: Sequence[int], document_lengths: Sequence[int]
+        self,
+        split: str,
+        tokens: np.ndarray,
+        sentence_lengths: Sequence[int],
+        document_lengths: Sequence[int],
+        weight: float = 1.0,
     ) -> None:
         """Appends many documents at once.
 
@@ -127,6 +132,7 @@ class CorpusWriter:
             tokens: integers [n], the ids, sentence after sentence.
             sentence_lengths: tokens in each sentence; their sum is n. Empty sentences are left out.
             document_lengths: sentences in each document; their sum is ``len(sentence_lengths)``.
+            weight: how often an epoch of training has them. A shard has documents of one weight.
 
         Raises:
             ValueError: the lengths do not add up, an id is outside the vocabulary, or ``split`` is unknown.
@@ -152,16 +158,16 @@ class CorpusWriter:
         running = np.concatenate(([0], np.cumsum(kept)))
         bounds = np.concatenate(([0], np.cumsum(per_document)))
         per_document = running[bounds[1:]] - running[bounds[:-1]]
-        pending = self._pending[split]
+        pending = self._pending.setdefault((split, weight), _Pending())
         pending.tokens.append(tokens.astype(self._dtype))
         pending.sentences.append(per_sentence[kept])
         pending.documents.append(per_document[per_document > 0])
         pending.num_tokens += len(tokens)
         pending.num_sentences += len(pending.sentences[-1])
         if split == "train":
-            self._frequency += np.bincount(tokens, minlength=self.vocab_size)
+            self._frequency += weight * np.bincount(tokens, minlength=self.vocab_size)
         if max(pending.num_tokens, SENTENCE_COST * pending.num_sentences) >= self._shard_tokens:
-            self._write_shard(split)
+            self._write_shard(split, weight)
 
     def finish(self, source: Mapping[str, Any], report: Mapping[str, Any] | None = None) -> Corpus:
         """Writes the pending documents and the manifest, and moves the corpus to its destination.
@@ -174,9 +180,9 @@ class CorpusWriter:
             CorpusError: a split has no document.
             OSError: a write failed, for example because the disk is full; the destination is unchanged.
         """
+        for split, weight in sorted(self._pending):
+            self._write_shard(split, weight)
         for split in SPLITS:
-            if self._pending[split].num_tokens:
-                self._write_shard(split)
             if not self._shards[split]:
                 raise CorpusError(f"the split {split!r} of {self.directory} would have no document: give more text")
         predicted = self._frequency.copy()
@@ -201,8 +207,8 @@ class CorpusWriter:
         self._move_to_destination()
         return Corpus.open(self.directory)
 
-    def _write_shard(self, split: str) -> None:
-        pending, self._pending[split] = self._pending[split], _Pending()
+    def _write_shard(self, split: str, weight: float) -> None:
+        pending = self._pending.pop((split, weight))
         arrays = {
             "tokens": np.concatenate(pending.tokens),
             "sentences": _offsets(pending.sentences),
@@ -220,6 +226,7 @@ class CorpusWriter:
                 "sentences": len(arrays["sentences"]) - 1,
                 "tokens": len(arrays["tokens"]),
                 "files": files,
+                **({"weight": weight} if weight != 1.0 else {}),
             }
         )
 

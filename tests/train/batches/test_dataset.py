@@ -77,6 +77,24 @@ def test_an_epoch_holds_all_text_and_repeats_little_of_it(corpus, nsp):
     assert (seen > 1).mean() < SPARE + 1 / examples.batches_per_chunk + 0.01
 
 
+def test_an_epoch_has_each_document_as_often_as_its_weight_says():
+    weights = (1.0, 3.0, 1.5)
+    documents = random_documents(np.random.default_rng(0), 60_000)
+    corpus = MemoryCorpus(documents, per_shard=150, weights=weights)
+    shape = fit_shape(corpus.split("train"), 4096, 128)
+    examples, once = packed(corpus, shape), packed(MemoryCorpus(documents), shape)
+    assert 1.5 < examples.batches_per_epoch / once.batches_per_epoch < 2.1
+    seen = np.zeros(corpus.vocab_size, dtype=int)
+    for index in range(2 * examples.chunks_per_epoch):  # two epochs
+        for batch in examples[index]:
+            for segment in segments_of(batch, shape):
+                np.add.at(seen, segment.a + segment.b, 1)
+                if segment.b and segment.label == NOT_NEXT:  # never two passages of one document
+                    assert len(set(corpus.text.document_of[np.array(segment.a + segment.b) - FIRST])) > 1
+    for i, shard in enumerate(corpus.text.shards):
+        assert seen[shard.tokens].mean() == pytest.approx(2 * weights[i % 3], rel=0.08)
+
+
 @pytest.mark.parametrize(("tokens", "seqlen"), [(4096, 128), (16384, 512)])
 @pytest.mark.parametrize("nsp", [True, False])
 def test_slack_is_below_one_percent(corpus, tokens, seqlen, nsp):

@@ -320,6 +320,9 @@ def test_damage_is_found_on_opening(written, damage, message):
         (lambda m: first_shard(m).update(sentences=10**9), "a shard of train"),
         (lambda m: first_shard(m)["files"]["tokens"].update(bytes=1.5), "files of"),
         (lambda m: first_shard(m)["files"]["tokens"].update(sha256=7), "files of"),
+        (lambda m: first_shard(m).update(weight=0), "the weight of a shard of train"),
+        (lambda m: first_shard(m).update(weight="2"), "the weight of a shard of train"),
+        (lambda m: m.update(report=[]), "report"),
     ],
 )
 def test_a_manifest_is_checked_field_by_field(written, change, message):

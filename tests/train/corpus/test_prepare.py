@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import zstandard
 from tokenizers import Tokenizer
@@ -260,6 +261,38 @@ def test_files_to_hold_out(tmp_path):
     assert read_back(both, "heldout") == read_back(made, "heldout")
     with pytest.raises(UserError, match=r"every document is in --heldout-files"):
         prepare([str(tmp_path / "mine")], tmp_path / "c", heldout_files=[str(tmp_path / "mine")])
+
+
+def test_weights_are_kept_by_shard(tmp_path):
+    documents = some_documents(120)
+    write_text(tmp_path / "a.txt", documents[:60])
+    (tmp_path / "b").mkdir()
+    write_text(tmp_path / "b" / "1.txt", documents[60:])
+    given = [str(tmp_path / "a.txt"), str(tmp_path / "b")]
+    options = {"vocab_size": 100, "heldout": 0.1, "workers": 1}
+    plain = prepare(given, tmp_path / "plain", **options)
+    made = prepare(given, tmp_path / "out", weight=[f"{tmp_path}/b/*=2.5"], **options)
+    assert read_back(made, "heldout") == read_back(plain, "heldout")
+    assert sorted(read_back(made, "train")) == sorted(read_back(plain, "train"))
+    shards = Corpus.open(tmp_path / "out").split("train").shards
+    assert [shard.weight for shard in shards] == [1.0, 2.5]
+    assert [shard.weight for shard in made.split("heldout").shards] == [1.0]
+    heldout = set(read_back(made, "heldout"))
+    assert shards[1].num_documents == sum(document not in heldout for document in folded(documents[60:]))
+    counts = [np.bincount(shard.tokens, minlength=made.vocab_size) for shard in shards]
+    weighted = counts[0] + 2.5 * counts[1]
+    share = weighted[weighted > 0] / weighted.sum()
+    assert made.unigram_entropy == pytest.approx(-(share * np.log(share)).sum())
+    for bad, message in (
+        ("a.txt", "must be GLOB=NUMBER"),
+        (f"{tmp_path}/a.txt=0.5", "a number of 1 to 100"),
+        (f"{tmp_path}/a.txt=101", "a number of 1 to 100"),
+        (f"{tmp_path}/none*=2", "matches no file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prepare(given, tmp_path / "bad", weight=[bad], **options)
+    with pytest.raises(UserError, match=r"a\.txt is not among the inputs"):
+        prepare(given[1:], tmp_path / "bad", weight=[f"{given[0]}=2"], **options)
 
 
 def test_skipped_records_are_told(tmp_path):
