@@ -12,6 +12,7 @@ import inspect
 import sys
 from collections.abc import Iterable
 from itertools import repeat
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -181,7 +182,7 @@ def _look(parts: list[Any]) -> tuple[Any, ...]:
     all ``parts``, because it is called at each forward."""
     dicts = [part.__dict__ for part in parts]
     classes = [part.__class__ for part in parts]
-    inner = list(map(tuple, map(dict.values, map(dict.get, dicts, repeat("_modules")))))
+    inner = list(map(tuple, map(dict.values, map(itemgetter("_modules"), dicts))))
     configs = list({id(x): x for x in map(dict.get, dicts, repeat("config")) if x is not None}.values())
     return classes, inner, configs, [getattr(config, "_attn_implementation", None) for config in configs]
 
