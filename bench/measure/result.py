@@ -5,6 +5,7 @@ fusebert bench kernels       kernels        KernelsResult
 fusebert bench step          step           StepResult
 fusebert bench train         train          TrainResult
 fusebert bench fuse          fuse           FuseResult
+fusebert bench quality       quality        QualityResult
 fusebert bench parity        train_parity   ParityResult
 fusebert.bench.record        pretrain       PretrainResult
 fusebert.bench.aot           aot            AotResult       (the file does not name its kind)
@@ -14,7 +15,9 @@ bench/campaign.sh            campaign       CampaignResult  (the file does not n
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import math
 from dataclasses import field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -26,7 +29,7 @@ from .ceilings import Ceilings, Drift
 from .correctness import Verdict
 from .machine import ClockSummary, Environment
 from .serialise import FLAT, OPTIONAL, REST, from_json, to_json
-from .settings import FuseSettings, KernelsSettings, ParitySettings, StepSettings, TrainSettings
+from .settings import FuseSettings, KernelsSettings, ParitySettings, QualitySettings, StepSettings, TrainSettings
 from .statistics import Ratio, Timing
 
 SCHEMA = 1  # raise it when a field changes its meaning
@@ -282,6 +285,53 @@ class ParityVerdict:
 
 
 @dataclasses.dataclass(frozen=True)
+class QualityPoint:
+    """A held-out evaluation of a run. ``seconds``: of training, without evaluations and the start."""
+
+    step: int
+    tokens: int
+    seconds: float
+    mlm_loss: float
+    nsp_accuracy: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class QualityRun:
+    """A pretraining run of a recipe."""
+
+    seed: int
+    points: tuple[QualityPoint, ...]
+
+    @property
+    def last(self) -> QualityPoint:
+        return self.points[-1]
+
+    def reaches(self, loss: float) -> tuple[float, float] | None:
+        """(tokens, seconds) at which the held-out loss is first ``loss``, between evaluations by interpolation."""
+        for before, after in itertools.pairwise(self.points):
+            if after.mlm_loss <= loss:
+                fall = before.mlm_loss - after.mlm_loss
+                share = min(1.0, max(0.0, (before.mlm_loss - loss) / fall)) if fall > 0 else 1.0
+                tokens = before.tokens + share * (after.tokens - before.tokens)
+                return tokens, before.seconds + share * (after.seconds - before.seconds)
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class QualityRecipe:
+    """The runs of a recipe, a seed each. ``options``: of pretrain, in words."""
+
+    name: str
+    options: str
+    runs: tuple[QualityRun, ...]
+
+    @property
+    def mean_loss(self) -> float:
+        """Of the last evaluations."""
+        return math.fsum(run.last.mlm_loss for run in self.runs) / len(self.runs)
+
+
+@dataclasses.dataclass(frozen=True)
 class CorpusSummary:
     """The corpus that a pretraining run read."""
 
@@ -476,6 +526,36 @@ class FuseResult(Result):
 
 
 @dataclasses.dataclass
+class QualityResult(Result):
+    """Of ``fusebert bench quality``; it grows while the benchmark runs. ``device``: what a run printed."""
+
+    kind = "quality"
+    environment: Environment
+    settings: QualitySettings
+    corpus: CorpusSummary
+    unigram_entropy: float
+    recipes: list[QualityRecipe] = field(default_factory=list)
+    device: str = ""
+    seconds: float | None = field(default=None, metadata=OPTIONAL)
+
+    @property
+    def target(self) -> float:
+        """The mean of the losses that are to be reached."""
+        return self.recipes[0].mean_loss
+
+    def cost(self, recipe: QualityRecipe, which: int) -> tuple[float, float, float] | None:
+        """Tokens (``which`` 0) or seconds (1) until the last held-out loss of the first recipe's run of the same seed,
+        over what that run takes: mean, least and most over the seeds. None if one does not reach it."""
+        shares = []
+        for run, first in zip(recipe.runs, self.recipes[0].runs, strict=False):
+            reached = run.reaches(first.last.mlm_loss)
+            if reached is None:
+                return None
+            shares.append(reached[which] / (first.last.tokens, first.last.seconds)[which])
+        return math.fsum(shares) / len(shares), min(shares), max(shares)
+
+
+@dataclasses.dataclass
 class ParityResult(Result):
     """Of ``fusebert bench parity``. ``runs``: ours first."""
 
@@ -533,6 +613,7 @@ ALL_KINDS: tuple[type[Result], ...] = (
     KernelsResult,
     ParityResult,
     PretrainResult,
+    QualityResult,
     StepResult,
     TrainResult,
 )

@@ -164,6 +164,31 @@ class TrainSettings(_Train):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class _Quality:
+    data: Annotated[str, Option("A corpus that `fusebert prepare` made.", metavar="<path>")]
+    recipes: Annotated[
+        str,
+        Option(
+            "Separated by semicolons, the first is what the others are compared with. Each is a --recipe, with "
+            "options of pretrain after commas: 'bert; fast; fast, steps=100, lr=1e-3'."
+        ),
+    ] = "bert; fast"
+    seeds: Annotated[int, Option("Runs of each recipe, with seeds 0, 1, …", min=1)] = 3
+    steps: Annotated[int, Option("Of each run.", min=1)] = 300
+    model: Model = "tiny"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QualityOptions(RunOptions, _Quality):
+    pass
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QualitySettings(_Quality):
+    """Of ``fusebert bench quality``. ``data`` is the name of the corpus's folder."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Parity:
     steps: Annotated[int, Option("Training steps.")] = 100
     seqlen: Seqlen = 128

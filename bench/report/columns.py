@@ -20,6 +20,9 @@ from ..measure.result import (
     ParityRun,
     PassResult,
     ProfiledOperator,
+    QualityRecipe,
+    QualityResult,
+    QualityRun,
     Stage,
     StepContestant,
     TrainContestant,
@@ -204,6 +207,38 @@ def fuse_columns(cases: Sequence[FuseCase]) -> list[Column[FuseCase]]:
         Column("pass", lambda case: case.pass_name, words=True),
         *(value(RATIO, f"{name} / ours [95 %]", name) for name in peers),
         value(TOKENS_PER_S, f"{ours}, real tokens/s", ours),
+    ]
+
+
+def quality_columns(result: QualityResult) -> list[Column[QualityRecipe]]:
+    """Of recipes: what they cost and reach, as means over the seeds with the least and the most."""
+
+    def over_seeds(read: Callable[[QualityRun], float | None], form: str) -> Callable[[QualityRecipe], Any]:
+        def cell(recipe: QualityRecipe) -> str | None:
+            values = [value for value in map(read, recipe.runs) if value is not None]
+            if not values:
+                return None
+            mean = math.fsum(values) / len(values)
+            return f"{form.format(mean)} [{form.format(min(values))}, {form.format(max(values))}]"
+
+        return cell
+
+    def cost(which: int) -> Callable[[QualityRecipe], Any]:
+        def cell(recipe: QualityRecipe) -> str:
+            found = result.cost(recipe, which)
+            return "not reached" if found is None else "{:.2f} [{:.2f}, {:.2f}]".format(*found)
+
+        return cell
+
+    return [
+        Column("recipe", lambda x: x.name, words=True),
+        Column("steps", lambda x: x.runs[0].last.step, "{:,}"),
+        Column("tokens", lambda x: x.runs[0].last.tokens, "{:,}"),
+        Column("seconds", over_seeds(lambda run: run.last.seconds, "{:.0f}")),
+        Column("held-out loss", over_seeds(lambda run: run.last.mlm_loss, "{:.3f}")),
+        Column("NSP accuracy", over_seeds(lambda run: run.last.nsp_accuracy, "{:.2f}")),
+        Column("tokens to target", cost(0)),
+        Column("time to target", cost(1)),
     ]
 
 

@@ -33,12 +33,13 @@ from ..measure.result import (
     KernelsResult,
     ParityResult,
     PretrainResult,
+    QualityResult,
     Result,
     StepContestant,
     StepResult,
     read_result,
 )
-from .blocks import Table
+from .blocks import Table, Text
 from .columns import RATIO, TOKENS_PER_S, Column, status, table
 from .render import markdown_table
 from .sections import (
@@ -49,6 +50,8 @@ from .sections import (
     parity_words,
     pretrain_table,
     pretrain_words,
+    quality_table,
+    section,
 )
 
 BEGIN = re.compile(r"<!-- figures (?P<view>\S+) (?P<files>.+?) -->")
@@ -190,9 +193,20 @@ def _fuse(files: Files[FuseResult]) -> list[str]:
     return lines
 
 
+def _quality(files: Files[QualityResult]) -> list[str]:
+    """A row a recipe."""
+    lines: list[str] = []
+    for path, result in files:
+        texts = [block.text for block in section(result).blocks if isinstance(block, Text)]
+        lines += [*(line for text in texts for line in _paragraph(text)), *_table(quality_table(result))]
+        lines += _linked([(path, result)])
+    return lines
+
+
 VIEWS: dict[str, tuple[type[Result], Callable[[Files[Any]], list[str]]]] = {  # view → (its files, what it writes)
     "step": (StepResult, _step),
     "fuse": (FuseResult, _fuse),
+    "quality": (QualityResult, _quality),
     "kernels": (KernelsResult, _kernels),
     "pretrain": (PretrainResult, _pretrain),
     "parity": (ParityResult, _parity),

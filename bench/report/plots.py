@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..measure.result import KernelsResult, ParityResult, Result, StepResult, TrainResult
+from ..measure.result import KernelsResult, ParityResult, QualityResult, Result, StepResult, TrainResult
 from .operator_plots import kernel_plots
-from .run_plots import parity_plots, step_plots, train_plots
+from .run_plots import parity_plots, quality_plots, step_plots, train_plots
 from .theme import Plot
 
 
@@ -16,4 +16,6 @@ def plots(result: Result) -> list[Plot]:
         return list(step_plots(result))
     if isinstance(result, TrainResult):
         return list(train_plots(result))
+    if isinstance(result, QualityResult):
+        return list(quality_plots(result))
     return list(parity_plots(result)) if isinstance(result, ParityResult) else []

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from ..measure.result import ParityResult, StepResult, TrainResult
+from ..measure.result import ParityResult, QualityResult, StepResult, TrainResult
 from .axes import bars_height, ratio_axis, ratio_bars, sorted_by_time, value_bars
 from .columns import AnyContestant
 from .theme import Plot, Theme
@@ -108,3 +109,25 @@ def parity_plots(result: ParityResult) -> Iterator[Plot]:
     """The losses of all runs."""
     caption = "Losses on the same batches from the same weights: where the runs are the same, ours covers theirs."
     yield Plot("losses", caption, 3.4, functools.partial(_losses, result))
+
+
+def _recipe_losses(result: QualityResult, figure: Figure, theme: Theme) -> None:
+    axes: Axes = figure.subplots()
+    colours = [theme.ours, *theme.peers]
+    for recipe, colour in zip(result.recipes, itertools.cycle(colours), strict=False):
+        for number, run in enumerate(recipe.runs):
+            points = run.points[1:]
+            tokens, losses = [point.tokens / 1e6 for point in points], [point.mlm_loss for point in points]
+            label = None if number else recipe.name
+            axes.plot(tokens, losses, color=colour, linewidth=1.4, label=label)
+    axes.axhline(result.target, color=theme.neutral, linewidth=1, linestyle="--")
+    axes.set_xlabel("million tokens")
+    axes.set_ylabel("held-out masked-LM loss, nats")
+    axes.legend(fontsize=8)
+
+
+def quality_plots(result: QualityResult) -> Iterator[Plot]:
+    """The held-out losses of all runs."""
+    if result.recipes:
+        caption = "Held-out loss by tokens, a line a seed; dashed: the target."
+        yield Plot("recipes", caption, 3.4, functools.partial(_recipe_losses, result))

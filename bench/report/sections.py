@@ -19,6 +19,7 @@ from ..measure.result import (
     PretrainReport,
     PretrainResult,
     Profile,
+    QualityResult,
     Result,
     StepResult,
     StepTime,
@@ -44,6 +45,7 @@ from .columns import (
     milliseconds,
     parity_columns,
     percent,
+    quality_columns,
     size,
     string_columns,
     table,
@@ -291,6 +293,30 @@ def _(result: FuseResult, figures: Sequence[Figure] = ()) -> Section:
     ]
     title = f"fuse, {settings.model}, {settings.compute_dtype}, {result.environment.device_name}"
     return Section(title, tuple(blocks))
+
+
+def quality_table(result: QualityResult) -> Table:
+    """A row a recipe."""
+    return table(quality_columns(result), result.recipes)
+
+
+@section.register
+def _(result: QualityResult, figures: Sequence[Figure] = ()) -> Section:
+    settings = result.settings
+    if not result.recipes:
+        return Section("Recipes", (Text("This run was cut short before all recipes had run.", warning=True),))
+    blocks: list[Block] = [
+        Text(
+            f"{settings.model} on {settings.data} ({result.corpus.train_tokens:,} training tokens, unigram entropy "
+            f"{result.unigram_entropy:.3f}), {result.device}. Mean [least, most] of {len(result.recipes[0].runs)} "
+            "seeds. Held-out loss in nats, always at 15 % masked. The target is the last held-out loss of "
+            f"{result.recipes[0].name} with the same seed; tokens and time until then, without evaluations, are over "
+            "those of that whole run: below 1, the recipe needs less."
+        ),
+        quality_table(result),
+        *figures,
+    ]
+    return Section(f"Recipes, {settings.model}, {result.environment.device_name}", tuple(blocks))
 
 
 @section.register

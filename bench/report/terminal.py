@@ -8,7 +8,16 @@ from typing import Any
 from ..measure.case import Missing
 from ..measure.ceilings import Ceilings
 from ..measure.machine import Environment
-from ..measure.result import FuseCase, FuseResult, KernelsResult, ParityResult, PassResult, StepResult, TrainResult
+from ..measure.result import (
+    FuseCase,
+    FuseResult,
+    KernelsResult,
+    ParityResult,
+    PassResult,
+    QualityResult,
+    StepResult,
+    TrainResult,
+)
 from .blocks import Text
 from .columns import interval
 from .render import terminal
@@ -61,6 +70,7 @@ def _(record: FuseCase) -> None:
 
 
 @show.register(FuseResult)
+@show.register(QualityResult)
 @show.register(StepResult)
 @show.register(TrainResult)
 @show.register(ParityResult)

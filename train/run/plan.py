@@ -21,7 +21,7 @@ from ..step.distributed import Ranks
 from ..step.optim import OPTIMIZERS, SCHEDULES
 from ..step.precision import COMPUTE_DTYPES, PRECISIONS, check_precision, default_precision
 from ..step.sharding import PARALLEL
-from .settings import PretrainSettings
+from .settings import RECIPES, PretrainSettings
 
 DEVICES = ("auto", "cpu", "cuda")
 # base and large: Devlin et al. 2018. The others are the highest stable rates measured, which suit short runs.
@@ -291,6 +291,7 @@ def _check(settings: PretrainSettings) -> None:
     if settings.seqlen < 8:
         raise UserError(f"--seqlen must be at least 8, for a pair of sentences; got {settings.seqlen}")
     allowed_words = {
+        "recipe": tuple(RECIPES),
         "precision": ("auto", *PRECISIONS),
         "optimizer": OPTIMIZERS,
         "schedule": tuple(SCHEDULES),

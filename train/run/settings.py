@@ -27,6 +27,19 @@ def _continued(resume: bool, out: Path) -> dict[str, Any]:
     return _known(options_to_continue(out), out) if resume else {}
 
 
+# A recipe is a set of defaults. "bert": Devlin et al. 2018, the defaults themselves. "fast": what the ablations of
+# docs/recipes.md support for runs that see their text a few times.
+RECIPES: dict[str, dict[str, Any]] = {
+    "bert": {},
+    "fast": {"optimizer": "muon", "muon_scale": 3.0, "mlm_probability": 0.3, "dropout": 0.0},
+}
+
+
+def _recipe(recipe: str, resume: bool, reproduce: Path | None, out: Path) -> dict[str, Any]:
+    """The options of a recipe. A run that is continued or repeated has its own."""
+    return {} if reproduce is not None or _continued(resume, out) else RECIPES.get(recipe, {})
+
+
 def _known(options: dict[str, Any], run: Path) -> dict[str, Any]:
     unknown = options.keys() - {field.name for field in dataclasses.fields(PretrainSettings)}
     if unknown:
@@ -78,6 +91,16 @@ class PretrainSettings:
         ),
     ] = None
 
+    recipe: Annotated[
+        str,
+        Option(
+            "Defaults of the options below. bert: as in the paper. fast: muon, 30 % masked, no dropout, for a third of "
+            "the tokens (docs/recipes.md). An option that is given wins.",
+            MODEL,
+            defaults=_recipe,
+            reads=("resume", "reproduce", "out"),
+        ),
+    ] = "bert"
     model: Annotated[
         str,
         Option(

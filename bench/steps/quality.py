@@ -1,0 +1,147 @@
+"""Training recipes against each other: how many tokens and seconds until a held-out loss.
+
+A run is ``fusebert pretrain`` in a process of its own, with the recipe's options and a seed, which decides the first
+weights and the order of the text. Recipes take turns, so that changes of the machine's speed affect all of them. The
+held-out loss is always measured with BERT's masking (15 %, 80/10/10), whatever the training masks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...train.corpus.reader import Corpus
+from ...train.errors import UserError
+from ...train.run.log import read_log
+from ..measure.machine import environment
+from ..measure.result import (
+    CorpusSummary,
+    QualityPoint,
+    QualityRecipe,
+    QualityResult,
+    QualityRun,
+    write_result,
+)
+from ..measure.settings import QualityOptions, QualitySettings, settings_of
+
+EVALUATIONS = 30  # of a run: the loss at a number of tokens is interpolated between them
+
+
+def parse(recipes: str) -> dict[str, list[str]]:
+    """Words of ``fusebert pretrain`` for each recipe, by its name: "bert; fast, steps=100".
+
+    Raises:
+        UserError: a part is not ``option=value``, or a recipe is there twice.
+    """
+    found: dict[str, list[str]] = {}
+    for recipe in filter(None, (part.strip() for part in recipes.split(";"))):
+        name, *options = (word.strip() for word in recipe.split(","))
+        words = [f"--recipe={name}"]
+        for option in options:
+            key, equals, value = option.partition("=")
+            if not equals:
+                raise UserError(f"--recipes {recipe!r}: {option!r} must be option=value, as in 'fast, steps=100'")
+            words.append(f"--{key.strip().replace('_', '-')}={value.strip()}")
+        title = ", ".join([name, *options])
+        if title in found:
+            raise UserError(f"--recipes: {title!r} is there twice")
+        found[title] = words
+    if not found:
+        raise UserError("--recipes is empty: give 'bert; fast', for example")
+    return found
+
+
+def run(options: QualityOptions, device: torch.device, *, show: Callable[[Any], None] = print) -> QualityResult:
+    """Run the benchmark, show what it finds, and return (and write) the result.
+
+    Args:
+        show: takes the environment, a line a run, and the result.
+
+    Raises:
+        UserError: an option is not allowed, or a run failed: with its error.
+        CorpusError: ``options.data`` is not a corpus, or is damaged.
+    """
+    begin = time.monotonic()
+    recipes = parse(options.recipes)
+    corpus = Corpus.open(Path(options.data))
+    where = environment(device)
+    show(where)
+    result = QualityResult(
+        environment=where,
+        settings=settings_of(QualitySettings, options, data=Path(options.data).name),
+        corpus=CorpusSummary(corpus.vocab_size, corpus.split("train").num_tokens),
+        unigram_entropy=corpus.unigram_entropy,
+    )
+    runs: dict[str, list[QualityRun]] = {name: [] for name in recipes}
+    with tempfile.TemporaryDirectory(prefix="fusebert-quality-") as place:
+        for seed in range(options.seeds):
+            for number, (name, words) in enumerate(recipes.items()):
+                made, result.device = _pretrain(words, options, seed, device, Path(place) / f"{number}-{seed}")
+                runs[name].append(made)
+                last = made.last
+                show(
+                    f"{name}, seed {seed}: held-out loss {last.mlm_loss:.3f} after {last.tokens:,} tokens in "
+                    f"{last.seconds:.0f} s"
+                )
+            result.recipes = [QualityRecipe(n, shlex.join(recipes[n]), tuple(made)) for n, made in runs.items()]
+            if options.out is not None:
+                write_result(options.out, result)
+    result.seconds = time.monotonic() - begin
+    show(result)
+    if options.out is not None:
+        write_result(options.out, result)
+    return result
+
+
+def _pretrain(
+    words: list[str], options: QualityOptions, seed: int, device: torch.device, out: Path
+) -> tuple[QualityRun, str]:
+    """A run, and its device in words."""
+    steps = next((int(word.partition("=")[2]) for word in words if word.startswith("--steps=")), options.steps)
+    given = [
+        f"--data={options.data}",
+        f"--out={out}",
+        f"--model={options.model}",
+        f"--steps={steps}",
+        f"--seed={seed}",
+        f"--device={device.type}",
+        f"--eval-every={max(1, steps // EVALUATIONS)}",
+        f"--save-every={steps}",
+        f"--log-every={max(1, steps // EVALUATIONS)}",
+        "--no-tensorboard",
+    ]
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    command = [sys.executable, "-m", "fusebert.train", "pretrain", *given, *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise UserError(f"{shlex.join(words)}: {lines[-1].removeprefix('fusebert: error: ')}")
+    records = read_log(out / "log.jsonl")
+    about = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    tokens_a_step = about["tokens"] / about["steps"]
+    evaluations = [record for record in records if record["kind"] == "eval"]
+    spent, points = 0.0, []
+    first = evaluations[0]["elapsed_s"]
+    for record in evaluations:
+        if points:
+            spent += record["seconds"]  # of this evaluation, which the clock has counted
+        points.append(
+            QualityPoint(
+                step=record["step"],
+                tokens=round(tokens_a_step * record["step"]),
+                seconds=record["elapsed_s"] - first - spent,
+                mlm_loss=record["mlm_loss"],
+                nsp_accuracy=record["nsp_accuracy"],
+            )
+        )
+    return QualityRun(seed, tuple(points)), about["device"]
