@@ -7,6 +7,8 @@ import sys
 import zlib
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as `make test` does; more threads would be more processes of `pretrain`
+
 import numpy as np
 import pytest
 import torch

@@ -14,7 +14,8 @@ import signal
 import sys
 import time
 import warnings
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -127,20 +128,23 @@ def _pretrain(settings: PretrainSettings) -> None:
     typed = [word for word in sys.argv[1:] if word != "--resume"]
     resume_command = shlex.join([*_launcher(), *typed, "--resume"])
     settings = with_processes(settings)
-    if settings.processes is not None and settings.processes > 1 and not _in_a_job():
-        status = start_ranks(settings.processes)
-        if status is not None:
-            raise typer.Exit(status)
-    try:
-        report = pretrain(settings, resume_command)
-    except Interrupted as stopped:
-        if first_to_fail():
-            print(f"fusebert: {stopped}", file=sys.stderr)
-        raise typer.Exit(stopped.status) from None
-    if report is not None:
-        print("\n" + report.as_text(), end="")
-        if settings.reproduce is not None:
-            print(compare(settings.reproduce, settings.out))
+
+    def train() -> None:
+        try:
+            report = pretrain(settings, resume_command)
+        except Interrupted as stopped:
+            if first_to_fail():
+                print(f"fusebert: {stopped}", file=sys.stderr)
+            raise typer.Exit(stopped.status) from None
+        if report is not None:
+            print("\n" + report.as_text(), end="")
+            if settings.reproduce is not None:
+                print(compare(settings.reproduce, settings.out))
+
+    if _in_a_job() or settings.processes in (None, 1):
+        train()
+    else:
+        raise typer.Exit(start_ranks(settings.processes, lambda: _with_exit_status(train)))
 
 
 app.command("pretrain", help=PRETRAIN_HELP)(command(PretrainSettings, _pretrain))
@@ -207,15 +211,22 @@ def _in_a_job() -> bool:
 
 
 def main() -> None:
-    """Entry point of the command line.
+    """Entry point of the command line."""
+    _with_exit_status(lambda: app(standalone_mode=False))
+
+
+def _with_exit_status(run: Callable[[], object]) -> NoReturn:
+    """Calls ``run`` and exits.
 
     An error that the user can correct is printed as one line on stderr, without a traceback. The exit status is 2 for
     wrong input and 1 for errors of the system, such as a full disk or a package that is not installed.
     """
     try:
-        status = app(standalone_mode=False)
+        status = run()
     except (KeyboardInterrupt, typer.Abort):  # outside of the blocks that handle Ctrl-C
         sys.exit(128 + signal.SIGINT)
+    except typer.Exit as stopped:
+        sys.exit(stopped.exit_code)
     except (UserError, ValueError) as error:
         _fail(str(error), 2)
     except OSError as error:
@@ -235,7 +246,7 @@ def main() -> None:
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _fail(message: str, status: int) -> None:
+def _fail(message: str, status: int) -> NoReturn:
     if _in_a_job():
         _exit_unless_first()
         message = f"rank {os.environ['RANK']}: {message}" if os.environ["RANK"] != "0" else message

@@ -8,6 +8,7 @@ torchrun's environment variables, so that everything else works as under torchru
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import os
@@ -15,7 +16,10 @@ import signal
 import socket
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from types import FrameType
+from typing import NoReturn
 
 from .signals import LOCAL_RUN_ID, SIGNALS, armed_flag, exit_status
 
@@ -23,14 +27,17 @@ GRACE_S = 30.0  # for the others to end after the first process has
 PR_SET_PDEATHSIG = 1
 
 
-def start_ranks(count: int) -> int | None:
-    """Forks ``count`` processes. This one must have computed nothing yet, so that it has no threads.
+def start_ranks(count: int, work: Callable[[], None]) -> int:
+    """Runs ``work`` in ``count`` forked processes. This one must have computed nothing yet, so that it has no threads.
 
     SIGINT, SIGTERM and SIGUSR1 go to rank 0, which agrees with the others; a second signal ends all of them at once.
     None of them survives the parent.
 
+    Args:
+        work: ends with SystemExit if it fails.
+
     Returns:
-        None in each of the processes; in the parent, when all have ended, the exit status of the job.
+        The exit status of the job, when all have ended.
     """
     import torch.distributed as dist
 
@@ -46,7 +53,7 @@ def start_ranks(count: int) -> int | None:
         if child == 0:
             _become(rank, count, listener.getsockname()[1], parent)
             listener.close()
-            return None
+            _work(work)
         children.append(child)
     # Not before the forks, because the store has threads.
     store = dist.TCPStore(
@@ -78,6 +85,23 @@ def _become(rank: int, count: int, port: int, parent: int) -> None:
         **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(count)),
     }
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _work(work: Callable[[], None]) -> NoReturn:
+    """Ends this process with the status of ``work``, and never returns to what the parent was called from."""
+    status = 1
+    try:
+        work()
+        status = 0
+    except SystemExit as stopped:
+        status = stopped.code if isinstance(stopped.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        atexit._run_exitfuncs()
+        os._exit(status)
 
 
 class _Parent:

@@ -3,6 +3,8 @@
 import dataclasses
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,17 @@ def test_a_process_that_is_killed_ends_the_others(results: Results) -> None:
 def test_no_process_survives_the_parent(results: Results) -> None:
     _, result = results["parent killed"]
     assert (result["status"], result["left"]) == (-signal.SIGKILL, 0), result
+
+
+def test_a_process_never_returns_to_the_caller() -> None:
+    script = (
+        "import os, sys\n"
+        "from fusebert.train.run.local_ranks import start_ranks\n"
+        "statuses = [start_ranks(2, lambda: sys.exit(3 * int(os.environ['RANK']))), start_ranks(2, lambda: None)]\n"
+        "print(statuses, 'RANK' in os.environ)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[3, 0] False\n"
 
 
 @pytest.mark.parametrize(
