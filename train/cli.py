@@ -239,10 +239,10 @@ def _with_exit_status(run: Callable[[], object]) -> NoReturn:
             if _in_a_job():
                 _exit_unless_first()
             raise
-        message, status = error.format_message(), getattr(error, "exit_code", 2)
+        message, number = error.format_message(), getattr(error, "exit_code", 2)
         if not message:  # a command without arguments has printed its help
-            sys.exit(status)
-        _fail(f"{message} (fusebert --help lists commands and options)", status)
+            sys.exit(number)
+        _fail(f"{message} (fusebert --help lists commands and options)", number)
     sys.exit(status if isinstance(status, int) else 0)
 
 

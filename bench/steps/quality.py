@@ -130,7 +130,7 @@ def _pretrain(
     about = json.loads((out / "report.json").read_text(encoding="utf-8"))
     tokens_a_step = about["tokens"] / about["steps"]
     evaluations = [record for record in records if record["kind"] == "eval"]
-    spent, points = 0.0, []
+    spent, points = 0.0, list[QualityPoint]()
     first = evaluations[0]["elapsed_s"]
     for record in evaluations:
         if points:

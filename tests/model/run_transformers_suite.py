@@ -42,6 +42,9 @@ class FuseEverything:
     def pytest_sessionstart(self) -> None:
         from transformers.modeling_utils import PreTrainedModel
 
+        from fusebert.model.fusion import swap
+
+        swap.kernels_run = lambda args, kwargs: True  # on a CPU the fused code runs too, on the reference
         plugin, depth = self, 0
 
         def constructor(cls: Any) -> Any:
