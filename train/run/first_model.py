@@ -7,6 +7,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...model.config import BertConfig
 from ...model.hf.format import CONFIG_FILE
 from ...model.hf.load import from_hf
@@ -58,8 +60,9 @@ def make_model(
                 f"--init-from {settings.init_from}: {bad} is not finite, or too large to compute with: give another "
                 "model"
             )
-        model = BertForPreTraining(dataclasses.replace(source.config, **dropout))
-        model.load_state_dict(source.state_dict())
+        rows = max(source.config.vocab_size, corpus.vocab_size)
+        model = BertForPreTraining(dataclasses.replace(source.config, vocab_size=rows, **dropout))
+        _load_rows(model, source)
     if settings.seqlen > model.config.max_position_embeddings:
         advice = "" if settings.init_from or settings.config else "; --max-positions raises them"
         raise UserError(
@@ -67,6 +70,14 @@ def make_model(
             + advice
         )
     return model
+
+
+def _load_rows(model: BertForPreTraining, source: BertForPreTraining) -> None:
+    """Copies the weights of ``source``. Rows of tokens that it lacks keep their initial values."""
+    weights = source.state_dict()
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            value[: len(weights[name])].copy_(weights[name])
 
 
 def name_of_model(settings: PretrainSettings, plan: Plan) -> str:
@@ -93,23 +104,23 @@ def _check_folder(folder: Path) -> None:
 
 
 def _check_vocabulary(folder: Path, rows: int, corpus: Corpus) -> None:
-    """Raises UserError if the folder's tokens are not the corpus's; warns if it normalises text in another way.
+    """Raises UserError unless the folder's tokens have the same ids in the corpus, which may have more; warns if it
+    normalises text in another way.
 
     Args:
         rows: of the model's embeddings. More than tokens, as in models that pad their vocabulary, is fine.
     """
     advice = "prepare the corpus with that model's tokenizer (fusebert prepare --tokenizer)"
     path = next((path for name in ("tokenizer.json", "vocab.txt") if (path := folder / name).is_file()), None)
-    if path is None or rows < corpus.vocab_size:
+    if path is None:
         if rows != corpus.vocab_size:
             raise UserError(
                 f"--init-from {folder} has a vocabulary of {rows} tokens, the corpus {corpus.directory} one of "
                 f"{corpus.vocab_size}: {advice}"
             )
-        if path is None:
-            return
+        return
     theirs, ours = load_tokenizer(path), load_tokenizer(corpus.tokenizer_path)
-    if theirs.get_vocab() != ours.get_vocab():
+    if not theirs.get_vocab().items() <= ours.get_vocab().items():
         size = "of the same size" if rows == corpus.vocab_size else f"of {rows} tokens"
         raise UserError(
             f"--init-from {folder} has another vocabulary than the corpus {corpus.directory}, {size}: {advice}"

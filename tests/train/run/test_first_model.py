@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 from runs import SMALL
-from small_corpus import make_corpus
+from small_corpus import make_corpus, write_text
+from tokenizers import Tokenizer
 
 from fusebert.model.config import BertConfig
 from fusebert.model.hf import from_hf, save_hf
 from fusebert.model.pretraining import BertForPreTraining
+from fusebert.train.corpus.prepare import prepare
 from fusebert.train.corpus.reader import Corpus
+from fusebert.train.corpus.settings import PrepareSettings
 from fusebert.train.errors import UserError
 from fusebert.train.run.pretrain import pretrain
 from fusebert.train.run.report import Report
@@ -128,6 +131,22 @@ def test_a_vocabulary_that_is_padded_to_a_multiple(corpus: Path, tmp_path: Path)
     bare = model_in(tmp_path / "bare", rows, None)
     with pytest.raises(UserError, match=f"vocabulary of {rows} tokens"):
         run(corpus, tmp_path / "other", model="auto", init_from=bare)
+
+
+def test_added_tokens_get_rows(corpus: Path, first: Path, tmp_path: Path) -> None:
+    """A corpus whose tokenizer is the model's with three tokens more."""
+    tokenizer = Tokenizer.from_file(str(first / "hf" / "tokenizer.json"))
+    tokenizer.add_tokens(["harbour", "meadowland", "foxglove"])  # the first is there already
+    tokenizer.save(str(tmp_path / "more.json"))
+    text = write_text(tmp_path / "text.txt")
+    prepare(PrepareSettings(tmp_path / "more", [str(text)], tokenizer=tmp_path / "more.json", heldout=0.1, workers=1))
+    old = Corpus.open(corpus).vocab_size
+    run(tmp_path / "more", tmp_path / "run", model="auto", init_from=first / "hf", lr=1e-12)
+    before, after = from_hf(first / "hf"), from_hf(tmp_path / "run" / "hf")
+    assert after.config.vocab_size == Corpus.open(tmp_path / "more").vocab_size == old + 2
+    for name, value in before.state_dict().items():
+        assert torch.allclose(after.state_dict()[name][: len(value)], value, atol=1e-6), name
+    assert after.state_dict()["encoder.embeddings.word_embeddings.weight"][old:].std() > 0.01
 
 
 def test_a_vocab_txt_is_compared(corpus: Path, tmp_path: Path) -> None:
