@@ -251,11 +251,15 @@ def test_files_to_hold_out(tmp_path):
     write_text(tmp_path / "mine" / "two.txt", documents[10:15])
     write_text(tmp_path / "all" / "a.txt", documents[5:])  # ten of them are held out, too
     held = [str(tmp_path / "mine" / "*.txt")]
-    made = prepare([str(tmp_path / "all")], tmp_path / "out", heldout_files=held, vocab_size=100, dedup=True)
+    made = prepare([str(tmp_path / "all")], tmp_path / "out", heldout_files=held, vocab_size=100)
     assert sorted(read_back(made, "heldout")) == sorted(folded(documents[:15]))
     assert read_back(made, "train") == folded(documents[15:])
     assert (made.manifest["report"]["left_out_as_held_out"], made.manifest["report"]["copies_left_out"]) == (10, 0)
     assert made.manifest["source"]["heldout_files"] == held
+    once = prepare([str(tmp_path / "all")], tmp_path / "once", heldout_files=held, vocab_size=100, dedup=True)
+    assert [read_back(once, name) for name in ("train", "heldout")] == [
+        read_back(made, name) for name in ("train", "heldout")
+    ]
     # A file that is among the inputs as well is held out.
     both = prepare([str(tmp_path / "all"), str(tmp_path / "mine")], tmp_path / "b", heldout_files=held, vocab_size=100)
     assert read_back(both, "heldout") == read_back(made, "heldout")
