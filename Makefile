@@ -25,7 +25,7 @@ data/pydocs/manifest.json: | $(VENV)/.train
 	$(BIN)/fusebert prepare --corpus pydocs --out data/pydocs --vocab-size 8192 --max-bytes 48MB
 
 pretrain: $(VENV)/.train data/pydocs/manifest.json  ## install, prepare the installed packages' docstrings, pretrain a small BERT
-	$(BIN)/fusebert pretrain --data data/pydocs --out runs/pydocs --minutes 5 --resume
+	$(BIN)/fusebert pretrain --data data/pydocs --out runs/pydocs --recipe fast --minutes 5 --resume
 
 test: $(VENV)/.dev  ## install and run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
@@ -55,7 +55,7 @@ figures: $(VENV)/.dev data/pydocs/manifest.json  ## take the CPU figures anew (1
 		$(BIN)/fusebert bench step --device cpu --model $${size%-*} --$$lengths --tokens $${size#*-} \
 			--out $(RESULT)-step-$${size%-*}-$$lengths.json || exit 1; \
 	done; done
-	$(BIN)/fusebert pretrain --device cpu --data data/pydocs --out runs/figures-$(shell date +%F) --minutes 5
+	$(BIN)/fusebert pretrain --device cpu --data data/pydocs --out runs/figures-$(shell date +%F) --recipe fast --minutes 5
 	$(BIN)/python -m fusebert.bench.record runs/figures-$(shell date +%F) --out $(RESULT)-pretrain.json
 	$(BIN)/python -m fusebert.bench.readme
 

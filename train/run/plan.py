@@ -29,7 +29,7 @@ LEARNING_RATES = {"tiny": 2e-3, "mini": 1e-3, "small": 5e-4, "base": 1e-4, "larg
 CPU_MODEL, GPU_MODEL = "tiny", "base"
 CPU_TOKENS_PER_BATCH = 2048  # a larger batch is hardly faster on a CPU
 # Measured on 2 cores: see docs/scale-out.md.
-WIDEST_FOR_PROCESSES, SEGMENTS_PER_PROCESS = 512, 4
+WIDEST_FOR_PROCESSES, SEGMENTS_PER_PROCESS = 256, 4
 GPU_TOKENS_PER_BATCH = 65536  # at most; fewer if the memory is small
 GPU_BATCH_TOKENS = 131072  # BERT's 256 sequences of 512 tokens
 # Larger values are mistakes, and would fill the memory or start that many threads.

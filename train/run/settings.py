@@ -284,7 +284,7 @@ class PretrainSettings:
         int | None,
         Option(
             "Training processes on a CPU, which share the micro-batches of a step. Default: one a core for models up "
-            "to 512 wide, as long as each has four segments of --seqlen; 1 with --threads. On GPUs torchrun starts "
+            "to 256 wide, as long as each has four segments of --seqlen; 1 with --threads. On GPUs torchrun starts "
             "them.",
             MACHINE,
         ),
