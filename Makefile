@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # Keep the working directory off sys.path: kernels/ would shadow the Hugging Face package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: help pretrain test test-slow test-real soak fuzz bench figures readme lint format clean
+.PHONY: help pretrain test test-slow test-real gpu-check gpu-check-quick soak fuzz bench figures readme lint format clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -35,6 +35,19 @@ test-slow: $(VENV)/.dev  ## the tests that take minutes each, which `make test` 
 
 test-real: $(VENV)/.dev  ## the tests with real weights (all-MiniLM-L6-v2, from the package index)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/model/test_real_weights.py
+
+# ttsem's metadata names a Python and a torch that are not ours; it needs neither.
+$(VENV)/.gpu-check: constraints.txt | $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python --constraint constraints.txt ttsem
+	@touch $@
+
+GPU_CHECKED := tests/kernels tests/gpu tests/model/fusion/test_fuse.py tests/model/fusion/test_attention_interface.py
+GPU_CHECK := OMP_NUM_THREADS=1 $(BIN)/python -m ttsem.sanitize pytest -p no:logging
+gpu-check: $(VENV)/.gpu-check  ## the kernels' tests as on a GPU, compiled for sm_90 and run on a CPU
+	$(GPU_CHECK) $(GPU_CHECKED)
+
+gpu-check-quick: $(VENV)/.gpu-check  ## the part of gpu-check that .ci/run includes
+	$(GPU_CHECK) -q -m gpu_check_quick $(GPU_CHECKED)
 
 SOAK_MINUTES ?= 60
 soak: $(VENV)/.dev  ## break tiny runs at random (kills, signals, full disks, flipped bits) for SOAK_MINUTES

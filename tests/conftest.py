@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # as `make test` does; more threa
 import numpy as np
 import pytest
 import torch
+from gpu_check import ON_CPU, adapt
 
 with contextlib.suppress(ImportError):  # without it the tests that draw examples are left out, and no others
     import hypothesis
@@ -26,6 +27,12 @@ if not torch.cuda.is_available():
 # `python -m pytest` puts the working directory there: transformers would import our kernels/ as Hugging Face's package.
 _ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != _ROOT]
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if ON_CPU:
+        adapt(items)
 
 
 @pytest.fixture(autouse=True)
