@@ -76,7 +76,7 @@ def poisoned():
 
 def make(op, shape, dtype):
     (case,) = OPERATORS[op].cases(HERE, dtype, quick=True, shapes=shape)
-    # Under ttsem these experiments' stores through tensor descriptors do not arrive; whose fault that is, is open.
+    # Under ttsem these experiments' stores through tensor descriptors do not arrive; the cause is not known.
     unseen = ON_CPU and dtype != torch.float32
     return case, [c for c in case.contestants if c.role == OURS and not (unseen and "epilogue" in c.name)]
 

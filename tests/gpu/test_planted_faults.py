@@ -1,4 +1,4 @@
-"""`make gpu-check` sees faults: a missing mask, a wrong stride, a race and memory nobody wrote, in each operator.
+"""`make gpu-check` sees faults: a missing mask, a wrong stride, a race and unwritten memory, in each operator.
 
 A fault is planted in a copy of one kernel. ttsem names accesses outside the tensors and races; the comparison with the
 reference sees the rest, because memory is NaN until it is written.

@@ -1,4 +1,4 @@
-"""`make gpu-check`: the tests as on a GPU, whose kernels ttsem runs on a CPU.
+"""`make gpu-check`: the tests as on a GPU; ttsem runs the kernels on a CPU.
 
 ttsem compiles each launch for sm_90 and executes its IR, so bfloat16 is a GPU's, and reports accesses outside a
 tensor and races. The tensors claim to be on ``cuda``.
@@ -67,7 +67,7 @@ class _Generator(torch.Generator):
 
 
 def adapt(items: list[pytest.Item]) -> None:
-    """Leaves out what cannot run, marks the quick part, and gives a CPU's generators to those who ask for a GPU's."""
+    """Leaves out what cannot run, marks the quick part, and gives a CPU's generators where a test asks for a GPU's."""
     torch.Generator = _Generator  # type: ignore[misc]
     for item in items:
         for pattern, reason in CANNOT_RUN.items():

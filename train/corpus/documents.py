@@ -14,7 +14,7 @@ FIRST, COPY, COPY_OF_HELDOUT = range(3)  # what `DocumentTable.copies` says of a
 _ROW = np.dtype([("split_hash", "<u8"), ("rank_hash", "<u8"), ("bytes", "<u4"), ("heldout", "u1")])
 _ROWS_AT_ONCE = 1 << 20
 _PENDING_BYTES = 1 << 20
-_PART_ROWS = 1 << 22  # documents whose hashes are sorted at once: about 200 MB
+_PART_ROWS = 1 << 22  # hashes that are sorted at once: about 200 MB
 
 
 class DocumentTable:

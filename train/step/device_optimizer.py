@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class DeviceOptimizer(torch.optim.Optimizer):
-    """An optimiser whose step does not synchronise, so that a CUDA graph can hold it."""
+    """An optimiser with a step that does not synchronise, so that a CUDA graph can hold it."""
 
     # With this GradScaler passes found_inf as a device tensor, without a host sync.
     _step_supports_amp_scaling = True

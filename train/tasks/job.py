@@ -122,8 +122,8 @@ def prepare_job(settings: FinetuneSettings, machine: Machine, folder: EncoderFol
     say(f"{len(train):,} training texts, {len(dev):,} dev texts, {what}; a text has up to {tokenizer.seqlen} tokens")
     if head in folder.tensors and len(folder.tensors[head]) == len(labels.names):
         others = [name for name in folder.label_names or [] if name not in labels.names]
-        whose = f", which was for other classes: {', '.join(others[:8])}" if others else ""
-        say(f"training starts from the model's own head{whose}")
+        note = f", which was for other classes: {', '.join(others[:8])}" if others else ""
+        say(f"training starts from the model's own head{note}")
     for warning in filter(None, [tokenizer.warning()]):
         say(warning)
     if seen:

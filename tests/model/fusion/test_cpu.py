@@ -1,4 +1,4 @@
-"""On a CPU, where no kernel runs, fused modules run the code that they had: as fast, and to the bit the same."""
+"""On a CPU, where no kernel runs, fused modules run the code that they had, to the bit."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""`BertFeatures` is a scikit-learn transformer, whose vectors are worth more than word counts."""
+"""`BertFeatures` is a scikit-learn transformer; its vectors are worth more than word counts."""
 
 import pickle
 from pathlib import Path
