@@ -116,8 +116,9 @@ def test_a_process_that_is_killed_ends_the_others(results: Results) -> None:
 
 
 def test_no_process_survives_the_parent(results: Results) -> None:
-    _, result = results["parent killed"]
+    out, result = results["parent killed"]
     assert (result["status"], result["left"]) == (-signal.SIGKILL, 0), result
+    assert not (out / "report.json").exists()  # they have not gone on to the end
 
 
 def test_a_process_never_returns_to_the_caller() -> None:
