@@ -11,7 +11,9 @@ Everything is float32 in registers; z is not rounded to x's dtype. Both Φ satis
 
     z Φ(z) = max(z, 0) − a Φ(−a)            Φ(z) + z φ(z) = t where z < 0, else 1 − t,   t = Φ(−a) − a φ(a)
 
-Only the tail Φ(−a) is computed: nothing cancels where z is very negative, as 1 + erf does, and nothing overflows.
+Only the tail Φ(−a) is computed: nothing cancels where z is very negative, as 1 + erf does, and nothing overflows. At ±∞
+the results are those of the formulas in IEEE arithmetic, as in PyTorch: y = ∞ at ∞ and NaN (−∞ · 0) at −∞, dx = NaN at
+both. The limits 0 and 1 would hide from a trainer that its activations overflowed.
 
 Saved for the backward: x. z, Φ and φ are recomputed, since y does not determine them. Bytes through HBM a row of e-byte
 elements, which are the fewest possible, and FLOPs:
@@ -78,7 +80,7 @@ def load_bias(bias_ptr, tile_i, I: tl.constexpr, BLOCK_I: tl.constexpr):
 
 @triton.jit
 def capped_distance(z):
-    """min(|z|, 16). The tail is 0 in float32 at 16, and ∞ · 0 would be NaN. NaN stays NaN."""
+    """min(|z|, 16), where the tail and the density are 0 in float32 already. NaN stays NaN."""
     return tl.minimum(tl.abs(z), 16.0, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -113,7 +115,8 @@ def normal_density(a, tail, TANH: tl.constexpr):
 def gelu_value(z, TANH: tl.constexpr):
     """z Φ(z), float32."""
     a = capped_distance(z)
-    return tl.maximum(z, 0.0) - a * normal_tail(a, TANH)
+    positive = 0.5 * z + 0.5 * tl.abs(z)  # max(z, 0), but NaN at −∞
+    return positive - a * normal_tail(a, TANH)
 
 
 @triton.jit
@@ -121,7 +124,7 @@ def gelu_slope(z, TANH: tl.constexpr):
     """Φ(z) + z φ(z), float32."""
     a = capped_distance(z)
     tail = normal_tail(a, TANH)
-    t = tail - a * normal_density(a, tail, TANH)
+    t = tail - tl.abs(z) * normal_density(a, tail, TANH)  # NaN at ±∞
     return tl.where(z < 0.0, t, 1.0 - t)
 
 

@@ -13,8 +13,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in
 # Attention has its own test, against the definition: PyTorch's own attention on a CPU loses some of them.
 NAMES = [name for name in CALLS if not name.startswith("attention")]
 BAD = [float("nan"), float("inf"), float("-inf")]
-# At ±∞ bias_gelu and its derivative have their limits. PyTorch has NaN there, or not, by device and dtype.
-LIMITS = {("bias_gelu", place, value) for place in ("x", "bias") for value in BAD[1:]}
 
 
 def not_finite(name, place, value, backend, dtype):
@@ -42,9 +40,6 @@ def places(name):
 @pytest.mark.parametrize(("name", "place"), [(name, place) for name in NAMES for place in places(name)])
 def test_the_same_places_as_in_pytorch(name, place, value):
     ours = not_finite(name, place, value, "triton", torch.float32)
-    if (name, place, value) in LIMITS:
-        assert [k for k, found in ours.items() if found.any()] == (["y"] if value > 0 else [])
-        return
     theirs = not_finite(name, place, value, "reference", torch.float64)
     for k in theirs:
         assert torch.equal(ours[k], theirs[k]), f"{k}: {ours[k].nonzero().tolist()}, {theirs[k].nonzero().tolist()}"
