@@ -6,6 +6,8 @@ the argument, what is allowed and what was given. Values of tensors are read whe
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -109,6 +111,11 @@ def check_seed(seed: int | Tensor | None, device: torch.device) -> None:
         raise ValueError(f"seed must fit in 64 bits, signed; got {seed}")
 
 
+def segment_lengths(cu_seqlens: Tensor) -> list[int]:
+    """The rows of each segment of cu_seqlens [S + 1]. Exact for any int32."""
+    return [end - start for start, end in itertools.pairwise(cu_seqlens.tolist())]
+
+
 def check_cu_seqlens(
     name: str,
     cu_seqlens: Tensor,
@@ -124,10 +131,11 @@ def check_cu_seqlens(
     check_same_device(name, cu_seqlens, like_name, like)
     if not values_are_readable(cu_seqlens):
         return
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] > num_rows or bool((cu_seqlens[1:] < cu_seqlens[:-1]).any()):
+    ends = cu_seqlens.tolist()  # in Python: a few tensor operations would take longer than a small batch's attention
+    if ends[0] != 0 or ends[-1] > num_rows or ends != sorted(ends):
         raise ValueError(
             f"{name} must start at 0, never fall and end at most at {num_rows}, the number of rows; got "
-            f"{cu_seqlens.tolist() if cu_seqlens.numel() <= 16 else cu_seqlens}"
+            f"{ends if len(ends) <= 16 else cu_seqlens}"
         )
 
 
@@ -200,7 +208,7 @@ def check_key_padding_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> None:
 def check_max_seqlen(name: str, max_seqlen: int, cu_seqlens: Tensor) -> None:
     if not isinstance(max_seqlen, int | torch.SymInt) or isinstance(max_seqlen, bool) or not 1 <= max_seqlen < 2**31:
         raise ValueError(f"{name} must be an int of at least 1, below 2^31; got {max_seqlen!r}")
-    if values_are_readable(cu_seqlens) and (longest := int(cu_seqlens.diff().max())) > max_seqlen:
+    if values_are_readable(cu_seqlens) and (longest := max(segment_lengths(cu_seqlens))) > max_seqlen:
         raise ValueError(f"{name} is {max_seqlen}, but the longest segment has {longest} rows: pass at least that")
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from ..checks import segment_lengths
 from .dropout_tile import attention_dropout_mask
 
 
@@ -66,7 +67,7 @@ def packed(
     if dropout_p > 0.0 and seed is not None:
         num_segments, h = cu_seqlens_q.numel() - 1, q.shape[1]
         planes = attention_dropout_mask(dropout_p, seed, max_q, max_k, num_segments * h, q.device)
-        lengths = zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist(), strict=True)
+        lengths = zip(segment_lengths(cu_seqlens_q), segment_lengths(cu_seqlens_k), strict=True)
         kept = [planes[s * h : (s + 1) * h, :n_q, :n_k] for s, (n_q, n_k) in enumerate(lengths)]
     return reference.attention_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, scale=scale, dropout_p=dropout_p, dropout_masks=kept, window=window
@@ -93,7 +94,7 @@ def _segment_by_segment(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float, dropout_p: float
 ) -> Tensor:
     """One call per segment, which on a CPU is faster than padding; a single call where all lengths are equal."""
-    lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
+    lengths_q, lengths_k = segment_lengths(cu_seqlens_q), segment_lengths(cu_seqlens_k)
     rest_q, rest_k = q.shape[0] - sum(lengths_q), k.shape[0] - sum(lengths_k)  # rows after the last segment
     sdpa = functools.partial(
         F.scaled_dot_product_attention, dropout_p=dropout_p, scale=scale, enable_gqa=bool(q.shape[1] != k.shape[1])
@@ -112,7 +113,9 @@ def _segment_by_segment(
         for x, y, z in zip(queries, keys, values, strict=True)
         if x.shape[2]
     ]
-    return torch.cat([*outs, reference.zeros_of(rest)], dim=2)[0].transpose(0, 1)
+    if rest_q or not outs:
+        outs.append(reference.zeros_of(rest))
+    return torch.cat([x.transpose(1, 2) for x in outs], dim=1)[0]  # SDPA's memory is [1, n, h, D]
 
 
 def _padded_segments(

@@ -34,12 +34,14 @@ class Fused(nn.Module):
         by: what runs now, for the report.
         only_kernels: nothing but kernels is gained, so that the original forward runs where they do not run, as on a
             CPU.
+        asks: the template's forward calls `is_untouched` itself, after a cheaper question.
         template: the template of a fused class.
         original: the class that the instance had before.
     """
 
     by: str
     only_kernels = False
+    asks = False
     template: Any
     original: Any
 
@@ -149,7 +151,7 @@ def kernels_run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return not isinstance(x, Tensor) or x.is_cuda or choose_backend(x) != "reference"
 
 
-def _is_untouched(module: Any, template: Any) -> bool:
+def is_untouched(module: Any, template: Any) -> bool:
     """Whether ``template.touched(module)`` is None, without calling it where nothing changed since the last time.
 
     A hook on any module advances ``RemovableHandle.next_id``. The rest is compared.
@@ -205,7 +207,7 @@ def _fused_class(template: Any, original: Any) -> Any:
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             if template.only_kernels and not kernels_run(args, kwargs):
                 return original.forward(self, *args, **kwargs)
-            fused = isinstance(self, Fused) and _is_untouched(self, template)
+            fused = isinstance(self, Fused) and (template.asks or is_untouched(self, template))
             return (template if fused else original).forward(self, *args, **kwargs)
 
         forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]

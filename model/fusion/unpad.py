@@ -20,7 +20,7 @@ from ..batch import IGNORE
 from .attention_interface import NAME
 from .families import ENCODERS, MODELS, parameter_names
 from .masks import no_mask, padding_of
-from .swap import CALL_HOOKS, Fused, class_name
+from .swap import CALL_HOOKS, Fused, class_name, is_untouched
 from .transformers import uses_interface
 
 RECORDED = ("output_hidden_states", "output_attentions")
@@ -101,6 +101,7 @@ def _is_row_by_row(hook: Any) -> bool:
 
 class _Packed(Fused):
     by = "packed: padding is removed before the layers and comes back as zeros"
+    asks = True  # a full batch stays as it is, whatever its parts
 
     @classmethod
     def obstacle(cls, module: Any) -> str | None:
@@ -151,7 +152,7 @@ class PackedEncoder(_Packed):
             mask = padding_of(mask)  # [B, N]
         others = len(args) > 1 or any(kwargs.get(name) is not None for name in OTHER_ROWS)
         rows = None if others else _real_rows(self, mask, hidden_states.shape[:2], kwargs)  # [T]
-        if rows is None:
+        if rows is None or not is_untouched(self, PackedEncoder):
             return self.original.forward(self, hidden_states, *args, **kwargs)
         packed = {name: _packed(kwargs[name], rows, mask.shape) for name in PER_TOKEN if name in kwargs}
         without = {"is_causal": False} if args else {"is_causal": False, "attention_mask": None}
@@ -180,7 +181,7 @@ class PackedModel(_Packed):
         rows = None  # [T]
         if len(tokens) == 1 and not others and len(args) <= len(names):
             rows = _real_rows(self, mask, tokens[0].shape[:2], given, window=True)
-        if rows is None:
+        if rows is None or not is_untouched(self, PackedModel):
             return self.original.forward(self, *args, **kwargs)
         if given.get("position_ids") is None:
             given["position_ids"] = torch.arange(mask.shape[1], device=mask.device)[None]
