@@ -51,11 +51,15 @@ class BertForPreTraining(nn.Module):
 
     Args:
         embedding_size: as of `BertEncoder`; the decoder, which is tied to the embeddings, has this width too.
+
+    Attributes:
+        z_loss: in training mode the masked-LM loss has this weight of lse² added, see `masked_lm_loss`.
     """
 
     def __init__(self, config: BertConfig, embedding_size: int | None = None) -> None:
         super().__init__()
         self.config = config
+        self.z_loss = 0.0
         self.encoder = BertEncoder(config, embedding_size)
         width = config.hidden_size if embedding_size is None else embedding_size
         self.mlm_dense = FusedLinearGELU(config.hidden_size, width)
@@ -87,6 +91,7 @@ class BertForPreTraining(nn.Module):
             ignore_index=IGNORE,
             reduction="sum",
             return_accuracy=True,
+            z_loss=self.z_loss if self.training else 0.0,
         )
         nsp_logits = self.nsp_logits(self.pool(first))  # [S, 2]
         nsp_logits = nsp_logits.to(torch.promote_types(nsp_logits.dtype, torch.float32))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -38,20 +39,20 @@ EVALUATIONS = 30  # of a run: the loss at a number of tokens is interpolated bet
 
 
 def parse(recipes: str) -> dict[str, list[str]]:
-    """Words of ``fusebert pretrain`` for each recipe, by its name: "bert; fast, steps=100".
+    """Words of ``fusebert pretrain`` for each recipe, by its name: "bert; fast, steps=100, cautious-decay".
 
     Raises:
-        UserError: a part is not ``option=value``, or a recipe is there twice.
+        UserError: a part is not ``option=value`` or ``option``, or a recipe is there twice.
     """
     found: dict[str, list[str]] = {}
     for recipe in filter(None, (part.strip() for part in recipes.split(";"))):
         name, *options = (word.strip() for word in recipe.split(","))
         words = [f"--recipe={name}"]
         for option in options:
-            key, equals, value = option.partition("=")
-            if not equals:
+            key, equals, value = (word.strip() for word in option.partition("="))
+            if not re.fullmatch(r"[a-z][a-z_-]*", key):
                 raise UserError(f"--recipes {recipe!r}: {option!r} must be option=value, as in 'fast, steps=100'")
-            words.append(f"--{key.strip().replace('_', '-')}={value.strip()}")
+            words.append(f"--{key.replace('_', '-')}{equals}{value}")
         title = ", ".join([name, *options])
         if title in found:
             raise UserError(f"--recipes: {title!r} is there twice")

@@ -265,6 +265,16 @@ def test_a_step_does_not_synchronise_with_the_device(batch):
             torch.cuda.set_sync_debug_mode("default")
 
 
+def test_a_z_loss_is_added_in_training_alone(batch):
+    model = bert().train()
+    plain = model(batch).mlm_loss_sum
+    hidden = model.encode(batch)[batch.masked_positions[batch.masked_labels != -100]]
+    lse = model.predict_tokens(hidden).logsumexp(-1)
+    model.z_loss = 0.5
+    torch.testing.assert_close(model(batch).mlm_loss_sum, plain + 0.5 * (lse * lse).sum(), rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(model.eval()(batch).mlm_loss_sum, plain, rtol=1e-5, atol=0.0)
+
+
 def test_the_encoder_stands_alone(batch):
     encoder = BertEncoder(MICRO).to(DEVICE)
     hidden = encoder(batch.input_ids, batch.token_type_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from ...model.batch import PackedBatch
 from ..batches.loader import batches
+from ..batches.mask_schedule import mask_share, thin_masks
 from ..errors import UserError, in_words
 from ..step.distributed import LostPeer
 from ..step.optim import learning_rate
@@ -34,6 +36,7 @@ from .setup import Run
 from .signals import Stopped, StopSignal
 from .spikes import Spikes
 
+THINNING = 2  # purpose of a random stream, beside those of batches/dataset.py
 MAX_SKIPS = 20  # in a row; fp16 may need 16 to lower its scale from 2^16 to 1
 
 
@@ -220,7 +223,7 @@ class Supply:
     def fetch(self) -> Counts:
         """Sets the attributes and returns the counts of all ranks' windows. Reads the clock. A collective call."""
         try:
-            self.window = [next(self._source) for _ in range(self._run.plan.accumulation)]
+            self.window = self._masked([next(self._source) for _ in range(self._run.plan.accumulation)])
         except Exception as error:  # raised when all ranks have saved
             self._error = error
         if self._error is None:
@@ -230,6 +233,19 @@ class Supply:
         *counts, self._run.clock.now, failed, interrupts, others = self._run.ranks.sum(shared)
         self.failed, self.stopping, self.interrupted = failed > 0, interrupts + others > 0, interrupts > 0
         return Counts(*map(int, counts))
+
+    def _masked(self, window: list[PackedBatch]) -> list[PackedBatch]:
+        """``window`` with as many tokens masked as the run has at the moment."""
+        settings, state, ranks = self._run.settings, self._run.state, self._run.ranks
+        start, end = settings.mlm_probability, settings.mlm_probability_end
+        if end is None:
+            return window
+        keep = mask_share(start, end, self._run.schedule.progress()) / start
+        numbers = itertools.count(state.batches + ranks.rank, ranks.world_size)
+        return [
+            thin_masks(batch, keep, np.random.default_rng((settings.seed, THINNING, number)))
+            for batch, number in zip(window, numbers, strict=False)
+        ]
 
     def fail(self, saved: str) -> NoReturn:
         """Raises this rank's error, or on the other ranks `LostPeer`.

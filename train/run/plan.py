@@ -274,7 +274,7 @@ def _check(settings: PretrainSettings) -> None:
         value = getattr(settings, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"{_option(name)} must be positive; got {value}")
-    for name in ("weight_decay", "workers", "seed"):
+    for name in ("weight_decay", "workers", "seed", "z_loss"):
         value = getattr(settings, name)
         if value is not None and not (value >= 0 and math.isfinite(value)):
             raise UserError(f"{_option(name)} must be 0 or more; got {value}")
@@ -288,6 +288,16 @@ def _check(settings: PretrainSettings) -> None:
         )
     if not 0.0 < settings.mlm_probability < 1.0:
         raise UserError(f"--mlm-probability must be between 0 and 1; got {settings.mlm_probability}")
+    end = settings.mlm_probability_end
+    if end is not None and not 0.0 < end <= settings.mlm_probability:
+        raise UserError(
+            f"--mlm-probability-end must be above 0 and at most --mlm-probability, {settings.mlm_probability}; "
+            f"got {end}"
+        )
+    if end is not None and settings.whole_word:
+        raise UserError("--mlm-probability-end unmasks single tokens: leave out --whole-word")
+    if settings.cautious_decay and settings.optimizer == "lamb":
+        raise UserError("--cautious-decay is not possible with --optimizer lamb: give adamw or muon")
     if settings.seqlen < 8:
         raise UserError(f"--seqlen must be at least 8, for a pair of sentences; got {settings.seqlen}")
     allowed_words = {

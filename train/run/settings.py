@@ -165,6 +165,14 @@ class PretrainSettings:
         float,
         Option("Share of the tokens that are masked and predicted. Held-out text is always masked at 0.15.", BATCH),
     ] = 0.15
+    mlm_probability_end: Annotated[
+        float | None,
+        Option(
+            "Share of the tokens that are masked at the end of the run: it falls from --mlm-probability on a straight "
+            "line. Default: the same throughout.",
+            BATCH,
+        ),
+    ] = None
     whole_word: Annotated[bool, Option("Mask all pieces of a word together.", BATCH, flags="--whole-word")] = False
 
     verify: Annotated[
@@ -194,6 +202,18 @@ class PretrainSettings:
     weight_decay: Annotated[
         float, Option("Weight decay of the matrices. Biases and LayerNorms do not decay.", OPTIMISER)
     ] = 0.01
+    cautious_decay: Annotated[
+        bool,
+        Option(
+            "Weight decay only where it does not act against the optimiser's update (adamw, muon).",
+            OPTIMISER,
+            flags="--cautious-decay",
+        ),
+    ] = False
+    z_loss: Annotated[
+        float,
+        Option("Weight of (log of the softmax's denominator)², added to the training loss; 1e-4 in PaLM.", OPTIMISER),
+    ] = 0.0
     clip: Annotated[
         float, Option("Largest 2-norm of the gradient: a longer gradient is scaled down to it.", OPTIMISER)
     ] = 1.0

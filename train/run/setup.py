@@ -164,6 +164,7 @@ def _set_up(settings: PretrainSettings, resume_command: str, ranks: Ranks, lock:
     saved = found[1].identity["--model"] if found is not None and (settings.init_from or settings.config) else None
     model = make_model(settings, plan, corpus, saved)
     model.encoder.checkpoint_activations = settings.checkpoint_activations
+    model.z_loss = settings.z_loss
     set_float32_products(plan.precision)
     if plan.precision == "fp8":
         use_fp8(model)
@@ -184,6 +185,7 @@ def _set_up(settings: PretrainSettings, resume_command: str, ranks: Ranks, lock:
         settings.optimizer,
         muon_scale=settings.muon_scale,
         muon_dtype=plan.compute_dtype,
+        cautious_decay=settings.cautious_decay,
     )
     step = TrainingStep(
         called,

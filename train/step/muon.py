@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
+from .cautious import KEY, agrees, decay_cautiously
 from .device_optimizer import DeviceOptimizer, check_options
 
 # Jordan et al. 2024: they maximise the slope at 0, and map singular values in (0, 1] to about 0.7 … 1.2.
@@ -62,7 +63,8 @@ class Muon(DeviceOptimizer):
     Its state is ``momentum`` for a matrix, and AdamW's ``exp_avg``, ``exp_avg_sq``, ``step`` for any other parameter.
 
     Args:
-        params: groups. Those of matrices may have ``"blocks"``, the number of matrices in each parameter.
+        params: groups. Those of matrices may have ``"blocks"``, the number of matrices in each parameter. Any may have
+            ``"cautious_decay"``, λ of the decay of `cautious`, beside a weight decay of 0.
         lr: a float, or a tensor on the parameters' device that a captured step reads.
         weight_decay: λ of groups without their own.
         momentum: μ.
@@ -92,7 +94,7 @@ class Muon(DeviceOptimizer):
         self.dtype = dtype
         # fused makes load_state_dict keep AdamW's step counts on the parameters' device.
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": True}
-        defaults |= {"muon": False, "blocks": 1, "momentum": momentum, "scale": scale}
+        defaults |= {"muon": False, "blocks": 1, "momentum": momentum, "scale": scale, KEY: 0.0}
         super().__init__(params, defaults)
         for group in self.param_groups:
             for p in group["params"] if group["muon"] else []:
@@ -112,6 +114,8 @@ class Muon(DeviceOptimizer):
     ) -> None:
         exp_avg, exp_avg_sq, steps = self.adam_state(params)
         beta1, beta2 = group["betas"]
+        if group[KEY]:
+            decay_cautiously(params, exp_avg, beta1, group["lr"] * group[KEY], grad_scale, found_inf)
         adamw(
             params,
             [p.grad for p in params if p.grad is not None],
@@ -151,5 +155,6 @@ class Muon(DeviceOptimizer):
             shape = p.shape[0] // group["blocks"], p.shape[1]
             lr = group["lr"] if found_inf is None else group["lr"] * (1.0 - found_inf)
             update = torch.cat([next(orthogonal[shape]) for _ in range(group["blocks"])])
-            update.mul_(group["scale"] * RMS * max(shape) ** 0.5).add_(p, alpha=group["weight_decay"])
+            decay = p * agrees(update, p) if group[KEY] else p
+            update.mul_(group["scale"] * RMS * max(shape) ** 0.5).add_(decay, alpha=group[KEY] or group["weight_decay"])
             p.sub_(update.mul_(lr))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...model.encoder import BertEncoder, BertLayer
+from . import cautious
 from .lamb import LAMB
 from .muon import Muon
 
@@ -81,6 +82,7 @@ def make_optimizer(
     muon_scale: float = 1.0,
     muon_dtype: torch.dtype | None = None,
     layer_decay: float = 1.0,
+    cautious_decay: bool = False,
 ) -> torch.optim.Optimizer:
     """AdamW or `LAMB` over `parameter_groups`, or `Muon` over `muon_groups`.
 
@@ -93,17 +95,20 @@ def make_optimizer(
         name: one of `OPTIMIZERS`.
         muon_scale, muon_dtype: `Muon`'s ``scale`` and ``dtype``.
         layer_decay: see `layer_groups`; 1: one learning rate for all. AdamW only.
+        cautious_decay: the weight decay is that of `cautious`. Not with LAMB, which scales update and decay together.
 
     Raises:
-        ValueError: ``name`` has another value.
+        ValueError: ``name`` has another value, or is "lamb" with ``cautious_decay``.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"name must be one of {', '.join(OPTIMIZERS)}; got {name!r}")
     device = next(model.parameters()).device
     on_gpu = device.type == "cuda"
+    if cautious_decay and name == "lamb":
+        raise ValueError("cautious_decay is not possible with lamb")
     rate: float | Tensor = torch.tensor(lr, device=device) if on_gpu else lr
     if name == "muon":
-        groups = muon_groups(model, weight_decay)
+        groups = _cautious(muon_groups(model, weight_decay), cautious_decay)
         return Muon(groups, lr=rate, betas=BETAS, eps=EPS, scale=muon_scale, dtype=muon_dtype)
     groups = parameter_groups(model, weight_decay)
     if name == "lamb":
@@ -112,7 +117,18 @@ def make_optimizer(
         groups = layer_groups(model, weight_decay, layer_decay)
         if on_gpu:
             groups = [{**group, "lr": torch.tensor(lr, device=device)} for group in groups]
-    return torch.optim.AdamW(groups, lr=rate, betas=BETAS, eps=EPS, fused=True, capturable=on_gpu)
+    groups = _cautious(groups, cautious_decay)
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=BETAS, eps=EPS, fused=True, capturable=on_gpu)
+    if cautious_decay:
+        optimizer.register_step_pre_hook(cautious.before_adamw)
+    return optimizer
+
+
+def _cautious(groups: list[dict[str, object]], wanted: bool) -> list[dict[str, object]]:
+    """``groups`` with their weight decay as a cautious one, if it is ``wanted``."""
+    if not wanted:
+        return groups
+    return [{**group, cautious.KEY: group["weight_decay"], "weight_decay": 0.0} for group in groups]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

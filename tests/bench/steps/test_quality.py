@@ -60,13 +60,14 @@ def test_where_a_loss_is_reached(losses, target, expected):
 
 
 def test_recipes_in_words():
-    assert parse("bert; fast, lr=1e-3 ,weight_decay=0") == {
+    assert parse("bert; bert, cautious-decay; fast, lr=1e-3 ,weight_decay=0") == {
         "bert": ["--recipe=bert"],
+        "bert, cautious-decay": ["--recipe=bert", "--cautious-decay"],
         "fast, lr=1e-3, weight_decay=0": ["--recipe=fast", "--lr=1e-3", "--weight-decay=0"],
     }
     for wrong, message in (
         ("bert; bert", "is there twice"),
-        ("bert, muon", "must be option=value"),
+        ("bert, lr 1e-3", "must be option=value"),
         (" ; ", "is empty"),
     ):
         with pytest.raises(UserError, match=message):

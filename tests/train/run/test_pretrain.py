@@ -152,6 +152,41 @@ def test_continuing_with_muon_is_bit_identical(corpus: Path, tmp_path: Path) -> 
     assert masked == pytest.approx(usual, abs=1e-6)
 
 
+def test_continuing_with_fewer_and_fewer_masks_is_bit_identical(corpus: Path, tmp_path: Path) -> None:
+    """Two micro-batches a step; with cautious decay and a z-loss."""
+    settings = {
+        "steps": 6,
+        "save_every": 3,
+        "batch_tokens": 512,
+        "mlm_probability": 0.3,
+        "mlm_probability_end": 0.1,
+        "weight_decay": 0.1,
+        "cautious_decay": True,
+        "z_loss": 1e-3,
+    }
+    complete, cut = without_last_checkpoint(corpus, tmp_path, **settings)
+    run(corpus, cut, resume=True, **settings)
+    assert_same_run(complete, cut, steps=6)
+    for changed in ({"mlm_probability_end": None}, {"cautious_decay": False}, {"z_loss": 0.0}):
+        other = tmp_path / next(iter(changed))
+        run(corpus, other, **{**settings, **changed})
+        assert [loss for _, loss, _ in losses(other)] != [loss for _, loss, _ in losses(complete)], changed
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mlm_probability_end": 0.2}, "--mlm-probability-end must be above 0 and at most --mlm-probability, 0.15"),
+        ({"mlm_probability_end": 0.1, "whole_word": True}, "leave out --whole-word"),
+        ({"cautious_decay": True, "optimizer": "lamb"}, "--cautious-decay is not possible with --optimizer lamb"),
+        ({"z_loss": -1.0}, "--z-loss must be 0 or more"),
+    ],
+)
+def test_options_that_do_not_go_together(corpus: Path, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run(corpus, tmp_path / "out", steps=1, **settings)
+
+
 # Holds step 4 until the signal has come, however slow the machine is.
 WAITS_IN_STEP_4 = """
 import signal, time
