@@ -7,6 +7,7 @@ seed gives the same dropout mask as the kernels. Autograd differentiates all of 
 from __future__ import annotations
 
 import functools
+import operator
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,10 @@ from torch import Tensor
 from .. import reference
 from ..checks import segment_lengths
 from .dropout_tile import attention_dropout_mask
+
+# Scores of padding a segment up to which, with dropout, one call for all segments is faster than a call for each: then
+# PyTorch has no fused kernel on a CPU, and a segment costs as much as about 900 scores before its first. Measured.
+WORTH_PADDING = 500
 
 
 def padded(
@@ -93,7 +98,7 @@ def packed_qkv(
 def _segment_by_segment(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float, dropout_p: float
 ) -> Tensor:
-    """One call per segment, which on a CPU is faster than padding; a single call where all lengths are equal."""
+    """One call per segment, which on a CPU is faster than padding; a single call for equal or short segments."""
     lengths_q, lengths_k = segment_lengths(cu_seqlens_q), segment_lengths(cu_seqlens_k)
     rest_q, rest_k = q.shape[0] - sum(lengths_q), k.shape[0] - sum(lengths_k)  # rows after the last segment
     sdpa = functools.partial(
@@ -102,6 +107,14 @@ def _segment_by_segment(
     if rest_q == rest_k == 0 and len(set(lengths_q)) == len(set(lengths_k)) == 1 and lengths_q[0] and lengths_k[0]:
         batch = [x.unflatten(0, (len(lengths_q), -1)).transpose(1, 2) for x in (q, k, v)]  # each [S, h, n, D]
         return sdpa(*batch).transpose(1, 2).flatten(0, 1)
+
+    longest_q, longest_k = max(lengths_q), max(lengths_k)
+    scores = sum(map(operator.mul, lengths_q, lengths_k))
+    if dropout_p > 0.0 and longest_q * longest_k - scores / len(lengths_q) < WORTH_PADDING:
+        real_q, real_k = (_real_slots(x, n) for x, n in ((cu_seqlens_q, longest_q), (cu_seqlens_k, longest_k)))
+        out = sdpa(_spread(q, real_q), _spread(k, real_k), _spread(v, real_k), attn_mask=real_k[:, None, None])
+        out = out.transpose(1, 2).flatten(0, 1).index_select(0, real_q.flatten().nonzero().squeeze(-1))
+        return torch.cat([out, reference.zeros_of(q[q.shape[0] - rest_q :])]) if rest_q else out
 
     def split(x: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
         return x.transpose(0, 1).unsqueeze(0).split(lengths, dim=2)  # each [1, h, n, D]
@@ -116,6 +129,18 @@ def _segment_by_segment(
     if rest_q or not outs:
         outs.append(reference.zeros_of(rest))
     return torch.cat([x.transpose(1, 2) for x in outs], dim=1)[0]  # SDPA's memory is [1, n, h, D]
+
+
+def _real_slots(cu_seqlens: Tensor, longest: int) -> Tensor:
+    """bool [S, longest]: the slots of segments, padded to ``longest``, that hold a row."""
+    return torch.arange(longest, device=cu_seqlens.device) < cu_seqlens.diff()[:, None]
+
+
+def _spread(x: Tensor, real: Tensor) -> Tensor:
+    """[S, h, longest, D] from rows [T, h, D]: those of the segments in the slots of ``real`` [S, longest], else 0."""
+    slots = real.flatten().nonzero().squeeze(-1)
+    padded = x.new_zeros(real.numel(), *x.shape[1:]).index_copy(0, slots, x[: len(slots)])
+    return padded.unflatten(0, real.shape).transpose(1, 2)
 
 
 def _padded_segments(

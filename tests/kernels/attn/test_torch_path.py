@@ -33,6 +33,39 @@ def test_packed(lengths_q, lengths_k, spare, reference_backend):
     compare(torch.compile(ours, fullgraph=True, backend="aot_eager"), definition, [q, k, v])
 
 
+@pytest.mark.parametrize(
+    ("lengths_q", "lengths_k"),
+    [([7, 0, 12, 5], [7, 0, 12, 5]), ([3, 9, 2], [8, 10, 0]), ([60, 3], [60, 3])],  # the last segment by segment
+)
+@pytest.mark.parametrize("spare", [0, 2])
+def test_packed_with_dropout(lengths_q, lengths_k, spare, reference_backend):
+    """With v = 1 a row of the result is the share of its weights that were kept, over 1 − p, and 1 in the mean."""
+    cu_q, cu_k = lengths_to_cu(lengths_q), lengths_to_cu(lengths_k)
+    rows = sum(lengths_q)
+    q, k = randn(rows + spare, 4, 16), randn(sum(lengths_k) + spare, 2, 16)
+    q[rows:], k[sum(lengths_k) :] = float("nan"), float("nan")
+    v = torch.ones_like(k).requires_grad_()
+    with torch.no_grad():
+        v[sum(lengths_k) :] = float("nan")
+    outs = [
+        attention_varlen_separate(q, k, v, cu_q, max(lengths_q), cu_k, max(lengths_k), dropout_p=0.25)
+        for _ in range(200)
+    ]
+    (gradient,) = torch.autograd.grad(outs[0].sum(), v)
+    outs = torch.stack([out.detach() for out in outs])
+    alone = torch.cat([torch.full((n,), bool(m)) for n, m in zip(lengths_q, lengths_k, strict=True)]).to(DEVICE)
+    assert outs.isfinite().all()
+    assert not outs[:, rows:].any()
+    assert not outs[:, :rows][:, ~alone].any()
+    kept = outs[:, :rows][:, alone]
+    assert kept.std(0).min() > 0
+    assert (kept.mean(0) - 1).abs().max() < 0.25
+    assert abs(float(kept.mean()) - 1) < 0.02
+    # Σ of the result over queries and heads is Σ over keys of v times its gradient.
+    torch.testing.assert_close(gradient[: sum(lengths_k)].sum(), outs[0].sum())
+    assert not gradient[sum(lengths_k) :].any()
+
+
 def test_a_seed_gives_the_mask_of_the_kernels(reference_backend):
     cu = lengths_to_cu([9, 0, 14])
     qkv = randn(23, 3, 2, 16)
