@@ -12,13 +12,15 @@ from .format import json_bytes
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-BERT_SPECIAL_TOKENS = {
-    "unk_token": "[UNK]",
-    "sep_token": "[SEP]",
-    "pad_token": "[PAD]",
-    "cls_token": "[CLS]",
-    "mask_token": "[MASK]",
+# BERT's first, then those of RoBERTa and of vocabularies of SentencePiece.
+SPECIAL_TOKENS = {
+    "unk_token": ("[UNK]", "<unk>"),
+    "sep_token": ("[SEP]", "</s>", "<sep>", "<eos>"),
+    "pad_token": ("[PAD]", "<pad>"),
+    "cls_token": ("[CLS]", "<s>", "<cls>"),
+    "mask_token": ("[MASK]", "<mask>"),
 }
+BERT_SPECIAL_TOKENS = {names[0] for names in SPECIAL_TOKENS.values()}
 
 
 def tokenizer_files(path: Path, config: BertConfig) -> dict[str, bytes]:
@@ -42,9 +44,9 @@ def tokenizer_files(path: Path, config: BertConfig) -> dict[str, bytes]:
             f"{path} has {num_tokens} tokens, but the model's vocab_size is {config.vocab_size}: give the tokenizer "
             "that the model was trained with"
         )
-    if _as_trained(tokenizer):
+    special = special_tokens(tokenizer)
+    if _as_trained(tokenizer, special):
         content = tokenizer.to_str(pretty=True).encode()
-    special = {role: token for role, token in BERT_SPECIAL_TOKENS.items() if tokenizer.token_to_id(token) is not None}
     settings = {
         **_tokenizer_class(json.loads(tokenizer.to_str())),
         **special,
@@ -62,15 +64,29 @@ def tokenizer_files(path: Path, config: BertConfig) -> dict[str, bytes]:
     return files
 
 
-def _as_trained(tokenizer: Tokenizer) -> bool:
+def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
+    """The tokenizer's token for each role, such as ``cls_token``, of which it has one."""
+    found = {
+        role: next((name for name in names if tokenizer.token_to_id(name) is not None), None)
+        for role, names in SPECIAL_TOKENS.items()
+    }
+    return {role: name for role, name in found.items() if name is not None}
+
+
+def _as_trained(tokenizer: Tokenizer, special: dict[str, str]) -> bool:
     """Makes the tokenizer encode as pretraining does: [CLS] A [SEP] and [CLS] A [SEP] B [SEP] with the types 0 and 1,
-    without padding and truncation. Whether that changed it."""
+    without padding and truncation. Whether that changed it.
+
+    Args:
+        special: of `special_tokens`.
+    """
     from tokenizers.processors import TemplateProcessing
 
     changed = tokenizer.padding is not None or tokenizer.truncation is not None
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    cls, sep = (tokenizer.token_to_id(BERT_SPECIAL_TOKENS[role]) for role in ("cls_token", "sep_token"))
+    names = [special.get(role) for role in ("cls_token", "sep_token")]
+    cls, sep = (None if name is None else tokenizer.token_to_id(name) for name in names)
     if cls is None or sep is None:
         return changed
     a, b = (tokenizer.encode(text, add_special_tokens=False).ids for text in ("a", "b"))
@@ -79,9 +95,9 @@ def _as_trained(tokenizer: Tokenizer) -> bool:
     if (one.ids, two.ids, two.type_ids) == wanted:
         return changed
     tokenizer.post_processor = TemplateProcessing(
-        single="[CLS]:0 $A:0 [SEP]:0",
-        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", cls), ("[SEP]", sep)],
+        single="{}:0 $A:0 {}:0".format(*names),
+        pair="{0}:0 $A:0 {1}:0 $B:1 {1}:1".format(*names),
+        special_tokens=[(names[0], cls), (names[1], sep)],
     )
     return True
 
@@ -102,7 +118,7 @@ def _tokenizer_class(pipeline: dict[str, Any]) -> dict[str, Any]:
         and normalizer["clean_text"]
         and pipeline["pre_tokenizer"] == {"type": "BertPreTokenizer"}
         and pipeline["post_processor"]
-        and {token["content"] for token in added} >= set(BERT_SPECIAL_TOKENS.values())
+        and {token["content"] for token in added} >= BERT_SPECIAL_TOKENS
     ):
         return {
             "tokenizer_class": "BertTokenizer",

@@ -71,6 +71,7 @@ class MemoryCorpus:
     def __init__(self, documents: Documents, per_shard: int = 1 << 30, weights: Sequence[float] = (1.0,)) -> None:
         self.text = MemorySplit(documents, per_shard, weights=weights)
         self.special = SPECIAL
+        self.never_predicted = tuple(SPECIAL)
         self.vocab_size = FIRST + self.text.num_tokens
         self.continues_word = continues_word(self.vocab_size)
 

@@ -37,6 +37,8 @@ def small(words: list[str]) -> list[str]:
         options = [option for option in options if not option.startswith("--model")]
     if "--tokenizer" in words:
         options = [option for option in options if not option.startswith("--vocab-size")]
+    if "--vocab-type" in words:
+        options = ["--vocab-size=600" if option.startswith("--vocab-size") else option for option in options]
     return [*words, *options]
 
 

@@ -94,7 +94,7 @@ class BatchMaker:
         self._special = corpus.special
         self._continues_word = corpus.continues_word
         self._masker = Masker(
-            corpus.special,
+            corpus.never_predicted,
             corpus.special.mask,
             corpus.vocab_size,
             mlm_probability,

@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ..text.sentences import Splitter, sentence_splitter
-from ..text.special_tokens import UNKNOWN
+from ..text.special_tokens import special_ids
 from ..text.tokenizer import encoder, words_too_long
 from .format import token_dtype
 
@@ -58,7 +58,7 @@ def start_encoding(tokenizer_file: Path, sentences: str, vocab_size: int) -> Non
     global _encoding
     tokenizer = encoder(tokenizer_file)
     _encoding = _Encoding(
-        tokenizer, sentence_splitter(sentences), token_dtype(vocab_size), tokenizer.get_vocab()[UNKNOWN]
+        tokenizer, sentence_splitter(sentences), token_dtype(vocab_size), special_ids(tokenizer.get_vocab()).unk
     )
 
 

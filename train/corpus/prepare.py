@@ -31,6 +31,7 @@ from ..text.files import TextFile, find_files
 from ..text.readers import kind_of_start, read_documents
 from ..text.reading import Reading
 from ..text.sentences import sentence_splitter
+from ..text.subwords import LEARNERS
 from ..text.tokenizer import (
     LOST_TO_LENGTH,
     VOCAB_SIZE,
@@ -123,6 +124,7 @@ def prepare(settings: PrepareSettings, *, show_progress: bool = False) -> Corpus
 
         source |= {
             "tokenizer": "learned" if settings.tokenizer is None else str(settings.tokenizer),
+            "vocab_type": type(tokenizer.model).__name__.lower(),
             **normalisation(tokenizer),
             "text_field": settings.text_field,
             "documents": settings.documents,
@@ -330,13 +332,15 @@ def _batches(documents: Iterable[tuple[int, _Document]]) -> Iterator[list[Text]]
 def _learn_tokenizer(
     sample: list[str], characters: Mapping[str, int], settings: PrepareSettings, show_progress: bool
 ) -> Tokenizer:
-    vocab_size, lowercase = settings.vocab_size or VOCAB_SIZE, settings.lowercase is not False
+    vocab_size, kind = settings.vocab_size or VOCAB_SIZE, settings.vocab_type
+    lowercase = kind == "wordpiece" if settings.lowercase is None else settings.lowercase
     if show_progress:
         print(f"learning a vocabulary of {vocab_size:,} pieces ...", file=sys.stderr, flush=True)
     strip = lowercase if settings.accents == "auto" else settings.accents == "strip"
     if settings.accents == "auto" and strip:
         strip = not needs_marks(characters)
-    learned = train_tokenizer(
+    train: Any = train_tokenizer if kind == "wordpiece" else LEARNERS[kind]
+    learned: Tokenizer = train(
         sample,
         vocab_size,
         lowercase,

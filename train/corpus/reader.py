@@ -28,6 +28,8 @@ from .format import (
 )
 from .verify import verify_files
 
+SPACES = ("Ġ", "▁")  # how byte-level BPE and unigram models write the space before a word
+
 
 class Shard:
     """The three arrays of a shard, mapped into memory on first access.
@@ -207,20 +209,50 @@ class Corpus:
 
     @functools.cached_property
     def continues_word(self) -> np.ndarray:
-        """bool [vocab_size]: True for tokens that continue a word ("##ing"), for whole-word masking.
+        """bool [vocab_size]: True for tokens that continue a word, for whole-word masking: "##ing" of WordPiece; of the
+        others every ordinary piece that does not begin with their mark of a space ("Ġ", "▁").
 
         Raises:
-            CorpusError: tokenizer.json does not hold a WordPiece tokenizer.
+            CorpusError: tokenizer.json does not hold a tokenizer.
         """
         table = np.zeros(self.vocab_size, dtype=bool)
         try:
-            model = json.loads(self.tokenizer_path.read_text(encoding="utf-8"))["model"]
+            model = self._tokenizer["model"]
             prefix = model.get("continuing_subword_prefix") or "##"
-            for token, index in model["vocab"].items():
-                table[index] = token.startswith(prefix) and len(token) > len(prefix)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise CorpusError(f"{self.tokenizer_path} is not a WordPiece tokenizer ({error!r})") from error
+            is_wordpiece = model.get("type", "WordPiece") == "WordPiece"
+            for token, index in vocab_of(model).items():
+                longer = token.startswith(prefix) and len(token) > len(prefix)
+                table[index] = longer if is_wordpiece else not token.startswith(SPACES)
+            table[list(self.never_predicted)] = False
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise CorpusError(f"{self.tokenizer_path} is not a tokenizer ({error!r})") from error
         return table
+
+    @functools.cached_property
+    def never_predicted(self) -> tuple[int, ...]:
+        """The ids of all special tokens, also of those without a role here: masking neither chooses nor draws them.
+
+        Raises:
+            CorpusError: tokenizer.json does not hold a tokenizer.
+        """
+        try:
+            added = [token["id"] for token in self._tokenizer.get("added_tokens") or [] if token.get("special")]
+            return tuple(sorted({*self.special, *(int(index) for index in added)}))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CorpusError(f"{self.tokenizer_path} is not a tokenizer ({error!r})") from error
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        try:
+            return json.loads(self.tokenizer_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CorpusError(f"{self.tokenizer_path} is not a tokenizer ({error!r})") from error
+
+
+def vocab_of(model: Mapping[str, Any]) -> Mapping[str, int]:
+    """Token → id of the ``model`` in a tokenizer.json; a unigram model has a list of (piece, score)."""
+    vocab = model["vocab"]
+    return {piece: index for index, (piece, _) in enumerate(vocab)} if isinstance(vocab, list) else vocab
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from ..errors import UserError
 from ..options import Option
 from ..text.files import FORMATS
 from ..text.reading import DOCUMENTS
-from ..text.special_tokens import MAX_VOCAB_SIZE
+from ..text.special_tokens import MAX_VOCAB_SIZE, SMALLEST_SUBWORDS
 
 CORPORA = ("pydocs",)
 ACCENTS = ("auto", "keep", "strip")
+VOCAB_TYPES = ("wordpiece", "bpe", "unigram")
 MAX_BYTES = 1 << 62
 MAX_WORKERS = 256
 MAX_WEIGHT = 100
@@ -79,13 +80,20 @@ class PrepareSettings:
     ] = None
     vocab_size: Annotated[
         int | None,
-        Option("Size of the WordPiece vocabulary to learn from the text.", show_default="30522, BERT's"),
+        Option("Size of the vocabulary to learn from the text.", show_default="30522, BERT's"),
     ] = None
+    vocab_type: Annotated[
+        str,
+        Option(
+            "Kind of the vocabulary to learn: wordpiece is BERT's; bpe (bytes, as in RoBERTa) and unigram (as in "
+            "XLM-R) have no \\[UNK], and decoding gives the text back."
+        ),
+    ] = "wordpiece"
     tokenizer: Annotated[
         Path | None,
         Option(
-            "Use this vocabulary instead of learning one: a WordPiece tokenizer.json or vocab.txt, for instance "
-            "that of a model to go on training."
+            "Use this vocabulary instead of learning one: a tokenizer.json (WordPiece, BPE or unigram) or a vocab.txt "
+            "(WordPiece), for instance that of a model to go on training."
         ),
     ] = None
     lowercase: Annotated[
@@ -93,7 +101,8 @@ class PrepareSettings:
         Option(
             "Fold case, or keep it.",
             flags="--lowercase/--cased",
-            show_default="lowercase; for a vocab.txt, as its tokenizer_config.json says or it looks",
+            show_default="lowercase; cased for bpe and unigram; for a vocab.txt, as its tokenizer_config.json says or "
+            "it looks",
         ),
     ] = None
     accents: Annotated[
@@ -193,6 +202,10 @@ class PrepareSettings:
             raise UserError(f"give either inputs (files, folders, globs, -) or --corpus, {what}")
         if self.vocab_size is not None and self.tokenizer is not None:
             raise UserError("give either --vocab-size, to learn a vocabulary, or --tokenizer, which has one, not both")
+        if self.vocab_type not in VOCAB_TYPES:
+            raise UserError(f"--vocab-type must be one of {', '.join(VOCAB_TYPES)}; got {self.vocab_type!r}")
+        if self.vocab_type != "wordpiece" and self.tokenizer is not None:
+            raise UserError(f"--tokenizer has a vocabulary: leave out --vocab-type {self.vocab_type}")
         if self.accents not in ACCENTS:
             raise UserError(f"--accents must be one of {', '.join(ACCENTS)}; got {self.accents!r}")
         for given in self.weight or []:
@@ -206,7 +219,7 @@ class PrepareSettings:
         if not 0 <= self.seed < 1 << 64:
             raise UserError(f"--seed must be in [0, 2^64); got {self.seed}")
         for name, least, most in (
-            ("vocab_size", 16, MAX_VOCAB_SIZE),
+            ("vocab_size", 16 if self.vocab_type == "wordpiece" else SMALLEST_SUBWORDS, MAX_VOCAB_SIZE),
             ("max_bytes", 1, MAX_BYTES),
             ("workers", 1, MAX_WORKERS),
         ):

@@ -21,7 +21,8 @@ import numpy as np
 
 from ...model.atomic import replace_file, sync_directory
 from ...model.json_file import MOST_BYTES, read_json
-from ..text.special_tokens import MAX_VOCAB_SIZE, SPECIAL_TOKENS, SpecialTokens
+from ..text.special_tokens import MAX_VOCAB_SIZE, special_ids
+from ..text.tokenizer import KINDS
 from .format import (
     ARRAYS,
     FORMAT_VERSION,
@@ -36,7 +37,7 @@ from .format import (
     manifest_sha256,
     token_dtype,
 )
-from .reader import Corpus
+from .reader import Corpus, vocab_of
 from .work_folder import WorkFolder, work_path
 
 SHARD_TOKENS = 1 << 25  # 64 MiB of uint16: bounds the writer's memory, and gives few files even at 10⁹ tokens
@@ -78,7 +79,7 @@ class CorpusWriter:
         check_destination(self.directory, overwrite)
         vocab = _read_vocab(Path(tokenizer_file))
         self.vocab_size = max(vocab.values()) + 1
-        self.special = SpecialTokens(*(vocab[token] for token in SPECIAL_TOKENS))
+        self.special = special_ids(vocab)
         self._overwrite = overwrite
         self._shard_tokens = shard_tokens
         self._dtype = token_dtype(self.vocab_size)
@@ -291,7 +292,7 @@ def _offsets(lengths: list[np.ndarray]) -> np.ndarray:
 
 
 def _read_vocab(path: Path) -> dict[str, int]:
-    """Token → id of a WordPiece tokenizer.json.
+    """Token → id of a tokenizer.json.
 
     Raises:
         CorpusError: the file is another kind of tokenizer, or lacks special tokens.
@@ -299,19 +300,20 @@ def _read_vocab(path: Path) -> dict[str, int]:
     try:
         data = read_json(path, 8 * MOST_BYTES)
         vocab = {
-            **data["model"]["vocab"],
+            **vocab_of(data["model"]),
             **{entry["content"]: entry["id"] for entry in data.get("added_tokens") or []},
         }
-        if data["model"].get("type", "WordPiece") != "WordPiece":
-            raise ValueError("its model is not WordPiece")
+        if data["model"].get("type", "WordPiece") not in KINDS:
+            raise ValueError(f"its model is none of {', '.join(KINDS)}")
         for token, index in vocab.items():
             if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < MAX_VOCAB_SIZE:
                 raise ValueError(f"the id of {token!r} is {index!r}, not an integer in [0, {MAX_VOCAB_SIZE})")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorpusError(f"{path} is not a WordPiece tokenizer.json ({error})") from error
-    missing = [token for token in SPECIAL_TOKENS if token not in vocab]
-    if missing:
-        raise CorpusError(f"the tokenizer {path} lacks the special tokens {', '.join(missing)}")
+        raise CorpusError(f"{path} is not a tokenizer.json ({error})") from error
+    try:
+        special_ids(vocab)
+    except ValueError as error:
+        raise CorpusError(f"the tokenizer {path} {error}") from error
     return vocab
 
 

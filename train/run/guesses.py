@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,9 +58,9 @@ def guess_masked_words(model: BertForPreTraining, corpus: Corpus, seqlen: int, c
         best = torch.topk(probabilities, TOP)
         # Decode in two parts, because the tokenizer skips [MASK].
         text = f"{tokenizer.decode(ids[:masked])} [MASK] {tokenizer.decode(ids[masked + 1 :])}"
-        names = [tokenizer.id_to_token(i) for i in best.indices.tolist()]
+        names = [_shown(tokenizer, i) for i in best.indices.tolist()]
         likeliest = list(zip(names, best.values.tolist(), strict=True))
-        guesses.append(Guess(text.strip(), tokenizer.id_to_token(truth), likeliest))
+        guesses.append(Guess(text.strip(), _shown(tokenizer, truth), likeliest))
     model.train(was_training)
     return guesses
 
@@ -75,20 +76,33 @@ def _sentences(corpus: Corpus, tokenizer: Any, seqlen: int, count: int) -> list[
         ids = shard.tokens[shard.sentences[at] : shard.sentences[at + 1]].tolist()
         if not 8 <= len(ids) <= min(32, seqlen - 2):
             continue
-        names = [tokenizer.id_to_token(i) for i in ids]
+        pieces = [_shown(tokenizer, i).removeprefix("##") for i in ids]
         # Prose, not code or tables: at least 80 % of the tokens are words or pieces of words.
-        if sum(name.removeprefix("##").isalpha() for name in names) < 0.8 * len(names):
+        if sum(map(_is_word, pieces)) < 0.8 * len(pieces):
             continue
+        continues = corpus.continues_word[[*ids, corpus.special.sep]]
         words = [
             i
-            for i, name in enumerate(names)
-            if i > 0 and len(name) > 2 and name.isalpha() and not (i + 1 < len(names) and names[i + 1].startswith("##"))
+            for i, piece in enumerate(pieces)
+            if i > 0 and _is_word(piece, least=3) and not continues[i] and not continues[i + 1]
         ]
         if words and all(ids != other for other, _ in found):
             found.append((ids, int(rng.choice(words))))
         if len(found) == count:
             break
     return found
+
+
+def _shown(tokenizer: Any, token: int) -> str:
+    """The text of a token, or its name if it is no whole character."""
+    text: str = tokenizer.decode([token]).strip()
+    return text if text and "\N{REPLACEMENT CHARACTER}" not in text else tokenizer.id_to_token(token)
+
+
+def _is_word(piece: str, least: int = 1) -> bool:
+    """Whether ``piece`` is letters with their marks. In a script with capitals they are ``least`` or more."""
+    letters = bool(piece) and all(unicodedata.category(character)[0] in "LM" for character in piece)
+    return letters and (len(piece) >= least or piece.lower() == piece.upper())
 
 
 def _one_segment(tokens: Sequence[int]) -> PackedBatch:

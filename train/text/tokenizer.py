@@ -1,4 +1,4 @@
-"""BERT's WordPiece tokenizer (Devlin et al. 2018): trained on text, or read from a file.
+"""BERT's WordPiece tokenizer (Devlin et al. 2018), trained on text; and tokenizers of any kind, read from a file.
 
 Text is cleaned, lower-cased and stripped of accents (unless cased, or in a script that spells with them), and split at
 spaces, punctuation and ideographs. Each word becomes, from left to right, the longest pieces in the vocabulary; pieces
@@ -20,8 +20,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from ..errors import UserError
 from .characters import count_characters, is_ideograph, loses_marks
-from .special_tokens import MAX_VOCAB_SIZE, SPECIAL_TOKENS
+from .special_tokens import MAX_VOCAB_SIZE, SPECIAL_TOKENS, special_ids, special_names
 
+KINDS = ("WordPiece", "BPE", "Unigram")
 VOCAB_SIZE = 30522
 COVERAGE = 0.9999  # share of the words of which every character gets a token, if the vocabulary has room
 LOST_TO_LENGTH = 5e-4  # share of the characters in words of over 100 characters from which on words are cut
@@ -54,7 +55,7 @@ def train_tokenizer(
         raise ValueError(f"vocab_size must be in [16, {MAX_VOCAB_SIZE}]; got {vocab_size}")
     normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=strip_accents)
     if not cut_runs:
-        texts = [_without_long_words(text, normalizer) for text in texts]
+        texts = [without_long_words(text, normalizer) for text in texts]
     words: set[str] = set()
     num_words = 0
     for text in texts:
@@ -111,6 +112,15 @@ def _choose_alphabet(counts: Mapping[str, int], num_words: int, vocab_size: int)
     return alphabet
 
 
+def cut_long_runs(text: str) -> str:
+    """``text`` with spaces in words of over 100 characters, after every 50."""
+
+    def cut(run: re.Match[str]) -> str:
+        return " ".join(piece for piece, _ in pre_tokenizers.Split(_CUT, "isolated").pre_tokenize_str(run[0]))
+
+    return _LONG_RUN.sub(cut, text)
+
+
 def share_in_long_words(texts: Iterable[str]) -> float:
     """The share of the characters, spaces left out, in words of over 100 characters, which are [UNK] unless cut."""
     pre_tokenizer, total, lost = pre_tokenizers.BertPreTokenizer(), 0, 0
@@ -123,7 +133,9 @@ def share_in_long_words(texts: Iterable[str]) -> float:
 
 
 def words_too_long(text: str, tokenizer: Tokenizer) -> int:
-    """How many words of ``text`` are [UNK] because they have over 100 characters."""
+    """How many words of ``text`` are [UNK] because they have over 100 characters, which is WordPiece's limit."""
+    if not isinstance(tokenizer.model, models.WordPiece):
+        return 0
     count = 0
     for run in _LONG_RUN.findall(text):
         run = tokenizer.normalizer.normalize_str(run) if tokenizer.normalizer is not None else run
@@ -133,7 +145,10 @@ def words_too_long(text: str, tokenizer: Tokenizer) -> int:
 
 
 def has_token(character: str, tokenizer: Tokenizer) -> bool:
-    """Whether a word with ``character`` can be made of tokens of a WordPiece vocabulary."""
+    """Whether a word with ``character`` can be made of tokens."""
+    if not isinstance(tokenizer.model, models.WordPiece):
+        unk = special_ids(tokenizer.get_vocab()).unk
+        return unk not in tokenizer.encode(character, add_special_tokens=False).ids
     text = tokenizer.normalizer.normalize_str(character) if tokenizer.normalizer is not None else character
     prefix = tokenizer.model.continuing_subword_prefix
     return all(
@@ -146,7 +161,7 @@ def has_token(character: str, tokenizer: Tokenizer) -> bool:
 _SET_APART = normalizers.BertNormalizer(lowercase=False, strip_accents=False)  # spaces around ideographs, nothing else
 
 
-def _without_long_words(text: str, normalizer: normalizers.Normalizer) -> str:
+def without_long_words(text: str, normalizer: normalizers.Normalizer) -> str:
     """``text`` without the words that become [UNK] for their length.
 
     They are no words (encoded data, tables), and the time of the training grows with the square of their length.
@@ -184,29 +199,33 @@ def bert_tokenizer(
     )
     tokenizer.pre_tokenizer = _pre_tokenizer(cut_runs)
     tokenizer.decoder = decoders.WordPiece(prefix="##")
+    return as_in_pretraining(tokenizer)
+
+
+def as_in_pretraining(tokenizer: Tokenizer) -> Tokenizer:
+    """``tokenizer``, which has `SPECIAL_TOKENS`, set to make [CLS] A [SEP] and [CLS] A [SEP] B [SEP]."""
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS]:0 $A:0 [SEP]:0",
         pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", vocab["[CLS]"]), ("[SEP]", vocab["[SEP]"])],
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
     )
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     return tokenizer
 
 
 def load_tokenizer(path: Path, lowercase: bool | None = None, strip_accents: bool | None = None) -> Tokenizer:
-    """Reads a WordPiece tokenizer.
+    """Reads a tokenizer.
 
     Args:
-        path: a tokenizer.json, or a vocab.txt with one token per line. A tokenizer_config.json beside a vocab.txt
-            says how text is normalised.
+        path: a tokenizer.json of a WordPiece, BPE or unigram model, or a vocab.txt with one WordPiece token per line. A
+            tokenizer_config.json beside a vocab.txt says how text is normalised.
         lowercase: for a vocab.txt, whether to lower-case text; None: as tokenizer_config.json says, else unless the
             vocabulary has capitals. Must be None for a tokenizer.json, which states it.
         strip_accents: for a vocab.txt, whether to remove accents; None: as tokenizer_config.json says, else as
             ``lowercase``, unless the vocabulary has tokens that lose a mark. Must be None for a tokenizer.json.
 
     Raises:
-        UserError: the file is missing, of another kind, not a WordPiece tokenizer, lacks special tokens, or has an id
-            from `MAX_VOCAB_SIZE` on.
+        UserError: the file is missing, of another kind, lacks special tokens, or has an id from `MAX_VOCAB_SIZE` on.
     """
     if not path.is_file():
         what = "is no regular file" if path.exists() else "does not exist"
@@ -260,8 +279,8 @@ def _load_json(path: Path) -> Tokenizer:
         raise
     except BaseException as error:  # tokenizers raises bare Exception; a Rust panic is a BaseException
         raise UserError(f"{path} is not a tokenizer.json ({' '.join(str(error).split())})") from error
-    if kind != "WordPiece":
-        raise UserError(f"{path} is a {kind} tokenizer: give a WordPiece tokenizer, as BERT has")
+    if kind not in KINDS:
+        raise UserError(f"{path} is a {kind} tokenizer: give one of {', '.join(KINDS)}")
     _check_special(path, tokenizer.get_vocab())
     return tokenizer
 
@@ -310,9 +329,10 @@ def _settings_beside(vocab: Path) -> dict[str, bool]:
 
 
 def _check_special(path: Path, vocab: dict[str, int]) -> None:
-    missing = [token for token in SPECIAL_TOKENS if token not in vocab]
-    if missing:
-        raise UserError(f"the tokenizer {path} lacks the special tokens {', '.join(missing)}")
+    try:
+        special_names(vocab)
+    except ValueError as error:
+        raise UserError(f"the tokenizer {path} {error}") from error
     token = max(vocab, key=lambda token: vocab[token])
     if vocab[token] >= MAX_VOCAB_SIZE:
         raise UserError(

@@ -164,7 +164,11 @@ def with_a_template_that_does_not_fit(path):
         ("a.json", lambda p: p.mkdir(), "is a folder"),
         ("a.bin", lambda p: p.write_text(""), "must end in"),
         ("a.json", lambda p: p.write_text("{}"), "not a tokenizer.json"),
-        ("a.json", lambda p: Tokenizer(models.BPE()).save(str(p)), "BPE tokenizer: give a WordPiece"),
+        (
+            "a.json",
+            lambda p: Tokenizer(models.WordLevel({"a": 0}, "a")).save(str(p)),
+            "WordLevel tokenizer: give one of",
+        ),
         ("a.json", lacking, r"lacks the special tokens \[SEP\], \[MASK\]"),
         ("a.json", lambda p: with_id(p, 10**8), "'zebra' the id 100000000: ids must be below 4194304"),
         ("a.json", lambda p: with_id(p, 1 << 31), "'zebra' the id 2147483648"),
