@@ -22,8 +22,8 @@ from fusebert.train.batches.passages import Passages
 from fusebert.train.corpus.format import CorpusError, manifest_sha256
 from fusebert.train.corpus.reader import Corpus
 from fusebert.train.errors import UserError
-from fusebert.train.text.files import SUFFIXES, TextFile
 from fusebert.train.text.readers import read_documents
+from fusebert.train.text.text_file import SUFFIXES, TextFile
 from fusebert.train.text.tokenizer import load_tokenizer
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {

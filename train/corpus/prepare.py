@@ -26,12 +26,14 @@ from tqdm import tqdm
 from ..errors import UserError
 from ..text import pydocs
 from ..text.characters import count_characters, needs_marks, scripts
+from ..text.cluster import cluster_map
 from ..text.compression import BLOCK_BYTES, Progress
-from ..text.files import TextFile, find_files
+from ..text.files import find_files
 from ..text.readers import kind_of_start, read_documents
 from ..text.reading import Reading
 from ..text.sentences import sentence_splitter
 from ..text.subwords import LEARNERS
+from ..text.text_file import TextFile
 from ..text.tokenizer import (
     LOST_TO_LENGTH,
     VOCAB_SIZE,
@@ -45,8 +47,8 @@ from ..text.workers import available_cores, ordered_map
 from .encode import Text, encode_documents, start_encoding
 from .format import TOKENIZER
 from .reader import Corpus
-from .report import check_heldout, check_skipped, check_unknown, heldout_share
-from .settings import PrepareSettings, parse_weight
+from .report import check_heldout, check_skipped, check_unknown, heldout_share, next_command
+from .settings import DASK, PrepareSettings, parse_weight
 from .survey import HELDOUT, LEFT_OUT, TRAIN, Survey, survey_documents
 from .tally import tallies
 from .work_folder import WorkFolder, remove_leftovers
@@ -78,9 +80,9 @@ def prepare(settings: PrepareSettings, *, show_progress: bool = False) -> Corpus
     strip = {"auto": None, "keep": False, "strip": True}[settings.accents]
     tokenizer = None if settings.tokenizer is None else load_tokenizer(settings.tokenizer, settings.lowercase, strip)
     heldout_files = find_files(settings.heldout_files or [], settings.format)
-    own = {file.path.resolve() for file in heldout_files}
+    own = {file.key for file in heldout_files}
     files = find_files([name for name in inputs if name != "-"], settings.format)
-    files = [file for file in files if file.path.resolve() not in own]
+    files = [file for file in files if file.key not in own]
     weights = _weights(settings, files)
 
     with contextlib.ExitStack() as stack, _name_in_errors(out):
@@ -140,13 +142,16 @@ def prepare(settings: PrepareSettings, *, show_progress: bool = False) -> Corpus
         bar = stack.enter_context(_bar("encoding", text.total_bytes, show_progress))
         # A text that became longer is found at the end of the file.
         places = itertools.chain(survey.places, itertools.repeat(TRAIN))
-        encoded = ordered_map(
-            encode_documents,
-            _batches(zip(places, text.documents(bar.update), strict=False)),
-            workers=workers,
-            initializer=start_encoding,
-            initargs=(tokenizer_file, settings.sentences, writer.vocab_size),
-        )
+        batches = _batches(zip(places, text.documents(bar.update), strict=False))
+        start: Any = {
+            "initializer": start_encoding,
+            "initargs": (tokenizer_file.resolve(), settings.sentences, writer.vocab_size),
+        }
+        if settings.executor == "local":
+            encoded = ordered_map(encode_documents, batches, workers=workers, **start)
+        else:
+            address = settings.executor.removeprefix(DASK)
+            encoded = cluster_map(encode_documents, batches, address=address, **start)
         counts = tallies(writer.special.unk)
         for blocks in stack.enter_context(contextlib.closing(encoded)):
             for block in blocks:
@@ -169,6 +174,7 @@ def prepare(settings: PrepareSettings, *, show_progress: bool = False) -> Corpus
             "left_out_as_held_out": survey.leaked,
             "skipped_records": skipped,
             "warnings": problems,
+            "next": next_command(out),
         }
         return writer.finish(source, report)
 
@@ -193,17 +199,17 @@ def _check_survey(survey: Survey, text: _Text, settings: PrepareSettings) -> Non
         raise UserError("every document is in --heldout-files: give other text to train on")
 
 
-def _weights(settings: PrepareSettings, files: list[TextFile]) -> dict[Path, float]:
-    """The weight of each file that --weight names.
+def _weights(settings: PrepareSettings, files: list[TextFile]) -> dict[str, float]:
+    """The weight of each file that --weight names, by its key.
 
     Raises:
         UserError: a file is not among the inputs.
     """
-    weights: dict[Path, float] = {}
-    known = {file.path.resolve() for file in files}
+    weights: dict[str, float] = {}
+    known = {file.key for file in files}
     for given in settings.weight or []:
         glob, weight = parse_weight(given)
-        found = {file.path.resolve() for file in find_files([glob], settings.format)}
+        found = {file.key for file in find_files([glob], settings.format)}
         if not found <= known:
             raise UserError(f"--weight {given}: {min(found - known)} is not among the inputs that are trained on")
         weights |= dict.fromkeys(found, weight)
@@ -228,7 +234,7 @@ class _Text:
         files: the others.
         reading: how to read them.
         max_bytes: of text; None: all of it.
-        weights: of files, by resolved path; 1 for the others.
+        weights: of files, by their keys; 1 for the others.
 
     Attributes:
         skipped, reasons: of the bad records of the last reading.
@@ -241,11 +247,11 @@ class _Text:
         files: list[TextFile],
         reading: Reading,
         max_bytes: int | None,
-        weights: dict[Path, float],
+        weights: dict[str, float],
     ) -> None:
         self._files = [(file, True) for file in heldout_files] + [(file, False) for file in files]
         self._reading, self._max_bytes, self._weights = reading, max_bytes, weights
-        self._versions = [_version(file) for file, _ in self._files]
+        self._versions = [file.version() for file, _ in self._files]
         self.total_bytes = sum(size for size, *_ in self._versions)
         self.skipped, self.reasons = 0, list[str]()
         self.too_long: int | None = None
@@ -256,7 +262,7 @@ class _Text:
         reading = dataclasses.replace(self._reading, skipped=0, reasons=[])
         for (file, heldout), version in zip(self._files, self._versions, strict=True):
             _check_version(file, version)
-            weight = self._weights.get(file.path.resolve(), 1.0)
+            weight = self._weights.get(file.key, 1.0)
             for document in read_documents(file, reading, progress):
                 if left is not None and (left := left - (size := len(document.encode()))) < 0:
                     _check_version(file, version)
@@ -269,14 +275,8 @@ class _Text:
                 return
 
 
-def _version(file: TextFile) -> tuple[int, ...]:
-    """(size, …): equal unless the file was written or replaced."""
-    state = file.path.stat()
-    return state.st_size, state.st_mtime_ns, state.st_dev, state.st_ino
-
-
-def _check_version(file: TextFile, version: tuple[int, ...]) -> None:
-    if _version(file) != version:
+def _check_version(file: TextFile, version: tuple[Any, ...]) -> None:
+    if file.version() != version:
         raise UserError(
             f"{file.name} has changed while it was read, and the text is read twice: start again when it is complete"
         )

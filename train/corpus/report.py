@@ -135,7 +135,6 @@ def as_json(corpus: Corpus, seconds: float) -> dict[str, Any]:
         **corpus.manifest["report"],
         "source": corpus.manifest["source"],
         "seconds": round(seconds, 1),
-        "next": next_command(corpus.directory),
     }
 
 
@@ -190,7 +189,7 @@ def print_report(corpus: Corpus, seconds: float) -> None:
         markup=False,
     )
     console.print(f"corpus in {corpus.directory}, made in {seconds:.0f} s", markup=False)
-    console.print(f"next: {next_command(corpus.directory)}", markup=False)
+    console.print(f"next: {report['next']}", markup=False)
 
 
 def _visible(character: str) -> str:

@@ -9,12 +9,13 @@ from typing import Annotated
 
 from ..errors import UserError
 from ..options import Option
-from ..text.files import FORMATS
 from ..text.reading import DOCUMENTS
 from ..text.special_tokens import MAX_VOCAB_SIZE, SMALLEST_SUBWORDS
+from ..text.text_file import FORMATS
 
 CORPORA = ("pydocs",)
 ACCENTS = ("auto", "keep", "strip")
+DASK = "dask:"
 VOCAB_TYPES = ("wordpiece", "bpe", "unigram")
 MAX_BYTES = 1 << 62
 MAX_WORKERS = 256
@@ -62,7 +63,8 @@ class PrepareSettings:
     inputs: Annotated[
         list[str] | None,
         Option(
-            "Text: files, folders (searched below too), quoted globs, or - for standard input. "
+            "Text: files, folders (searched below too), quoted globs, URLs of these (s3://bucket/*.jsonl.zst, hf://, "
+            "https://, file://), or - for standard input. "
             "Text in .txt, .md or without a suffix: see --documents. A document each record: .jsonl (an object a "
             "line), .json (an array, or lines), .csv, .tsv. All may be compressed: .gz, .zst, .bz2, .xz. Data sets of "
             "Hugging Face: .parquet, .arrow, and folders with such files.",
@@ -184,6 +186,13 @@ class PrepareSettings:
     workers: Annotated[
         int | None, Option("Processes. The corpus does not depend on it.", show_default="one a core")
     ] = None
+    executor: Annotated[
+        str,
+        Option(
+            "Where text is encoded: local, or dask:ADDRESS, the scheduler of a Dask cluster (dask:tcp://host:8786) "
+            "with fusebert on its workers and --out in a folder that they share. The corpus is the same."
+        ),
+    ] = "local"
     seed: Annotated[int, Option("Another seed holds out other documents.")] = 0
     overwrite: Annotated[
         bool, Option("Replace a corpus that is at --out, once the new one is complete.", flags="--overwrite")
@@ -206,6 +215,8 @@ class PrepareSettings:
             raise UserError(f"--vocab-type must be one of {', '.join(VOCAB_TYPES)}; got {self.vocab_type!r}")
         if self.vocab_type != "wordpiece" and self.tokenizer is not None:
             raise UserError(f"--tokenizer has a vocabulary: leave out --vocab-type {self.vocab_type}")
+        if self.executor != "local" and not re.fullmatch(rf"{DASK}\S+", self.executor):
+            raise UserError(f"--executor must be local or dask:ADDRESS, as dask:tcp://host:8786; got {self.executor!r}")
         if self.accents not in ACCENTS:
             raise UserError(f"--accents must be one of {', '.join(ACCENTS)}; got {self.accents!r}")
         for given in self.weight or []:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from ..errors import UserError
-from .files import TextFile
+from .text_file import TextFile
 
 BLOCK_BYTES = 1 << 20  # read at once
 WINDOW_BYTES = 1 << 27  # of a .zst or .xz file, as in the zstd program without --long: the decompressor holds a window
@@ -32,7 +32,7 @@ def read_blocks(file: TextFile, progress: Progress | None = None) -> Iterator[by
     before = 0
     kinds = {".gz": _gzip_blocks, ".zst": _zstd_blocks, ".bz2": _bzip2_blocks, ".xz": _xz_blocks}
     blocks = kinds.get(file.compression, _plain_blocks)
-    with open(file.path, "rb") as raw:
+    with file.open() as raw:
         try:
             for block in blocks(raw):
                 if progress is not None:
@@ -42,12 +42,20 @@ def read_blocks(file: TextFile, progress: Progress | None = None) -> Iterator[by
                 yield block
         except EOFError as error:
             raise UserError(f"{file.name} is cut short: the compressed data ends too early; copy it again") from error
+        except _WindowError as error:
+            raise UserError(
+                f"{file.name} needs over {WINDOW_BYTES >> 20} MiB of memory to decompress{error}"
+            ) from error
         except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, _DamagedError) as error:
             raise UserError(f"{file.name} is damaged or not {file.compression} data ({error})") from error
 
 
 class _DamagedError(Exception):
     pass
+
+
+class _WindowError(Exception):
+    """The decompressor would hold more than `WINDOW_BYTES`."""
 
 
 def _plain_blocks(raw: BinaryIO) -> Iterator[bytes]:
@@ -78,10 +86,7 @@ def _xz_blocks(raw: BinaryIO) -> Iterator[bytes]:
         yield from _stream_blocks(raw, start)
     except lzma.LZMAError as error:
         if "Memory usage limit" in str(error):
-            raise UserError(
-                f"{raw.name} needs over {WINDOW_BYTES >> 20} MiB of memory to decompress: compress it again with a "
-                "smaller dictionary (xz -9 or less)"
-            ) from error
+            raise _WindowError(": compress it again with a smaller dictionary (xz -9 or less)") from error
         raise
 
 
@@ -119,10 +124,7 @@ def _zstd_blocks(raw: BinaryIO) -> Iterator[bytes]:
             descriptor = _exactly(raw, 1)
             header = magic + descriptor + _exactly(raw, zstandard.frame_header_size(magic + descriptor + bytes(14)) - 5)
             if zstandard.get_frame_parameters(header).window_size > WINDOW_BYTES:
-                raise UserError(
-                    f"{raw.name} needs over {WINDOW_BYTES >> 20} MiB of memory to decompress, because it was made with "
-                    "zstd --long: compress it again without that option"
-                )
+                raise _WindowError(", because it was made with zstd --long: compress it again without that option")
             frame = unpacker.decompressobj()
             block, last = frame.decompress(header), False
             while not last:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import fnmatch
 import glob
@@ -14,77 +13,46 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..errors import UserError
-
-COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
-TEXTS, RECORDS = (".txt", ".md"), (".jsonl", ".json", ".csv", ".tsv")  # may be compressed
-COLUMNAR = (".parquet", ".arrow")  # compressed inside
-SUFFIXES = tuple(kind + packed for kind in (*TEXTS, *RECORDS) for packed in ("", *COMPRESSIONS)) + COLUMNAR
-FORMATS = tuple(kind[1:] for kind in (*TEXTS, *RECORDS))
-_ALLOWED = f"{', '.join(TEXTS + RECORDS)} (also {', '.join(COMPRESSIONS)}), {', '.join(COLUMNAR)} or no suffix"
-
-
-@dataclasses.dataclass(frozen=True)
-class TextFile:
-    """A file of documents.
-
-    Attributes:
-        path: where it is.
-        name: what messages call it.
-        given_format: one of `FORMATS` for a file whose name has no suffix; None: what its first characters look like.
-    """
-
-    path: Path
-    name: str
-    given_format: str | None = None
-
-    @property
-    def compression(self) -> str:
-        """ ".gz", ".zst", ".bz2", ".xz" or ""."""
-        return self.path.suffix if self.path.suffix in COMPRESSIONS else ""
-
-    @property
-    def kind(self) -> str:
-        """ ".txt", ".md", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", or "" if the name does not say."""
-        suffix = Path(self.path.name.removesuffix(self.compression)).suffix
-        return suffix or ("." + self.given_format if self.given_format else "")
-
-
-def is_text_file(name: str) -> bool:
-    """Whether a file with this name can be read: one of `SUFFIXES`, or no suffix."""
-    return name.endswith(SUFFIXES) or (not name.startswith(".") and TextFile(Path(name), name).kind == "")
+from .remote import is_url, remote_files
+from .text_file import ALLOWED, COLUMNAR, SUFFIXES, TextFile, is_text_file
 
 
 def find_files(inputs: Sequence[str], given_format: str | None = None) -> list[TextFile]:
     """The files that ``inputs`` name, each once, in the order given and sorted within a folder or glob.
 
     Args:
-        inputs: files, folders and globs. A folder stands for every file in it and below it that `is_text_file`; one
-            with .parquet or .arrow files, as data sets of Hugging Face are, for these alone. Files without a suffix
-            are left out of hidden folders.
+        inputs: files, folders, globs, and URLs of these, see `remote`. A folder stands for every file in it and below
+            it that `is_text_file`; one with .parquet or .arrow files, as data sets of Hugging Face are, for these
+            alone. Files without a suffix are left out of hidden folders.
         given_format: see `TextFile`.
 
     Raises:
         UserError: an input matches no file, or a file of another kind.
     """
-    found: dict[Path, TextFile] = {}
+    found: dict[str, TextFile] = {}
     for given in inputs:
+        if is_url(given):
+            for remote in remote_files(given, given_format):
+                found.setdefault(remote.key, remote)
+            continue
         paths = [Path(given)] if os.path.lexists(given) else [Path(path) for path in _expand(given)]
         if not paths:
             what = "matches no file" if glob.has_magic(given) else "does not exist"
-            raise UserError(f"{given} {what}: give text files ({_ALLOWED}), folders, globs or -")
+            raise UserError(f"{given} {what}: give text files ({ALLOWED}), folders, globs or -")
         for path in paths:
             files = [path]
             if path.is_dir():
                 files = _files_below(path)
                 if not files and len(paths) == 1:
-                    raise UserError(f"the folder {path} holds no file of text: {_ALLOWED}")
+                    raise UserError(f"the folder {path} holds no file of text: {ALLOWED}")
             for file in files:
                 if not is_text_file(file.name):
-                    raise UserError(f"{file} is of an unknown kind: its name must end in {_ALLOWED}")
+                    raise UserError(f"{file} is of an unknown kind: its name must end in {ALLOWED}")
                 _check_regular(file)
-                found.setdefault(file.resolve(), TextFile(file, str(file), given_format))
+                local = TextFile(file, str(file), given_format)
+                found.setdefault(local.key, local)
     if inputs and not found:
-        raise UserError(f"{' '.join(inputs)}: no file of text in these folders: {_ALLOWED}")
+        raise UserError(f"{' '.join(inputs)}: no file of text in these folders: {ALLOWED}")
     return list(found.values())
 
 

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 
 from ..errors import UserError
 from .compression import BLOCK_BYTES, Progress, read_blocks
-from .files import COLUMNAR, TextFile
 from .reading import Reading
 from .records import looks_like_json, read_columns, read_records
+from .text_file import COLUMNAR, TextFile
 
 DOCUMENT_CHARS = 1 << 16
 LONGEST_LINE = 32 << 20  # bytes of a line of JSON or of a table; a line of plain text longer than a block is cut

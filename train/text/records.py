@@ -9,8 +9,8 @@ from typing import Any
 
 from ..errors import UserError
 from .compression import Progress
-from .files import TextFile
 from .reading import BadRecordError, Reading
+from .text_file import TextFile
 
 LONGEST_RECORD = 32 << 20  # characters
 _BATCH_ROWS = 256  # of a Parquet file, read at once
@@ -247,7 +247,7 @@ def read_columns(file: TextFile, kind: str, reading: Reading, progress: Progress
         reason = (str(error).splitlines() or ["no reason given"])[0]
         raise UserError(f"{file.name} is damaged or not a {kind} file ({reason})") from error
     if progress is not None:
-        progress(file.path.stat().st_size)
+        progress(file.version()[0])
 
 
 def _batches(file: TextFile, kind: str, field: str) -> Iterator[Any]:
@@ -256,11 +256,11 @@ def _batches(file: TextFile, kind: str, field: str) -> Iterator[Any]:
     import pyarrow.parquet
 
     if kind == ".parquet":
-        with pyarrow.parquet.ParquetFile(file.path) as table:
+        with file.open() as raw, pyarrow.parquet.ParquetFile(raw) as table:
             column = _column(file, table.schema_arrow.names, field)
             yield from table.iter_batches(batch_size=_BATCH_ROWS, columns=[column])
         return
-    with pyarrow.memory_map(str(file.path)) as source:
+    with file.open() as raw, pyarrow.PythonFile(raw, mode="r") as source:
         try:
             batches: Any = pyarrow.ipc.open_stream(source)
         except pyarrow.ArrowInvalid:

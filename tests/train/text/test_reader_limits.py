@@ -13,8 +13,9 @@ import pytest
 import zstandard
 
 from fusebert.train.errors import UserError
-from fusebert.train.text.files import TextFile, find_files
+from fusebert.train.text.files import find_files
 from fusebert.train.text.readers import DOCUMENT_CHARS, read_documents
+from fusebert.train.text.text_file import TextFile
 
 MIB = 1 << 20
 

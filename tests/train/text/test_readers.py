@@ -10,9 +10,10 @@ import zstandard
 
 from fusebert.train.errors import UserError
 from fusebert.train.text import compression, readers
-from fusebert.train.text.files import TextFile, find_files
+from fusebert.train.text.files import find_files
 from fusebert.train.text.readers import DOCUMENT_CHARS, read_documents
 from fusebert.train.text.reading import Reading
+from fusebert.train.text.text_file import TextFile
 
 
 def read(path, **options):

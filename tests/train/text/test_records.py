@@ -11,9 +11,10 @@ import pytest
 
 from fusebert.train.errors import UserError
 from fusebert.train.text import compression, readers, records
-from fusebert.train.text.files import TextFile, find_files
+from fusebert.train.text.files import find_files
 from fusebert.train.text.readers import read_documents
 from fusebert.train.text.reading import Reading
+from fusebert.train.text.text_file import TextFile
 
 TEXTS = ["One, two.", 'Say "hi".\nÜnïcödé 漢字 🙂', "tab\tand 'quotes'", "The last [1] {2}."]
 
