@@ -19,7 +19,13 @@ from .format import CONFIG_FILE, FIELDS, WEIGHTS_FILE, json_bytes, parameter_nam
 from .tokenizer_files import tokenizer_files
 
 
-def save_hf(model: BertForPreTraining, directory: str | Path, tokenizer: str | Path | None = None) -> None:
+def save_hf(
+    model: BertForPreTraining,
+    directory: str | Path,
+    tokenizer: str | Path | None = None,
+    *,
+    model_max_length: int | None = None,
+) -> None:
     """Write ``model`` as a Hugging Face folder: ``transformers.BertForPreTraining.from_pretrained(directory)``.
 
     Writes config.json, model.safetensors (float32) and, given a tokenizer, tokenizer.json, tokenizer_config.json,
@@ -31,6 +37,7 @@ def save_hf(model: BertForPreTraining, directory: str | Path, tokenizer: str | P
     Args:
         model: the model itself, not a DistributedDataParallel or compiled wrapper of it.
         tokenizer: a tokenizer.json of the tokenizers library, with at most vocab_size tokens.
+        model_max_length: for tokenizer_config.json, the positions that were trained; None: all of the model's.
 
     Raises:
         TypeError: ``model`` is not a `BertForPreTraining`.
@@ -44,7 +51,7 @@ def save_hf(model: BertForPreTraining, directory: str | Path, tokenizer: str | P
             f"model must be a fusebert BertForPreTraining; got {type(model).__name__}. If that is a wrapper, give the "
             "model inside: .module or ._orig_mod"
         )
-    files = {} if tokenizer is None else tokenizer_files(Path(tokenizer), model.config)
+    files = {} if tokenizer is None else tokenizer_files(Path(tokenizer), model.config, model_max_length)
     files[CONFIG_FILE] = json_bytes(_settings(model.config))
     write_folder(directory, _tensors(model), files)
 

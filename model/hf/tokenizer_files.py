@@ -23,8 +23,11 @@ SPECIAL_TOKENS = {
 BERT_SPECIAL_TOKENS = {names[0] for names in SPECIAL_TOKENS.values()}
 
 
-def tokenizer_files(path: Path, config: BertConfig) -> dict[str, bytes]:
+def tokenizer_files(path: Path, config: BertConfig, model_max_length: int | None = None) -> dict[str, bytes]:
     """File name → content, for all files that AutoTokenizer needs.
+
+    Args:
+        model_max_length: where Transformers cuts texts; None: at the model's positions.
 
     Raises:
         ValueError: ``path`` is not a tokenizer.json, or it has more tokens than ``config.vocab_size``.
@@ -50,7 +53,7 @@ def tokenizer_files(path: Path, config: BertConfig) -> dict[str, bytes]:
     settings = {
         **_tokenizer_class(json.loads(tokenizer.to_str())),
         **special,
-        "model_max_length": config.max_position_embeddings,
+        "model_max_length": model_max_length or config.max_position_embeddings,
         "clean_up_tokenization_spaces": False,
     }
     files = {

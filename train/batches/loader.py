@@ -16,7 +16,7 @@ import math
 import multiprocessing
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -140,7 +140,7 @@ def batches(
     world_size: int = 1,
     lanes: int = 1,
     pin_memory: bool = False,
-) -> Iterator[PackedBatch]:
+) -> Generator[PackedBatch, None, None]:
     """This rank's batches of ``examples``, without end.
 
     The sequence does not depend on ``num_workers``. The ranks' sequences, interleaved, do not depend on ``world_size``;

@@ -63,6 +63,7 @@ class TrainerState:
     Attributes:
         step: optimisation steps done.
         batches: micro-batches consumed by all ranks.
+        phases: micro-batches consumed when the second phase of --seqlen began, the third, ….
         lanes: chunks that the batches are read from side by side, see `loader.batches`.
         skipped: steps, of those done, that changed nothing because loss or gradient was not finite.
         spikes: log lines with which a spike of the training loss began.
@@ -81,6 +82,7 @@ class TrainerState:
 
     step: int = 0
     batches: int = 0
+    phases: list[int] = dataclasses.field(default_factory=list)
     lanes: int = 1
     skipped: int = 0
     spikes: int = 0
@@ -278,6 +280,9 @@ def _read_fields(content: Any) -> TrainerState:
             for name in ("step", "batches", "skipped", "spikes", "tokens", "flops")
         },
         **{name: is_number(getattr(state, name)) for name in ("elapsed_s", "train_s")},
+        "phases": isinstance(state.phases, list)
+        and all(is_number(each, int) and each <= state.batches for each in state.phases)
+        and state.phases == sorted(state.phases),
         "lanes": is_number(state.lanes, int) and state.lanes > 0,
         "length": is_table(state.length) and state.length.keys() <= {"steps", "minutes"},
         "finished": isinstance(state.finished, bool),

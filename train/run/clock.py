@@ -76,6 +76,12 @@ class Schedule:
             return (self.state.step + 0.5) / self.settings.steps
         return (self.clock.now + 0.5 * self.step_s) / max(self.usable_seconds(), 1e-9)
 
+    def spent(self) -> float:
+        """The share of the run that is over."""
+        if self.settings.steps is not None:
+            return self.state.step / self.settings.steps
+        return self.clock.now / max(self.usable_seconds(), 1e-9)
+
     def done(self) -> bool:
         """Whether there is no step left, or no time for one."""
         if self.complete:

@@ -35,6 +35,7 @@ def export(settings: ExportSettings) -> tuple[Path, int]:
 
     from ...model.hf.save import save_hf
     from ...model.pretraining import BertForPreTraining
+    from .phases import trained_positions
 
     path, state = _find(settings.checkpoint)
     run = path.resolve().parent.parent
@@ -46,8 +47,16 @@ def export(settings: ExportSettings) -> tuple[Path, int]:
         model.load_state_dict(load_file(path / "model.safetensors"))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} is not of a model that this fusebert knows ({str(error).splitlines()[0]})") from error
-    save_hf(model, settings.out, tokenizer)
+    positions = trained_positions(state.identity.get("--seqlen", 128), _was_continued(run), model.config)
+    save_hf(model, settings.out, tokenizer, model_max_length=positions)
     return path, state.step
+
+
+def _was_continued(run: Path) -> bool:
+    """Whether the run began with the weights of another model, or does not say."""
+    from .manifest import FILE, read_manifest
+
+    return not (run / FILE).is_file() or read_manifest(run)["settings"].get("init_from") is not None
 
 
 def _find(place: Path) -> tuple[Path, Any]:

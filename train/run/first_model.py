@@ -17,6 +17,7 @@ from ..corpus.reader import Corpus
 from ..errors import UserError
 from ..step.finite import blown_up
 from ..text.tokenizer import load_tokenizer, normalisation
+from .phases import longest
 from .plan import SIZES, Plan, sizes
 from .settings import PretrainSettings
 
@@ -63,12 +64,10 @@ def make_model(
         rows = max(source.config.vocab_size, corpus.vocab_size)
         model = BertForPreTraining(dataclasses.replace(source.config, vocab_size=rows, **dropout))
         _load_rows(model, source)
-    if settings.seqlen > model.config.max_position_embeddings:
+    seqlen, positions = longest(settings.seqlen), model.config.max_position_embeddings
+    if seqlen > positions:
         advice = "" if settings.init_from or settings.config else "; --max-positions raises them"
-        raise UserError(
-            f"--seqlen {settings.seqlen} is more than the model's {model.config.max_position_embeddings} positions"
-            + advice
-        )
+        raise UserError(f"--seqlen {seqlen} is more than the model's {positions} positions{advice}")
     return model
 
 

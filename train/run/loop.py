@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -130,15 +130,6 @@ def train(run: Run, stop: StopSignal) -> None:
     if state.first_evaluation is None:
         state.first_evaluation = evaluate_and_log(run, stop).to_json()
     micro_batches = plan.batch_tokens // plan.tokens_per_batch
-    source = batches(
-        run.examples,
-        num_workers=plan.workers,
-        start=state.batches,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        lanes=state.lanes,
-        pin_memory=plan.device.type == "cuda",
-    )
     run.model.train()
     limit, skips = RunAheadLimit(plan.device), Skips(run)
     before = read_log(settings.out / "log.jsonl") if ranks.first and state.step else []
@@ -154,7 +145,7 @@ def train(run: Run, stop: StopSignal) -> None:
         disable=None if ranks.first else True,
     ) as bar:
         done = schedule.done()
-        supply = Supply(run, source, stop)
+        supply = Supply(run, stop)
         if not done:
             counts = supply.fetch()
             if supply.failed:
@@ -172,6 +163,11 @@ def train(run: Run, stop: StopSignal) -> None:
             state.batches += micro_batches
             state.tokens += counts.tokens
             bar.update()
+            if run.enter_phase():
+                finished += limit.drain()
+                run.step.forget_shapes()
+                supply.restart()
+                run.say(f"step {state.step:>6,}: from here on segments of up to {run.phase.seqlen} tokens")
 
             # Prepare the next window while the device computes this one.
             counts = supply.fetch()
@@ -214,11 +210,29 @@ class Supply:
         stopping, interrupted: a rank received a signal; it was Ctrl-C.
     """
 
-    def __init__(self, run: Run, source: Iterator[PackedBatch], stop: StopSignal) -> None:
-        self._run, self._source, self._stop = run, source, stop
+    def __init__(self, run: Run, stop: StopSignal) -> None:
+        self._run, self._stop = run, stop
+        self._source = self._batches()
         self.window: list[PackedBatch] = []
         self.failed = self.stopping = self.interrupted = False
         self._error: Exception | None = None
+
+    def restart(self) -> None:
+        """Goes on with the batches of the phase that the run has entered."""
+        self._source.close()
+        self._source = self._batches()
+
+    def _batches(self) -> Generator[PackedBatch, None, None]:
+        run, state = self._run, self._run.state
+        return batches(
+            run.phase.examples,
+            num_workers=run.plan.workers,
+            start=state.batches - (state.phases[-1] if state.phases else 0),
+            rank=run.ranks.rank,
+            world_size=run.ranks.world_size,
+            lanes=state.lanes,
+            pin_memory=run.plan.device.type == "cuda",
+        )
 
     def fetch(self) -> Counts:
         """Sets the attributes and returns the counts of all ranks' windows. Reads the clock. A collective call."""
@@ -278,7 +292,7 @@ def evaluate_and_log(run: Run, stop: StopSignal) -> Evaluation:
         UserError: the loss is not finite.
     """
     started = run.clock.read()
-    result = evaluate(run.model, run.heldout, run.plan.compute_dtype, run.ranks, stop)
+    result = evaluate(run.model, run.phase.heldout, run.plan.compute_dtype, run.ranks, stop)
     if not math.isfinite(result.mlm_loss + (result.nsp_loss or 0.0)):
         raise UserError(
             f"the held-out loss after step {run.state.step} is not finite: the weights have blown up; lower --lr or "
@@ -286,7 +300,7 @@ def evaluate_and_log(run: Run, stop: StopSignal) -> Evaluation:
         )
     seconds = run.clock.read() - started
     run.schedule.evaluation_s = seconds
-    run.record("eval", elapsed_s=run.clock.now, seconds=seconds, **result.to_json())
+    run.record("eval", elapsed_s=run.clock.now, seconds=seconds, seqlen=run.phase.seqlen, **result.to_json())
     nsp = f", NSP accuracy {result.nsp_accuracy:.1%}" if result.nsp_accuracy is not None else ""
     run.say(
         f"step {run.state.step:>6,}: held-out MLM loss {result.mlm_loss:.3f} (unigram entropy "

@@ -21,6 +21,7 @@ from ..step.distributed import Ranks
 from ..step.optim import OPTIMIZERS, SCHEDULES
 from ..step.precision import COMPUTE_DTYPES, PRECISIONS, check_precision, default_precision
 from ..step.sharding import PARALLEL
+from .phases import longest, phases
 from .settings import RECIPES, PretrainSettings
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -34,7 +35,6 @@ GPU_TOKENS_PER_BATCH = 65536  # at most; fewer if the memory is small
 GPU_BATCH_TOKENS = 131072  # BERT's 256 sequences of 512 tokens
 # Larger values are mistakes, and would fill the memory or start that many threads.
 LARGEST = {
-    "seqlen": 1 << 20,
     "tokens_per_batch": 1 << 20,  # several batches of the host, and all activations of a batch, are in memory at once
     "batch_tokens": 1 << 28,
     "workers": 256,
@@ -116,10 +116,10 @@ def resolve(settings: PretrainSettings, ranks: Ranks | None = None) -> Plan:
         tokens = _gpu_tokens(settings, model, compute_dtype, device) if on_gpu else CPU_TOKENS_PER_BATCH
         cpu_tokens = tokens if settings.processes else tokens * ranks.world_size
         wanted = settings.batch_tokens or (GPU_BATCH_TOKENS if on_gpu else cpu_tokens)
-        tokens = max(min(tokens, wanted // ranks.world_size // 8 * 8), -(-settings.seqlen // 8) * 8)
-    if tokens < settings.seqlen:
+        tokens = max(min(tokens, wanted // ranks.world_size // 8 * 8), -(-longest(settings.seqlen) // 8) * 8)
+    if tokens < (seqlen := longest(settings.seqlen)):
         raise UserError(
-            f"--tokens-per-batch {tokens} must be at least --seqlen {settings.seqlen}: a segment must fit in a batch"
+            f"--tokens-per-batch {tokens} must be at least --seqlen {seqlen}: a segment must fit in a batch"
         )
     if tokens % 8:
         raise UserError(f"--tokens-per-batch must be a multiple of 8, for the matrix units; got {tokens}")
@@ -180,7 +180,7 @@ def _processes_that_pay(settings: PretrainSettings, cores: int) -> int:
     def suits(count: int) -> bool:
         if tokens is not None:
             return batch % (tokens * count) == 0
-        return batch % (8 * count) == 0 and batch // count >= SEGMENTS_PER_PROCESS * settings.seqlen
+        return batch % (8 * count) == 0 and batch // count >= SEGMENTS_PER_PROCESS * longest(settings.seqlen)
 
     return max((count for count in range(1, cores + 1) if suits(count)), default=1)
 
@@ -259,7 +259,7 @@ def _check(settings: PretrainSettings) -> None:
         if isinstance(value, int) and value > most:
             advice = ": give --batch-tokens for a larger step" if field.name == "tokens_per_batch" else ""
             raise UserError(f"{_option(field.name)} must be at most {most}; got {value}{advice}")
-    positive = ("steps", "minutes", "seqlen", "tokens_per_batch", "batch_tokens", "lr", "clip", "muon_scale")
+    positive = ("steps", "minutes", "tokens_per_batch", "batch_tokens", "lr", "clip", "muon_scale")
     for name in (
         *positive,
         *SIZES,
@@ -298,8 +298,11 @@ def _check(settings: PretrainSettings) -> None:
         raise UserError("--mlm-probability-end unmasks single tokens: leave out --whole-word")
     if settings.cautious_decay and settings.optimizer == "lamb":
         raise UserError("--cautious-decay is not possible with --optimizer lamb: give adamw or muon")
-    if settings.seqlen < 8:
-        raise UserError(f"--seqlen must be at least 8, for a pair of sentences; got {settings.seqlen}")
+    if len(phases(settings.seqlen)) > 1 and (settings.keep_best or settings.patience is not None):
+        raise UserError(
+            "--keep-best and --patience compare evaluations, and those of --seqlen "
+            f"{settings.seqlen} are on segments of different lengths: leave them out"
+        )
     allowed_words = {
         "recipe": tuple(RECIPES),
         "precision": ("auto", *PRECISIONS),

@@ -26,6 +26,7 @@ from .guesses import guess_masked_words
 from .log import read_log
 from .loop import check_inputs, errors_explained, evaluate_and_log, keeps_best, save, selected, train
 from .loss_curve import plot_loss_curve
+from .phases import in_words, trained_positions
 from .places import check_places
 from .plan import choose_device
 from .report import Report
@@ -107,7 +108,8 @@ def _finish(run: Run, stop: StopSignal) -> Report | None:
         model = BertForPreTraining(model.config)
         model.load_state_dict(load_file(path / "model.safetensors"))
         model.to(run.plan.device)
-    save_hf(model, out / "hf", run.inputs.keep(out))
+    positions = trained_positions(settings.seqlen, settings.init_from is not None, model.config)
+    save_hf(model, out / "hf", run.inputs.keep(out), model_max_length=positions)
     records = read_log(out / "log.jsonl")
     try:
         loss_curve = "not drawn: log.jsonl has no evaluation, perhaps because it was deleted"
@@ -124,7 +126,8 @@ def _finish(run: Run, stop: StopSignal) -> Report | None:
         device=run.device_words,
         precision=run.plan.precision,
         steps=state.step,
-        epochs=state.batches / run.examples.batches_per_epoch,
+        seqlen=in_words(settings.seqlen),
+        epochs=run.epochs(),
         tokens=state.tokens,
         spikes=state.spikes,
         seconds=state.elapsed_s if complete else run.clock.elapsed(),
@@ -136,11 +139,17 @@ def _finish(run: Run, stop: StopSignal) -> Report | None:
         before=Evaluation.from_json(state.first_evaluation),
         after=after,
         best_loss=min(
-            [record["mlm_loss"] for record in records if record["kind"] == "eval" and record["mlm_loss"] is not None],
+            [
+                record["mlm_loss"]
+                for record in records
+                if record["kind"] == "eval"
+                and record["mlm_loss"] is not None
+                and record.get("seqlen", run.phase.seqlen) == run.phase.seqlen
+            ],
             default=after.mlm_loss,
         ),
         model_step=model_step,
-        guesses=guess_masked_words(model, run.corpus, settings.seqlen),
+        guesses=guess_masked_words(model, run.corpus, run.phase.seqlen),
         hf_directory=str(out / "hf"),
         loss_curve=loss_curve,
     )

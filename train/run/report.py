@@ -25,6 +25,7 @@ class Report:
         device: in words.
         precision: one of `precision.PRECISIONS`.
         steps: optimisation steps.
+        seqlen: longest segments, in words: later positions were not trained.
         epochs: how often the training text was read.
         tokens: real tokens.
         spikes: of the training loss.
@@ -47,6 +48,7 @@ class Report:
     device: str
     precision: str
     steps: int
+    seqlen: str
     epochs: float
     tokens: int
     spikes: int
@@ -97,6 +99,7 @@ class Report:
             "",
             f"{self.steps:,} steps, {self.epochs:.3g} epochs, {self.tokens:,} tokens, {minutes} min {seconds} s on "
             f"{self.device}, {self.precision}",
+            f"segments of up to {self.seqlen} tokens",
             f"{self.tokens_per_second:,.0f} tokens/s, MFU {self.mfu:.0%} of the {rate_words(self.matmul_rate)} "
             f"that a {self.matmul} reaches here",
             "",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..step.distributed import Ranks
 from ..step.optim import learning_rate
 from .checkpoint import CheckpointError, TrainerState, clean_up, list_checkpoints, newest_good
 from .manifest import FILE, OF_A_SESSION, read_manifest, settings_json
+from .phases import phases
 from .plan import Plan
 from .settings import PretrainSettings
 
@@ -44,11 +46,21 @@ def _check_progress(path: Path, state: TrainerState) -> None:
     """Raises CheckpointError unless the counts of a checkpoint agree with each other."""
     tokens, batch = state.identity.get("--tokens-per-batch"), state.identity.get("--batch-tokens")
     if isinstance(tokens, int) and isinstance(batch, int) and 0 < tokens <= batch and batch % tokens == 0:
-        fits = state.batches == state.step * (batch // tokens) and batch // tokens % state.lanes == 0
+        window = batch // tokens
+        fits = state.batches == state.step * window and window % state.lanes == 0
+        fits = fits and not any(each % window for each in state.phases)
+        fits = fits and len(state.phases) < _num_phases(state)
     else:
         fits = False
     if not fits:
         raise CheckpointError(f"{path / 'trainer.json'} is damaged: its steps and batches do not fit together")
+
+
+def _num_phases(state: TrainerState) -> int:
+    try:
+        return len(phases(state.identity.get("--seqlen", 128)))
+    except UserError:
+        return 0
 
 
 def keep_batch_sizes(settings: PretrainSettings, state: TrainerState, ranks: Ranks) -> PretrainSettings:
@@ -71,9 +83,13 @@ def keep_batch_sizes(settings: PretrainSettings, state: TrainerState, ranks: Ran
 
 
 def run_identity(
-    settings: PretrainSettings, plan: Plan, corpus: Corpus, config: BertConfig, shape: BatchShape
+    settings: PretrainSettings, plan: Plan, corpus: Corpus, config: BertConfig, shapes: Sequence[BatchShape]
 ) -> dict[str, Any]:
-    """What must not change when a run is continued: model, corpus and batches, by the name of the option."""
+    """What must not change when a run is continued: model, corpus and batches, by the name of the option.
+
+    Args:
+        shapes: of the batches of each phase.
+    """
     model = {k: v for k, v in dataclasses.asdict(config).items() if not k.endswith("dropout_prob")}
     splits = json.dumps(corpus.manifest["splits"], sort_keys=True).encode()
     return {
@@ -88,7 +104,8 @@ def run_identity(
         "--nsp": settings.nsp,
         "--whole-word": settings.whole_word,
         "--mlm-probability": settings.mlm_probability,
-        "batch shape": dataclasses.asdict(shape),
+        "batch shape": dataclasses.asdict(shapes[0]),
+        **{f"batch shape {number}": dataclasses.asdict(each) for number, each in enumerate(shapes[1:], 2)},
     }
 
 

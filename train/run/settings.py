@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from ..errors import UserError
 from ..options import Option
+from .phases import parse_seqlen
 
 LENGTH, MODEL, BATCH = "How long", "Model", "Batches and examples"
 OPTIMISER, RECORD, MACHINE = "Optimiser", "Evaluation, checkpoints, log", "Machine"
@@ -140,7 +141,16 @@ class PretrainSettings:
     ] = None
     dropout: Annotated[float, Option("Dropout probability, of hidden states and of attention.", MODEL)] = 0.1
 
-    seqlen: Annotated[int, Option("Longest segment in tokens, \\[CLS] and \\[SEP]s included.", BATCH)] = 128
+    seqlen: Annotated[
+        int | str,
+        Option(
+            "Longest segment in tokens, \\[CLS] and \\[SEP]s included. 128:0.9,512 trains on segments of 128 for 0.9 "
+            "of the run and on 512 for the rest, as BERT was.",
+            BATCH,
+            metavar="N|N:SHARE,...,N",
+            parser=parse_seqlen,
+        ),
+    ] = 128
     tokens_per_batch: Annotated[
         int | None,
         Option(

@@ -32,6 +32,8 @@ from .inputs import RunInputs
 from .lock import RunLock
 from .log import RunLog
 from .manifest import check_repetition, write_manifest
+from .phases import in_words
+from .phases import phases as parse_phases
 from .places import check_places
 from .plan import Plan, resolve
 from .resume import check_identity, describe_changes, find_checkpoint, keep_batch_sizes, run_identity
@@ -42,13 +44,30 @@ HELDOUT_TOKENS = {"cpu": 65_536, "cuda": 1_048_576}  # the most that an evaluati
 
 
 @dataclasses.dataclass
+class PhaseData:
+    """What a run reads in one phase.
+
+    Attributes:
+        seqlen, end: of the `Phase`.
+        examples: training batches.
+        heldout: batches for evaluation, the same in every rank.
+    """
+
+    seqlen: int
+    end: float
+    shape: BatchShape
+    examples: PackedExamples
+    heldout: list[PackedBatch]
+
+
+@dataclasses.dataclass
 class Run:
     """A run that is ready to train.
 
     Attributes:
         resume_command: the command that continues the run, for messages.
         settings: the command line's, with the batch sizes of the continued run.
-        heldout: batches for evaluation, the same in every rank.
+        phases: one for each length of --seqlen.
         matmul_rate: FLOP/s of all ranks, measured; the denominator of MFU.
         matmul: what was measured, in words.
         inputs: what the run keeps of the corpus.
@@ -62,9 +81,7 @@ class Run:
     settings: PretrainSettings
     plan: Plan
     corpus: Corpus
-    shape: BatchShape
-    examples: PackedExamples
-    heldout: list[PackedBatch]
+    phases: list[PhaseData]
     model: BertForPreTraining
     optimizer: torch.optim.Optimizer
     step: TrainingStep
@@ -77,6 +94,25 @@ class Run:
     lock: RunLock | None
     log: RunLog | None
     log_error: OSError | None = None
+
+    @property
+    def phase(self) -> PhaseData:
+        """The phase that the run is in."""
+        return self.phases[len(self.state.phases)]
+
+    def enter_phase(self) -> bool:
+        """Goes on to the next phase if it is time. Call it between two steps; the same in all ranks."""
+        spent, before = self.schedule.spent(), len(self.state.phases)
+        while self.phase.end < 1.0 and spent >= self.phase.end - 1e-9:
+            self.state.phases.append(self.state.batches)
+        return len(self.state.phases) > before
+
+    def epochs(self) -> float:
+        """How often the training text was read."""
+        ends = [*self.state.phases, self.state.batches]
+        begins = [0, *self.state.phases]
+        used = zip(self.phases, begins, ends, strict=False)
+        return sum((end - begin) / phase.examples.batches_per_epoch for phase, begin, end in used)
 
     @property
     def checkpoints(self) -> Path:
@@ -169,14 +205,17 @@ def _set_up(settings: PretrainSettings, resume_command: str, ranks: Ranks, lock:
     if plan.precision == "fp8":
         use_fp8(model)
     kind: dict[str, Any] = {"nsp": settings.nsp, "mlm_probability": settings.mlm_probability}
-    size = (corpus.split("train"), plan.tokens_per_batch, settings.seqlen)
-    shape = fit_shape(*size, **kind)
-    maker = BatchMaker(corpus, "train", shape, **kind, whole_word=settings.whole_word)
-    examples = PackedExamples(maker, seed=settings.seed)
-    # However the training masks, losses on held-out text are comparable.
-    at_default = shape if settings.mlm_probability == MLM_PROBABILITY else fit_shape(*size, nsp=settings.nsp)
-    maker = BatchMaker(corpus, "heldout", at_default, nsp=settings.nsp)
-    heldout = heldout_batches(maker, tokens=HELDOUT_TOKENS[plan.device.type])
+    phases: list[PhaseData] = []
+    for number, (seqlen, end) in enumerate(parse_phases(settings.seqlen)):
+        size = (corpus.split("train"), plan.tokens_per_batch, seqlen)
+        shape = fit_shape(*size, **kind)
+        maker = BatchMaker(corpus, "train", shape, **kind, whole_word=settings.whole_word)
+        examples = PackedExamples(maker, seed=settings.seed + number)
+        # However the training masks, losses on held-out text are comparable.
+        at_default = shape if settings.mlm_probability == MLM_PROBABILITY else fit_shape(*size, nsp=settings.nsp)
+        maker = BatchMaker(corpus, "heldout", at_default, nsp=settings.nsp)
+        heldout = heldout_batches(maker, tokens=HELDOUT_TOKENS[plan.device.type])
+        phases.append(PhaseData(seqlen, end, shape, examples, heldout))
     called = distribute(model, plan.device, ranks, settings.parallel)
     optimizer = make_optimizer(
         model,
@@ -196,13 +235,13 @@ def _set_up(settings: PretrainSettings, resume_command: str, ranks: Ranks, lock:
         compiled=settings.compile,
     )
 
-    identity = run_identity(settings, plan, corpus, model.config, shape)
+    identity = run_identity(settings, plan, corpus, model.config, [phase.shape for phase in phases])
     first_weights = None
     if settings.init_from is not None and (settings.init_from / WEIGHTS_FILE).is_file():
         first_weights = file_sha256(settings.init_from / WEIGHTS_FILE)
     if settings.reproduce is not None:
         check_repetition(settings.reproduce, identity, first_weights)
-    state = TrainerState(identity=identity, lanes=count_lanes(plan, examples))
+    state = TrainerState(identity=identity, lanes=min(count_lanes(plan, phase.examples) for phase in phases))
     length = {"steps": settings.steps, "minutes": settings.minutes}
     complete = False
     changes: list[str] = []
@@ -243,9 +282,7 @@ def _set_up(settings: PretrainSettings, resume_command: str, ranks: Ranks, lock:
         settings=settings,
         plan=plan,
         corpus=corpus,
-        shape=shape,
-        examples=examples,
-        heldout=heldout,
+        phases=phases,
         model=model,
         optimizer=optimizer,
         step=step,
@@ -299,7 +336,7 @@ def _introduce(run: Run) -> None:
         settings=given,
         plan=chosen,
         ranks=ranks.world_size,
-        shape=dataclasses.asdict(run.shape),
+        shape=dataclasses.asdict(run.phase.shape),
         parameters=run.model.num_parameters(),
         unigram_entropy=run.corpus.unigram_entropy,
         matmul_rate=run.matmul_rate,
@@ -308,7 +345,7 @@ def _introduce(run: Run) -> None:
     )
     if settings.steps is not None:
         batches = settings.steps * plan.batch_tokens // plan.tokens_per_batch
-        length = f"{settings.steps:,} steps ({batches / run.examples.batches_per_epoch:.3g} epochs)"
+        length = f"{settings.steps:,} steps ({batches / run.phases[0].examples.batches_per_epoch:.3g} epochs)"
     else:
         length = f"{settings.minutes:g} minutes"
     each = f"{plan.accumulation}" if ranks.alone else f"{ranks.world_size} × {plan.accumulation}"
@@ -317,6 +354,6 @@ def _introduce(run: Run) -> None:
         f"{run.corpus.vocab_size:,}, on {run.device_words} in {plan.precision}; "
         f"a {run.matmul} reaches {rate_words(run.matmul_rate)} here\n"
         f"{run.corpus.split('train').num_tokens:,} training tokens; {length} of {each} × "
-        f"{plan.tokens_per_batch:,} tokens, segments up to {settings.seqlen}, peak learning rate {plan.lr:g}"
+        f"{plan.tokens_per_batch:,} tokens, segments up to {in_words(settings.seqlen)}, peak learning rate {plan.lr:g}"
         + (f"; continuing after step {state.step:,}" if state.step else "")
     )

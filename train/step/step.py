@@ -141,6 +141,12 @@ class TrainingStep:
             self.optimizer.zero_grad(set_to_none=True)
         return StepResult(self.sums.clone(), self._grad_norm.clone(), self._skipped.clone())
 
+    def forget_shapes(self) -> None:
+        """The next batches have other shapes. Call it when the device has done all steps."""
+        if self._graphs is not None:
+            self._graphs = None
+            self.optimizer.zero_grad(set_to_none=True)  # the gradients are in the graphs' memory
+
     def micro_batch(self, batch: Any, *, first: bool) -> None:
         """Forward and backward of ``batch``: adds to the gradients and to ``sums``."""
         if first and self._copy is not None:
