@@ -195,7 +195,7 @@ def batches(
 
 def _take(
     chunks: Iterator[_Chunk], block: int, numbers: Iterable[int], my_lanes: list[int], lanes: int, per_chunk: int
-) -> Iterator[PackedBatch]:
+) -> Generator[PackedBatch, None, None]:
     """The batches with the given ``numbers``; ``chunks`` are those of ``my_lanes``, from ``block`` on."""
     held: dict[int, list[PackedBatch]] = {}
     for number in numbers:

@@ -13,13 +13,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from .special_tokens import MAX_VOCAB_SIZE, SMALLEST_SUBWORDS, SPECIAL_TOKENS, UNKNOWN
 from .tokenizer import as_in_pretraining, cut_long_runs, without_long_words
 
 _MIN_FREQUENCY = 2  # of a pair of pieces that is merged
 _LONGEST_PIECE = 16  # characters of a unigram piece, SentencePiece's limit
+# Words for byte-level BPE, each with the space before it. GPT-2's pattern cuts a word at every combining mark, so that
+# Indic scripts fall into single letters.
+_WORD = Regex(r" ?[\p{L}\p{M}]+| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]+|\s+")
+_SPACES_FIRST = Regex(r"\A +")
 _NEVER = -1e6  # log probability of a special token's own name, so that it is not read in a text
 _BYTE = -30.0  # log probability of a byte: below any piece's, so that bytes are the last resort
 
@@ -38,8 +42,12 @@ def train_bpe(
     """
     normalizer = _normalizer(vocab_size, lowercase, strip_accents)
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizer
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    # The first word gets its space. After a special token in a text it has one.
+    space = [normalizers.Prepend(" "), normalizers.Replace(_SPACES_FIRST, " ")]
+    tokenizer.normalizer = normalizers.Sequence([*space, normalizer])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(_WORD, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

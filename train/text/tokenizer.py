@@ -250,6 +250,8 @@ def normalisation(tokenizer: Tokenizer) -> dict[str, bool | str | None]:
     Both are None for a normaliser that is not BERT's.
     """
     normalizer = json.loads(tokenizer.to_str())["normalizer"] or {}
+    if normalizer.get("type") == "Sequence" and normalizer["normalizers"]:
+        normalizer = normalizer["normalizers"][-1]  # of a BPE made here: those before add a space
     if normalizer.get("type") != "BertNormalizer":
         return {"lowercase": None, "accents": None}
     strip = normalizer["lowercase"] if normalizer["strip_accents"] is None else normalizer["strip_accents"]

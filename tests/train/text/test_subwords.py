@@ -50,6 +50,12 @@ def test_what_repeats_becomes_longer_pieces(learn):
     assert len(ids(tokenizer, TEXT[1])) < 0.6 * letters
 
 
+def test_a_word_keeps_its_marks_in_bpe():
+    """GPT-2's pattern cuts it at each of them."""
+    tokenizer = LEARNERS["bpe"](["में पढ़ता हूँ और वह भी पढ़ता है"] * 9, 600, False)
+    assert len(ids(tokenizer, "में पढ़ता हूँ")) == 3
+
+
 def test_special_tokens_come_first_and_the_template_is_berts(learn):
     tokenizer = learn(TEXT)
     assert tuple(special_ids(tokenizer.get_vocab())) == (0, 1, 2, 3, 4)
