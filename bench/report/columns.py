@@ -206,6 +206,7 @@ def fuse_columns(cases: Sequence[FuseCase]) -> list[Column[FuseCase]]:
         Column("batch", lambda case: case.words, words=True),
         Column("pass", lambda case: case.pass_name, words=True),
         *(value(RATIO, f"{name} / ours [95 %]", name) for name in peers),
+        Column("products alone", lambda case: case.products, lambda found: f"{found.median:.2f}"),
         value(TOKENS_PER_S, f"{ours}, real tokens/s", ours),
     ]
 

@@ -30,13 +30,14 @@ from ..measure.machine import environment, nvidia_smi
 from ..measure.memory import release_memory
 from ..measure.result import FuseCase, FuseContestant, FuseResult, FuseTime, write_result
 from ..measure.settings import FuseOptions, FuseSettings, settings_of
-from ..measure.statistics import ratio
+from ..measure.statistics import Ratio, ratio
 from ..measure.timing import Work, interleave
 from ..measure.verify import one_line
 
 PASSES = ("forward", "forward+backward")
 CHECKED_SEQUENCES, CHECKED_TOKENS = 4, 128
 SECONDS = 6.0  # of measuring a pass of a case, however much time there is
+PRODUCT_SECONDS = 1.5  # of measuring its products
 MINILM = {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
 
 Batch = dict[str, Tensor]  # as a tokenizer makes it
@@ -109,7 +110,9 @@ def run(options: FuseOptions, device: torch.device, *, show: Callable[[Any], Non
                     against = ratio(timing.samples_ms, ours.samples_ms) if ours else None
                     found = FuseTime(timing, against, 1e3 * tokens / timing.median_ms)
                 rows.append(FuseContestant(name, role, verdicts[name], found))
-            case = FuseCase(pass_name, size, seqlen, tokens / batch["attention_mask"].numel(), tuple(rows))
+            slots = batch["attention_mask"].numel()
+            found_products = _products(plain, slots, tokens, dtype, device, pass_name, limits)
+            case = FuseCase(pass_name, size, seqlen, tokens / slots, tuple(rows), found_products)
             result.cases.append(case)
             show(case)
         if options.out is not None:
@@ -185,6 +188,40 @@ def _call(model: nn.Module, batch: Batch, dtype: torch.dtype, pass_name: str, _:
         hidden.backward(torch.ones_like(hidden))
         for p in model.parameters():
             p.grad = None
+
+
+def _products(
+    model: nn.Module,
+    slots: int,
+    tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    pass_name: str,
+    limits: dict[str, Any],
+) -> Ratio | None:
+    """`FuseCase.products`: the linear layers of ``model``'s layers, one by one, on ``slots`` and on ``tokens`` rows."""
+    layers = [x for name, x in model.named_modules() if isinstance(x, nn.Linear) and "pooler" not in name]
+    if tokens == slots or not layers:
+        return None
+    backward = pass_name == PASSES[1]
+    inputs = {
+        (rows, layer.in_features): torch.randn(rows, layer.in_features, device=device, requires_grad=backward)
+        for layer in layers
+        for rows in (slots, tokens)
+    }
+
+    def run(rows: int, _: Any) -> None:
+        with torch.set_grad_enabled(backward), autocast(device, dtype):
+            for layer in layers:
+                out = layer(inputs[rows, layer.in_features])
+                if backward:
+                    out.backward(out.detach())
+        for p in (*model.parameters(), *inputs.values()):
+            p.grad = None
+
+    works = {str(rows): Work(functools.partial(run, rows)) for rows in (slots, tokens)}
+    timings = interleave(works, device, seconds=PRODUCT_SECONDS if not limits else 0.1, **limits)
+    return ratio(timings[str(slots)].samples_ms, timings[str(tokens)].samples_ms)
 
 
 def _results(model: nn.Module, batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
