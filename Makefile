@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # Keep the working directory off sys.path: kernels/ would shadow the Hugging Face package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: help pretrain test test-slow test-real gpu-check gpu-check-quick soak fuzz bench figures readme lint format clean
+.PHONY: help pretrain test test-slow test-real gpu-check gpu-check-quick aot triton-versions soak fuzz bench figures readme lint format clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -48,6 +48,28 @@ gpu-check: $(VENV)/.gpu-check  ## the kernels' tests as on a GPU, compiled for s
 
 gpu-check-quick: $(VENV)/.gpu-check  ## the part of gpu-check that .ci/run includes
 	$(GPU_CHECK) -q -m gpu_check_quick $(GPU_CHECKED)
+
+# Every Triton that setup.py allows, each in a folder of its own that comes before the installed one. TRITONS=3.9.0 takes one.
+TRITONS ?= 3.6.0 3.8.0 3.9.0
+ARCHS ?= 90
+build/triton-%/triton: | $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --no-deps --target build/triton-$* triton==$*
+# Triton 3.6's interpreter does not run with numpy 2.4.
+build/triton-3.6.0/numpy: build/triton-3.6.0/triton
+	$(BIN)/python -m pip install --quiet --no-deps --target build/triton-3.6.0 'numpy<2.4'
+
+aot: $(TRITONS:%=build/triton-%/triton)  ## attention's kernels in 16 bits, compiled by other versions of Triton: spills, tiles, occupancy
+	for version in $(TRITONS); do \
+		PYTHONPATH=build/triton-$$version $(BIN)/python -m fusebert.bench.aot --heaviest --only 'attention bf16' \
+			--arch $(ARCHS) --jobs 1 --out bench/results || failed=1; \
+	done; exit $${failed:-0}
+
+TRITON_CHECKED := tests/kernels/attn/test_short.py tests/kernels/attn/test_schedule.py
+triton-versions: build/triton-3.6.0/numpy build/triton-3.9.0/triton $(VENV)/.gpu-check  ## short tests in the interpreter and by ttsem with the oldest and the newest Triton
+	for version in 3.6.0 3.9.0; do \
+		PYTHONPATH=build/triton-$$version OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(TRITON_CHECKED) || exit 1; \
+		PYTHONPATH=build/triton-$$version $(GPU_CHECK) -q $(TRITON_CHECKED) tests/gpu/test_training_step.py || exit 1; \
+	done
 
 SOAK_MINUTES ?= 60
 soak: $(VENV)/.dev  ## break tiny runs at random (kills, signals, full disks, flipped bits) for SOAK_MINUTES

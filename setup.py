@@ -79,7 +79,7 @@ setup(
         "fusebert.bench.report": ["*.html"],
         "fusebert.train.tasks": ["*.html"],
     },
-    install_requires=["torch>=2.11", "triton>=3.6; sys_platform == 'linux'"],
+    install_requires=["torch>=2.11", "triton>=3.6,<3.10; sys_platform == 'linux'"],
     extras_require={
         "train": TRAIN,
         "tasks": TASKS,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,6 +59,25 @@ _INTERPRETING = HAVE_TRITON and bool(triton.knobs.runtime.interpret)
 def interpreting() -> bool:
     """Whether kernels run in Triton's CPU interpreter (``TRITON_INTERPRET=1`` before the first import)."""
     return _INTERPRETING
+
+
+# Versions that attention's launch tables have been compiled with for sm_90, oldest first; setup.py allows no later one.
+VERIFIED_TRITON = ((3, 6), (3, 7), (3, 8), (3, 9))
+
+
+@functools.cache
+def triton_version() -> tuple[int, int]:
+    """(major, minor) of the nearest verified Triton. Warns once where the installed one is not verified."""
+    major, minor = (int(part) for part in triton.__version__.split(".")[:2])
+    oldest, newest = VERIFIED_TRITON[0], VERIFIED_TRITON[-1]
+    nearest = min(max((major, minor), oldest), newest)
+    if nearest != (major, minor):
+        warnings.warn(
+            f"fusebert is verified with triton {oldest[0]}.{oldest[1]} to {newest[0]}.{newest[1]}, not with "
+            f"{triton.__version__}: it launches as with {nearest[0]}.{nearest[1]}, and kernels may be slow",
+            stacklevel=2,
+        )
+    return nearest
 
 
 BACKENDS = ("auto", "triton", "reference")

@@ -221,6 +221,7 @@ def _launch_forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
             BLOCK_M=config.rows,
             BLOCK_I=config.columns,
             num_warps=config.num_warps,
+            enable_fp_fusion=True,
         )
     return y
 
@@ -254,6 +255,7 @@ def _launch_backward(
             BLOCK_I=config.columns,
             STAGES=3,
             num_warps=config.num_warps,
+            enable_fp_fusion=True,
         )
         launch_sum_partials([(partial, dbias)])
     return dx, dbias

@@ -102,7 +102,16 @@ def launch_sum_partials(sums: Sequence[tuple[Tensor | None, Tensor]]) -> None:
     absent = [None] * (3 - len(partials))
     block_c = 16
     rows_sum_partials[(triton.cdiv(hidden_size, block_c),)](
-        *partials, *absent, *totals, *absent, num_programs, H=hidden_size, BLOCK_P=256, BLOCK_C=block_c, num_warps=8
+        *partials,
+        *absent,
+        *totals,
+        *absent,
+        num_programs,
+        H=hidden_size,
+        BLOCK_P=256,
+        BLOCK_C=block_c,
+        num_warps=8,
+        enable_fp_fusion=True,
     )
 
 

@@ -4,7 +4,8 @@
     python -m fusebert.bench.aot --arch 80 90 100 --out bench/results    # also writes a JSON file an architecture
 
 A kernel of attention that spills, does not fit or misses its chip's matrix instructions is named, and the exit status
-is 1. Not under ``TRITON_INTERPRET=1``, which replaces the compiler when Triton is imported.
+is 1. Another Triton comes first in PYTHONPATH (``make aot`` installs each in a folder of its own), and its files carry
+its version. Not under ``TRITON_INTERPRET=1``, which replaces the compiler when Triton is imported.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+from ...kernels import backend
+from ...kernels.attn.config import TABLES_OF
 from ...kernels.backend import triton
 from ..measure.result import AotAbout, AotResult, CompiledKernel, write_result
 from . import attention_cases
@@ -74,7 +77,9 @@ def _write(out: Path, arch: int, rows: list[CompiledKernel]) -> None:
         torch=torch.__version__,
         timed="nothing: compiled without a GPU",
     )
-    write_result(out / f"{about.date}-aot-sm_{arch}.json", AotResult(about, rows))
+    version = ".".join(map(str, backend.triton_version()))
+    name = "aot" if backend.triton_version() == TABLES_OF else f"aot-triton_{version}"
+    write_result(out / f"{about.date}-{name}-sm_{arch}.json", AotResult(about, rows))
 
 
 def main() -> None:

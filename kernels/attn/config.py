@@ -45,6 +45,8 @@ class Table(NamedTuple):
 ShortKernel = Literal["short_forward", "short_backward"]
 LongKernel = Literal["long_forward", "long_backward_dq", "long_backward_dk_dv"]
 
+TABLES_OF = (3, 7)  # the Triton that the entries of TABLES and MASKED are for
+
 # (architecture, bytes of an element) -> table. Other architectures take the newest listed one below them.
 TABLES = {
     (80, 2): Table(
@@ -154,6 +156,22 @@ MASKED: dict[tuple[int, int], Table] = {
     ),
 }
 
+# Replacements, under a mask too, for versions of Triton with which entries above would spill: (major, minor) -> tables.
+# For sm_90. With 3.8, entries of sm_80 spill too and have no replacement yet; sm_100 is compiled with 3.7 only.
+BY_TRITON: dict[tuple[int, int], dict[tuple[int, int], Table]] = {
+    (3, 8): {
+        (90, 2): NO_ENTRIES._replace(
+            short_backward={128: 64},
+            long_backward_dk_dv={64: Config(64, 128, 8, 1), 128: Config(16, 128, 8, 2)},
+        ),
+    },
+    (3, 9): {
+        (90, 2): NO_ENTRIES._replace(
+            long_backward_dk_dv={64: Config(64, 128, 8, 1), 128: Config(32, 128, 8, 1)},
+        ),
+    },
+}
+
 
 def block(n: int) -> int:
     """The tile that holds n rows or columns: a power of two, at least 16 for the matrix instructions."""
@@ -169,10 +187,11 @@ def table_key(dtype: torch.dtype) -> tuple[int, int]:
 def table(dtype: torch.dtype, masked: bool = False) -> Table:
     """The table for ``dtype`` on this machine's GPU. masked: under a padding mask, a window or grouped heads."""
     key = table_key(dtype)
-    plain, replaced = TABLES[key], MASKED.get(key, NO_ENTRIES)
-    if not masked:
-        return plain
-    return Table(*({**getattr(plain, name), **getattr(replaced, name)} for name in Table._fields))
+    plain, replaced = TABLES[key], BY_TRITON.get(backend.triton_version(), {}).get(key)
+    changes = [MASKED.get(key)] * masked + [replaced]
+    for change in filter(None, changes):
+        plain = Table(*({**getattr(plain, name), **getattr(change, name)} for name in Table._fields))
+    return plain
 
 
 def short_config(

@@ -121,6 +121,7 @@ class Problem(NamedTuple):
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
             "maxnreg": config.maxnreg,
+            "enable_fp_fusion": True,
         }
 
 

@@ -116,6 +116,6 @@ def choose_grid(
         return num_tiles, None
     slots = torch.empty((2, num_slots), dtype=torch.int32, device=cu_seqlens.device)
     attn_schedule_tiles[(triton.cdiv(num_segments, BLOCK_S),)](
-        cu_seqlens, slots, num_segments - 1, num_rows, num_slots, BLOCK=block, BLOCK_S=BLOCK_S
+        cu_seqlens, slots, num_segments - 1, num_rows, num_slots, BLOCK=block, BLOCK_S=BLOCK_S, enable_fp_fusion=True
     )
     return num_slots, slots

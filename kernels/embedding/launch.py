@@ -107,6 +107,7 @@ def launch_forward(
             BLOCK_M=config.rows,
             BLOCK_H=config.columns,
             num_warps=config.num_warps,
+            enable_fp_fusion=True,
         )
     return y, mean, rstd
 
@@ -175,6 +176,7 @@ def launch_backward(
             # Two stages of 16384 float32 columns exceed the shared memory of every GPU, of 8192 columns that of most.
             STAGES=2 if config.columns <= 4096 else 1,
             num_warps=config.num_warps,
+            enable_fp_fusion=True,
         )
         launch_sum_partials([(dweight_partial, dweight), (dbias_partial, dbias)])
         if ds is not None:
@@ -213,6 +215,7 @@ def sum_by_key(
         BLOCK_H=block_h,
         CHUNK=chunk,
         num_warps=min(16, max(1, block_h // 256)),
+        enable_fp_fusion=True,
     )
     embed_layernorm_join_runs[(num_chunks, triton.cdiv(hidden_size, block_c))](
         sorted_keys,
@@ -225,4 +228,5 @@ def sum_by_key(
         BLOCK_P=64,
         BLOCK_C=block_c,
         num_warps=4,
+        enable_fp_fusion=True,
     )

@@ -134,7 +134,9 @@ def _scaled(x: Tensor, factor: Tensor, constant: float) -> Tensor:
     """x · factor · constant. The factor ([] float32) is not rounded to x's dtype, as torch.mul would."""
     out = torch.empty_like(x)
     if x.numel():
-        mlm_chunked_scale[(triton.cdiv(x.numel(), 4096),)](x, out, factor, constant, x.numel(), BLOCK=4096, num_warps=8)
+        mlm_chunked_scale[(triton.cdiv(x.numel(), 4096),)](
+            x, out, factor, constant, x.numel(), BLOCK=4096, num_warps=8, enable_fp_fusion=True
+        )
     return out
 
 

@@ -49,11 +49,12 @@ def _launch_statistics(
         hidden, weight, bias, labels, floats[0], floats[1], floats[2], logit_sum, best, hidden.stride(0),
         weight.stride(0), rows, vocab_size, share, H=hidden_size, SMOOTHING=label_smoothing > 0,
         PRECISION=backend.dot_precision(hidden.dtype), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=8,
-        num_stages=3,
+        num_stages=3, enable_fp_fusion=True,
     )  # fmt: skip
     mlm_lean_merge[(triton.cdiv(rows, 128),)](
         labels, floats[0], floats[1], floats[2], logit_sum, best, losses, row_max, row_sum, correct, rows, shares,
         vocab_size, ignore_index, label_smoothing, z_loss, SMOOTHING=label_smoothing > 0, BLOCK_M=128, num_warps=4,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return losses, row_max, row_sum, correct
 
@@ -103,7 +104,7 @@ def _launch_gradient(
         visited.stride(0), num_own, num_visited, label_smoothing, z_loss, tolerance / word_tiles,
         H=hidden_size, OWNS_WORDS=owns_words, Z_LOSS=z_loss > 0, SKIP=skip, PRECISION=backend.dot_precision(own.dtype),
         RESIDENT=resident, SLICES=slices, BLOCK_OWN=block_own, BLOCK_VISITED=block_visited, BLOCK_H=block_h,
-        BLOCK_K=min(64, block_h), num_warps=8, num_stages=1 if resident else 3,
+        BLOCK_K=min(64, block_h), num_warps=8, num_stages=1 if resident else 3, enable_fp_fusion=True,
     )  # fmt: skip
 
 

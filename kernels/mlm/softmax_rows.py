@@ -217,7 +217,7 @@ def launch_statistics(
         cross_entropy_forward[(rows,)](
             logits, labels, losses, row_max, row_sum, correct, logits.stride(0), vocab_size, logits.shape[1],
             ignore_index, label_smoothing, z_loss, SMOOTHING=label_smoothing > 0, LANES=64 * num_warps,
-            VECTOR=16 // logits.element_size(), num_warps=num_warps,
+            VECTOR=16 // logits.element_size(), num_warps=num_warps, enable_fp_fusion=True,
         )  # fmt: skip
     return losses, row_max, row_sum, correct
 
@@ -244,6 +244,7 @@ def launch_gradient(
             logits, dlogits, labels, row_max, row_sum, row_grad, partial_sums, logits.stride(0), dlogits.stride(0),
             rows, vocab_size, width, ignore_index, label_smoothing, z_loss, ROW_GRAD=row_grad is not None,
             BIAS=need_bias, TILE_M=TILE_M, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return partial_sums.sum(0) if partial_sums is not None else None
 

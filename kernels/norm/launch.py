@@ -111,6 +111,7 @@ def launch_forward(
             BLOCK_M=config.rows,
             BLOCK_H=config.columns,
             num_warps=config.num_warps,
+            enable_fp_fusion=True,
         )
     return y, s, mean, rstd
 
@@ -176,6 +177,7 @@ def launch_backward(
             # Two stages of whole float32 rows exceed sm_80's shared memory.
             STAGES=2 if blocks == 1 or s.element_size() == 2 else 1,
             num_warps=config.num_warps,
+            enable_fp_fusion=True,
             # The grid has two programs of 8 warps a multiprocessor, or one of 16, so 128 registers a thread are free.
             # Without this limit ptxas may spill to make room for one program more.
             maxnreg=128,

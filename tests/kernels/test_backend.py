@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import torch
 from oracle import DEVICE
 
 from fusebert.kernels import backend, use_backend
+from fusebert.kernels.attn import config
 from fusebert.kernels.backend import choose_backend
 
 
@@ -80,3 +83,71 @@ def test_environment_variable(value: str, shown: str, tmp_path: Path) -> None:
     environment = {**os.environ, "FUSEBERT_BACKEND": value, "TRITON_INTERPRET": "1"}
     ran = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert re.search(shown, ran.stdout + ran.stderr)
+
+
+@pytest.fixture
+def versions() -> Iterator[None]:
+    backend.triton_version.cache_clear()
+    yield
+    backend.triton_version.cache_clear()
+
+
+@pytest.mark.usefixtures("versions")
+@pytest.mark.parametrize(("installed", "taken"), [("3.5.1", (3, 6)), ("3.10.0", (3, 9)), ("4.0.0+git1a2b", (3, 9))])
+def test_an_unverified_triton_is_named_once(
+    installed: str, taken: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend.triton, "__version__", installed)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            config.table(torch.bfloat16)
+        assert backend.triton_version() == taken
+    assert [f"verified with triton 3.6 to 3.9, not with {installed}" in str(warning.message) for warning in caught] == [
+        True
+    ]
+
+
+@pytest.mark.usefixtures("versions")
+@pytest.mark.parametrize("installed", ["3.6.0", "3.7.1", "3.9.0"])
+def test_a_verified_triton_warns_of_nothing(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend.triton, "__version__", installed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backend.triton_version() == tuple(map(int, installed.split(".")[:2]))
+
+
+def test_setup_allows_the_verified_tritons_only() -> None:
+    (oldest, newest) = backend.VERIFIED_TRITON[0], backend.VERIFIED_TRITON[-1]
+    allowed = f"triton>={oldest[0]}.{oldest[1]},<{newest[0]}.{newest[1] + 1};"
+    assert allowed in (Path(__file__).parents[2] / "setup.py").read_text()
+
+
+def test_a_version_of_triton_has_entries_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    key, other = config.table_key(torch.bfloat16), config.Config(16, 16, 4, 1)
+    for masked in (False, True):
+        monkeypatch.setattr(config, "BY_TRITON", {})
+        before = config.table(torch.bfloat16, masked)
+        entries = {backend.triton_version(): {key: config.NO_ENTRIES._replace(long_forward={64: other})}}
+        monkeypatch.setattr(config, "BY_TRITON", entries)
+        after = config.table(torch.bfloat16, masked)
+        assert after == before._replace(long_forward=before.long_forward | {64: other})
+
+
+def test_every_launch_says_whether_products_and_sums_are_fused() -> None:
+    """Triton's default is an environment variable that a later version turns."""
+    folder = Path(backend.__file__).parent
+    trees = [ast.parse(path.read_text()) for path in folder.rglob("*.py")]
+    launches = [
+        node
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Subscript)
+        and ast.unparse(node.func).count("[") == 1
+        and any(word.arg in ("num_warps", "BLOCK_S", None) for word in node.keywords)
+    ]
+    assert len(launches) > 15
+    for launch in launches:
+        shared = any("problem.arguments" in ast.unparse(word.value) for word in launch.keywords if word.arg is None)
+        assert shared or "enable_fp_fusion" in {word.arg for word in launch.keywords}, ast.unparse(launch.func)
