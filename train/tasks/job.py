@@ -37,6 +37,7 @@ class Job:
         folder: of the model to start from.
         tokenizer: files of `copied_tokenizer`.
         dev_rows: the texts of ``dev``.
+        test: of --test, or None.
         class_weights: of the C classes, or None.
         metric: on ``dev``, chooses the best model.
     """
@@ -49,6 +50,7 @@ class Job:
     train: Examples
     dev: Examples
     dev_rows: list[Row]
+    test: Examples | None
     class_weights: list[float] | None
     metric: str
 
@@ -98,6 +100,7 @@ def prepare_job(settings: FinetuneSettings, machine: Machine, folder: EncoderFol
         settings.text, settings.text_pair, settings.label, labelled=True, empty_labels=separator is not None
     )
     train, dev = read_all(settings.train, columns, "--train"), read_all([settings.dev], columns, "--dev")
+    test = None if settings.test is None else read_all([settings.test], columns, "--test")
     (head,) = folder.family.names(layers)["out.weight"]
     labels = Labels.of(train, settings.task, separator, folder.label_names if head in folder.tensors else None)
     metric = choose_metric(settings.metric, labels.problem)
@@ -113,11 +116,11 @@ def prepare_job(settings: FinetuneSettings, machine: Machine, folder: EncoderFol
         train=Examples(encode_rows(tokenizer, train), train_labels),
         dev=Examples(encode_rows(tokenizer, dev), dev_labels),
         dev_rows=dev,
+        test=None if test is None else Examples(encode_rows(tokenizer, test), labels.encode(test)),
         class_weights=weights,
         metric=metric,
     )
     known = {(row.text, row.pair) for row in train}
-    seen = sum((row.text, row.pair) in known for row in dev)
     what = f"{len(labels.names)} classes" if settings.task == "classify" else "a number each"
     say(f"{len(train):,} training texts, {len(dev):,} dev texts, {what}; a text has up to {tokenizer.seqlen} tokens")
     if head in folder.tensors and len(folder.tensors[head]) == len(labels.names):
@@ -126,8 +129,9 @@ def prepare_job(settings: FinetuneSettings, machine: Machine, folder: EncoderFol
         say(f"training starts from the model's own head{note}")
     for warning in filter(None, [tokenizer.warning()]):
         say(warning)
-    if seen:
-        say(f"warning: {seen:,} of {len(dev):,} dev texts are training texts too: the scores are too good")
+    for name, rows in (("dev", dev), ("test", test or [])):
+        if seen := sum((row.text, row.pair) in known for row in rows):
+            say(f"warning: {seen:,} of {len(rows):,} {name} texts are training texts too: the scores are too good")
     return job
 
 

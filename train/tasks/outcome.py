@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from ...model.atomic import replace_file
+from ...model.heads import SequenceClassifier
 from ..run.strict_json import strict_json
 from .classifier import make_classifier, predict_logits
 from .finetune_report import Predictions, write_report
 from .job import Job
 from .models import open_folder
-from .scores import goodness
+from .scores import goodness, scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,18 +29,21 @@ class Outcome:
         metric: that chose the models.
         results: of `train_seed`, in the order of the seeds.
         best: the best of them.
+        test: scores of each seed's best model on the test texts; empty without --test.
     """
 
     out: Path
     metric: str
     results: list[dict[str, Any]]
     best: dict[str, Any]
+    test: list[dict[str, float]]
 
-    def means(self) -> dict[str, tuple[float, float | None]]:
-        """(Mean, standard deviation over the seeds) of each score; None with one seed."""
+    def means(self, split: str = "dev") -> dict[str, tuple[float, float | None]]:
+        """(Mean, standard deviation over the seeds) of each score on "dev" or "test"; None with one seed."""
         found = {}
-        for name in self.best["scores"]:
-            values = [float("nan") if (x := each["scores"][name]) is None else x for each in self.results]
+        scored = self.test if split == "test" else [each["scores"] for each in self.results]
+        for name in scored[0]:
+            values = [float("nan") if (x := each[name]) is None else x for each in scored]
             spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
             found[name] = float(np.mean(values)), spread
         return found
@@ -51,15 +55,17 @@ class Outcome:
             f"on the dev texts{seeds}:",
             *(f"  {name:10} {words}" for name, words in self.in_words().items()),
             self.chosen(),
+            *([f"on the test texts{seeds}:"] if self.test else []),
+            *(f"  {name:10} {words}" for name, words in (self.in_words("test") if self.test else {}).items()),
             f"model: {self.out / 'hf'}",
             f"report: {self.out / 'report.html'}",
         ]
 
-    def in_words(self) -> dict[str, str]:
+    def in_words(self, split: str = "dev") -> dict[str, str]:
         """Mean and standard deviation of each score."""
         return {
             name: f"{mean:.4f}" + (f" ± {spread:.4f}" if spread is not None else "")
-            for name, (mean, spread) in self.means().items()
+            for name, (mean, spread) in self.means(split).items()
         }
 
     def chosen(self) -> str:
@@ -72,29 +78,50 @@ def conclude(job: Job, results: list[dict[str, Any]]) -> Outcome:
     out = job.settings.out
     best = max(results, key=lambda result: goodness(job.metric, result["scores"]))
     _link_folder(out / f"seed-{best['seed']}" / "hf", out / "hf")
-    outcome = Outcome(out, job.metric, results, best)
-    folder = open_folder(out / "hf")
-    model = make_classifier(folder, job.labels, needs=("dense", "out"))[0].to(job.machine.device)
-    logits = predict_logits(model, job.dev.texts, job.machine)
+    outcome = Outcome(out, job.metric, results, best, _test(job, results))
+    logits = predict_logits(_load(job, out / "hf"), job.dev.texts, job.machine)
     predictions = Predictions(job.labels, job.dev_rows, job.dev.labels, logits)
     settings = job.settings
     title = f"{settings.model}: {settings.task}, {len(job.train.texts):,} training texts, {len(logits):,} dev texts"
     tokens, seconds = sum(each["tokens"] for each in results), sum(each["seconds"] for each in results)
     facts = f"{tokens:,} tokens in {seconds:,.0f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s, evaluations included"
-    figures = [[f"seed {each['seed']}", *each["scores"].values()] for each in results]
+    figures = [[f"seed {each['seed']}, dev", *each["scores"].values()] for each in results]
     if len(results) > 1:
-        figures.append(["mean ± standard deviation", *outcome.in_words().values()])
+        figures.append(["mean ± standard deviation, dev", *outcome.in_words().values()])
+    figures += [[f"seed {each['seed']}, test", *on.values()] for each, on in zip(results, outcome.test, strict=False)]
+    if len(outcome.test) > 1:
+        figures.append(["mean ± standard deviation, test", *outcome.in_words("test").values()])
     write_report(out, title, [f"{outcome.chosen()}.", facts], (["", *best["scores"]], figures), predictions)
     content = {
         "metric": job.metric,
         "best_seed": best["seed"],
         "scores": {name: {"mean": mean, "stdev": spread} for name, (mean, spread) in outcome.means().items()},
         "seeds": results,
+        "test": {
+            "scores": {name: {"mean": mean, "stdev": spread} for name, (mean, spread) in outcome.means("test").items()},
+            "seeds": outcome.test,
+        }
+        if outcome.test
+        else None,
         "classes": predictions.per_class(),
     }
     with replace_file(out / "report.json") as partial:
         partial.write_text(strict_json(content, indent=1) + "\n", encoding="utf-8")
     return outcome
+
+
+def _load(job: Job, folder: Path) -> SequenceClassifier:
+    model, _ = make_classifier(open_folder(folder), job.labels, needs=("dense", "out"))
+    return model.to(job.machine.device)
+
+
+def _test(job: Job, results: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """The scores on --test of the best model of each seed."""
+    if job.test is None:
+        return []
+    folders = [job.settings.out / f"seed-{each['seed']}" / "hf" for each in results]
+    logits = [predict_logits(_load(job, folder), job.test.texts, job.machine) for folder in folders]
+    return [scores(job.labels, each, job.test.labels) for each in logits]
 
 
 def _link_folder(source: Path, target: Path) -> None:

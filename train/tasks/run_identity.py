@@ -17,7 +17,7 @@ from ..run.strict_json import strict_json
 from .settings import FinetuneSettings
 
 # Options that may differ when a run is continued.
-FREE = {"out", "resume", "seeds", "device", "threads", "tensorboard", "graph", "model", "train", "dev"}
+FREE = {"out", "resume", "seeds", "device", "threads", "tensorboard", "graph", "model", "train", "dev", "test"}
 
 
 def identity_of(settings: FinetuneSettings, folder: EncoderFolder) -> dict[str, Any]:

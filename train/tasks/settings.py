@@ -4,8 +4,9 @@ quick."""
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from ..options import Option
 
@@ -127,6 +128,23 @@ class SummarizeSettings(ModelSettings):
     splitter: Annotated[str, Option("How to find sentences: auto, blingfire, or lines (a sentence a line).")] = "auto"
 
 
+OF_A_SESSION = {"out", "resume", "device", "threads"}  # not taken from a run that is continued
+
+
+def _continued(resume: bool, out: Path) -> dict[str, Any]:
+    """The options of the run in ``out`` if it is continued. `check_place` says what is wrong with a damaged file."""
+    from ..run.manifest import FILE
+
+    if not resume:
+        return {}
+    try:
+        options = json.loads((out / FILE).read_text(encoding="utf-8"))["settings"]
+        names = {field.name for field in dataclasses.fields(FinetuneSettings)} - OF_A_SESSION
+        return {name: value for name, value in options.items() if name in names and value is not None}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneSettings(ModelSettings):
     """The options of ``fusebert finetune``."""
@@ -139,6 +157,10 @@ class FinetuneSettings(ModelSettings):
         Option("Texts with labels: a .tsv, .csv, .jsonl or .parquet file. Give the option again for more files.", DATA),
     ]
     dev: Annotated[str, Option("Texts with labels that choose the best model and make the report.", DATA)]
+    test: Annotated[
+        str | None,
+        Option("Texts with labels that each seed's best model is scored on once, at the end.", DATA),
+    ] = None
     out: Annotated[Path, Option("Folder for the run: hf/ (the best model), report.html, seed-*/log.jsonl.")]
     text: Annotated[
         str | None,
@@ -192,7 +214,14 @@ class FinetuneSettings(ModelSettings):
     seed: Annotated[int, Option("The first seed: of the head, the order of the texts, and dropout.", RUN, min=0)] = 0
     resume: Annotated[
         bool,
-        Option("Continue the run in --out exactly where it stopped; start if there is none.", RUN, flags="--resume"),
+        Option(
+            "Continue the run in --out exactly where it stopped; start if there is none. Options that are not given "
+            "again keep their values: --out and --resume are enough.",
+            RUN,
+            flags="--resume",
+            defaults=_continued,
+            reads=("out",),
+        ),
     ] = False
     tensorboard: Annotated[
         bool | None,

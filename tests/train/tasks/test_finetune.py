@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -107,6 +108,39 @@ def test_predictions_are_transformers_in_the_order_of_the_texts(topics: Path, fu
     right = np.mean([each["label"] == label for each, (_, label) in zip(found, rows, strict=True)])
     report = json.loads((topics / "report.json").read_text())
     assert right == report["seeds"][report["best_seed"]]["scores"]["accuracy"]
+
+
+def test_test_texts_are_scored_once_with_the_best_models(topics: Path, fusebert: Fusebert, capsys, tmp_path) -> None:
+    """The dev texts of each fox are tests: what `predict` says of them, for each seed."""
+    lines = Path("dev.tsv").read_text().splitlines()
+    Path("test.tsv").write_text("\n".join([lines[0], *(line for line in lines[1:] if line.endswith("fox")), lines[1]]))
+    finished = tmp_path / "topics"
+    shutil.copytree(topics, finished)
+    assert fusebert("finetune", "--out", finished, "--resume", "--test", "test.tsv") == 0
+    assert "on the test texts, mean ± standard deviation of 2 seeds" in capsys.readouterr().out
+    report = json.loads((finished / "report.json").read_text())
+    rows = [line.split("\t") for line in Path("test.tsv").read_text().splitlines()[1:]]
+    for seed in (0, 1):
+        out = tmp_path / "labels.jsonl"
+        words = ["--model", finished / f"seed-{seed}" / "hf", "--input", "test.tsv", "--out", out]
+        assert fusebert("predict", *words) == 0
+        right = np.mean([each["label"] == label for each, (_, label) in zip(predictions(out), rows, strict=True)])
+        assert report["test"]["seeds"][seed]["accuracy"] == pytest.approx(right)
+        assert report["seeds"][seed] == json.loads((topics / f"seed-{seed}" / "result.json").read_text())
+    assert "seed 1, test" in (finished / "report.html").read_text()
+    assert json.loads((topics / "report.json").read_text())["test"] is None
+
+
+def test_out_and_resume_are_enough(topics: Path, place: Path, fusebert: Fusebert, capsys, tmp_path: Path) -> None:
+    words = ["--model", "model", *CLASSIFY, "--lr", "0.002", "--epochs", "1", "--out", tmp_path / "run"]
+    assert fusebert("finetune", *words) == 0
+    assert fusebert("finetune", "--out", tmp_path / "run", "--resume", "--seeds", "2") == 0
+    content = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert content["settings"]["lr"] == 0.002
+    assert content["settings"]["epochs"] == 1
+    assert len(json.loads((tmp_path / "run" / "report.json").read_text())["seeds"]) == 2
+    assert fusebert("finetune", "--out", tmp_path / "nothing", "--resume") == 2
+    assert "Missing option" in capsys.readouterr().err
 
 
 class StopAfter(StopSignal):
