@@ -27,6 +27,12 @@ CANNOT_RUN = {
     "*::test_meta_and_fake_tensors[[]*-meta]": _ONE_DEVICE,
     "*::test_an_argument_of_another_kind*": _ONE_DEVICE,
     "*::test_errors_name_the_argument*must be on*": _ONE_DEVICE,
+    "*/test_layernorm.py::test_errors*must be on x's device*": _ONE_DEVICE,
+    "*/test_layernorm.py::test_meta_and_fake_tensors[[]auto-fake]": _NO_CUDA,
+    "*/test_layernorm.py::test_activation_checkpointing[[]*-triton]": (
+        "torch compares the repeated forward's devices with the first one's: the backward's thread sees a CPU's tensors"
+    ),
+    "*/test_bias_gelu.py::test_offsets_beyond_32_bits": "ttsem fills new tensors with NaN, here 4 GiB: over ten minutes",
     "*::test_automatic_choice*": _ONE_DEVICE,
     "*::test_override_ends_with_an_error*": _ONE_DEVICE,
     "*::test_triton_on_a_cpu_tensor*": _ONE_DEVICE,
