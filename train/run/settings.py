@@ -95,8 +95,8 @@ class PretrainSettings:
     recipe: Annotated[
         str,
         Option(
-            "Defaults of the options below. bert: as in the paper. fast: muon, wsd, 30 % masked, no dropout, for a third "
-            "of the tokens (docs/recipes.md). An option that is given wins.",
+            "Defaults of the options below. bert: as in the paper. fast: muon, wsd, 30 % masked, no dropout, for a "
+            "third of the tokens (docs/recipes.md). An option that is given wins.",
             MODEL,
             defaults=_recipe,
             reads=("resume", "reproduce", "out"),
