@@ -187,7 +187,7 @@ class FuseCase:
     seqlen: int
     filled: float
     contestants: tuple[FuseContestant, ...]
-    products: Ratio | None = None
+    products: Ratio | None = field(default=None, metadata=OPTIONAL)
 
     @property
     def words(self) -> str:
