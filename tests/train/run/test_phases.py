@@ -13,7 +13,7 @@ from runs import SMALL, records, weights
 from small_corpus import make_corpus
 
 from fusebert.train.errors import UserError
-from fusebert.train.run import checkpoint
+from fusebert.train.run import checkpoint, loop
 from fusebert.train.run.phases import Phase, in_words, longest, parse_seqlen, phases
 from fusebert.train.run.pretrain import pretrain
 from fusebert.train.run.settings import PretrainSettings
@@ -92,13 +92,18 @@ def test_each_phase_has_its_segments_and_the_export_says_how_long(
 
 
 @pytest.mark.parametrize("cut", [2, 3, 4, 5])  # the second phase begins after step 3
-def test_continuing_is_bit_identical(corpus: Path, tmp_path: Path, cut: int) -> None:
+def test_continuing_is_bit_identical(corpus: Path, tmp_path: Path, cut: int, monkeypatch) -> None:
+    starts: list[int] = []
+    original = loop.batches
+    monkeypatch.setattr(loop, "batches", lambda *a, **k: [starts.append(k["start"]), original(*a, **k)][1])
     settings = {"steps": 6, "save_every": 1, "keep": 9}
     run(corpus, tmp_path / "complete", **settings)
     shutil.copytree(tmp_path / "complete", tmp_path / "cut")
     for step in range(cut + 1, 7):
         shutil.rmtree(tmp_path / "cut" / "checkpoints" / f"step-{step:08d}")
     run(corpus, tmp_path / "cut", resume=True, **settings)
+    # Each phase has its own text, from the start; two micro-batches a step.
+    assert starts == [0, 0, *([4, 0] if cut == 2 else [2 * (cut - 3)])]
     for name in ("model", "optimizer"):
         one, two = (weights(tmp_path / place, 6, name) for place in ("complete", "cut"))
         assert one.keys() == two.keys()

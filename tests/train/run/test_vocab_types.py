@@ -68,6 +68,7 @@ def test_masks_leave_special_tokens_alone(corpus: Corpus) -> None:
     assert extra is None or extra in corpus.never_predicted
     shape = fit_shape(corpus.split("train"), 512, 64, mlm_probability=0.5)
     maker = BatchMaker(corpus, "train", shape, mlm_probability=0.5, whole_word=True)
+    assert not maker._masker.maskable[list(corpus.never_predicted)].any()
     allowed = {corpus.special.cls, corpus.special.sep, corpus.special.mask}
     words = 0
     for batch in PackedExamples(maker, seed=0)[0]:
