@@ -14,7 +14,7 @@ import dataclasses
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -117,8 +117,8 @@ def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def _read_cubin(cubin: bytes) -> tuple[int, int, collections.Counter[str]]:
-    """(registers, spill bytes, opcode counts) of a cubin."""
+def _read_cubin(cubin: bytes) -> tuple[int, int, str]:
+    """(registers, spill bytes, SASS) of a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -128,13 +128,34 @@ def _read_cubin(cubin: bytes) -> tuple[int, int, collections.Counter[str]]:
         sass = subprocess.run([_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True)
     registers = max(int(n) for n in re.findall(r"REG:(\d+)", usage.stdout))
     stack = max(int(n) for n in re.findall(r"STACK:(\d+)", usage.stdout))
-    opcodes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", sass.stdout, re.MULTILINE)
-    return registers, stack, collections.Counter(opcodes)
+    return registers, stack, sass.stdout
+
+
+def opcode_counts(sass: str) -> collections.Counter[str]:
+    """Opcode → how often it occurs in nvdisasm's text."""
+    return collections.Counter(
+        re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", sass, re.MULTILINE)
+    )
+
+
+class Launch(NamedTuple):
+    """A launch that did not happen, and its kernel. ``arguments``: by name; ``signature``: their types."""
+
+    resources: Resources
+    sass: str
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    signature: dict[str, Any]
 
 
 @contextlib.contextmanager
-def compiled_kernels(arch: int = 90) -> Iterator[list[Resources]]:
+def compiled_kernels(
+    arch: int = 90, observe: Callable[[Launch], None] = lambda launch: None
+) -> Iterator[list[Resources]]:
     """Within the block, operators on CPU tensors compile for ``sm_<arch>`` and append their `Resources` to the list.
+
+    Args:
+        observe: called at each launch, also of a kernel that is in the list.
 
     Raises:
         RuntimeError: under TRITON_INTERPRET=1, or a kernel does not compile.
@@ -142,31 +163,35 @@ def compiled_kernels(arch: int = 90) -> Iterator[list[Resources]]:
     if interpreting():
         raise RuntimeError("unset TRITON_INTERPRET: the interpreter replaces the compiler for the whole process")
     found: list[Resources] = []
-    seen: set[int] = set()
+    seen: dict[int, tuple[Resources, str]] = {}
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        if id(kernel) in seen:
-            return kernel
-        seen.add(id(kernel))
-        registers, spills, instructions = _read_cubin(kernel.asm["cubin"])
+        if id(kernel) not in seen:
+            seen[id(kernel)] = read(self, kernel)
+            found.append(seen[id(kernel)][0])
+        arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        shape = grid(arguments) if callable(grid) else grid
+        observe(Launch(*seen[id(kernel)], tuple(shape), arguments, kernel.src.signature))
+        return kernel
+
+    def read(self: Any, kernel: Any) -> tuple[Resources, str]:
+        registers, spills, sass = _read_cubin(kernel.asm["cubin"])
         names = {(i,): name for i, name in enumerate(self.arg_names)}
         constants = {names.get(k, str(k)): v for k, v in kernel.src.constants.items() if not callable(v)}
-        found.append(
-            Resources(
-                name=self.fn.__name__,
-                arch=arch,
-                num_warps=kernel.metadata.num_warps,
-                num_stages=kernel.metadata.num_stages,
-                registers=registers,
-                spill_bytes=spills,
-                shared_bytes=kernel.metadata.shared,
-                tensor_memory_columns=getattr(kernel.metadata, "tmem_size", None) or 0,
-                instructions=dict(instructions),
-                constants=constants,
-            )
+        resources = Resources(
+            name=self.fn.__name__,
+            arch=arch,
+            num_warps=kernel.metadata.num_warps,
+            num_stages=kernel.metadata.num_stages,
+            registers=registers,
+            spill_bytes=spills,
+            shared_bytes=kernel.metadata.shared,
+            tensor_memory_columns=getattr(kernel.metadata, "tmem_size", None) or 0,
+            instructions=dict(opcode_counts(sass)),
+            constants=constants,
         )
-        return kernel
+        return resources, sass
 
     run = triton.runtime.JITFunction.run
     with (

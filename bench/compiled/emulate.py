@@ -1,0 +1,537 @@
+"""How often a program of a compiled kernel executes each instruction, and what its memory instructions touch.
+
+The branches and addresses of a block's threads are computed from the launch's arguments: only the instructions that
+they depend on are evaluated (`integers`), all others are counted. Values read from memory are unknown unless they are
+those of an integer tensor of the launch. A branch that depends on an unknown value is refused, not guessed; a guarded
+memory access with an unknown guard counts as executed, one with an unknown address as coalesced.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .integers import EVALUATE, MASK, U32, Value, high, low, signed, u64
+from .sass import WARP, Graph, Instruction, Loop
+
+SECTOR = 32  # bytes: the unit of global memory traffic
+BANKS = 32  # of shared memory, 4 bytes wide
+MOST_BLOCKS = 1_000_000  # executed basic blocks, after which a loop counts as endless
+
+_REGISTER = re.compile(r"^(?P<sign>[-~!]?)(?P<abs>\|?)(?P<name>U?[RP](?:\d+|Z|T))(?:\.\w+)*\|?$")
+_NUMBER = re.compile(r"^-?(0x[0-9a-f]+|\d+)$")
+_CONSTANT = re.compile(r"^(?P<sign>[-~]?)c\[0x0\]\[(?P<offset>0x[0-9a-f]+)\]$")
+_ADDRESS = re.compile(r"\[(?P<terms>[^\[\]]*)\]$")
+_TERM = re.compile(r"(?P<name>U?R(?:\d+|Z))(?:\.(?P<scale>X\d+))?(?P<wide>\.64)?|(?P<offset>-?0x[0-9a-f]+)")
+_NEVER = ("RZ", "URZ", "PT", "UPT", "SRZ")
+
+
+class Unknown(RuntimeError):
+    """The path through a kernel depends on something that is not known without running it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """A tensor of the launch. ``values``: its bytes, of an integer tensor, where they decide the path."""
+
+    name: str
+    start: int
+    size: int
+    values: np.ndarray | None = None
+
+
+@dataclasses.dataclass
+class Traffic:
+    """What a memory instruction did, summed over its executions by a block's warps.
+
+    Attributes:
+        requests: of warps with at least one active thread.
+        thread_bytes: of active threads.
+        units: global memory: sectors of 32 bytes; shared memory: cycles of 128 bytes, more where banks conflict.
+        assumed: requests with an address that is not known, taken as coalesced.
+    """
+
+    requests: int = 0
+    thread_bytes: int = 0
+    units: int = 0
+    assumed: int = 0
+
+
+@dataclasses.dataclass
+class Counts:
+    """One program. ``executed``: warps by instruction, in the order of the code; ``entries``: of each basic block."""
+
+    code: Sequence[Instruction]
+    graph: Graph
+    executed: list[int]
+    entries: list[int]
+    traffic: dict[int, Traffic]
+    sectors: dict[tuple[str, bool], int]  # (tensor, whether written) → sectors
+    from_outside: collections.Counter[int]  # loop header → warps that entered it from outside
+
+    def total(self, read: Callable[[Instruction], float]) -> float:
+        """The sum of a property of the instructions over their executions."""
+        return sum(n * read(x) for n, x in zip(self.executed, self.code, strict=True) if n)
+
+    def trips(self, loop: Loop) -> float:
+        """Mean number of trips of a loop each time that a warp enters it; 0 where none does."""
+        entered = self.from_outside[loop.header]
+        return self.entries[loop.header] / entered if entered else 0.0
+
+
+def _split(x: Instruction) -> tuple[list[str], list[str]]:
+    """(destinations, sources): names of the operands as printed, in order. Memory and branches have no destinations
+    but loads'."""
+    name, operands = x.words[0], list(x.operands)
+    if x.pipe in ("branch", "barrier") or name in ("STG", "STS", "STL", "STSM", "LDGSTS", "RED", "NOP"):
+        return (operands[:1], operands[1:]) if name == "SYNCS" else ([], operands)
+    if name == "R2P":
+        return [f"P{i}" for i in range(7) if int(operands[2], 16) >> i & 1], operands[1:]
+    if name.endswith(("SETP", "PLOP3")):
+        return operands[:2], operands[2:]
+    end = 0
+    while end < len(operands) and re.fullmatch(r"U?P(\d|T)", operands[end]):
+        end += 1
+    if end < len(operands):
+        end += 1  # the register
+        if name.removeprefix("U") in ("IADD3", "LEA", "IMAD"):
+            while end < len(operands) and re.fullmatch(r"U?P(\d|T)", operands[end]):
+                end += 1
+    return operands[:end], operands[end:]
+
+
+def _width(x: Instruction) -> int:
+    """32-bit registers that the destination has."""
+    name = x.words[0].removeprefix("U")
+    if x.pipe == "tensor":
+        m, n, _ = x.matrix_shape or (64, 256, 0)
+        return max(2, m * n // (4 * WARP if name.endswith("GMMA") else WARP))
+    if name in ("LDG", "LDS", "LDSM", "LDL", "LD"):
+        return max(1, x.access_bytes // 4)
+    if name == "CS2R":
+        return 1 if "32" in x.words else 2
+    if "WIDE" in x.words or (name in ("LDC", "LDCU", "IADD3", "MOV") and "64" in x.words) or name.startswith("D"):
+        return 2
+    return 4 if "128" in x.words else 1
+
+
+def _registers(operand: str, width: int = 1) -> list[str]:
+    """The registers and predicates that an operand names."""
+    if "[" in operand:
+        found = []
+        for term in _TERM.finditer(operand.split("[", 1)[1]):
+            if term["name"]:
+                found += _registers(term["name"], 2 if term["wide"] or term["name"].startswith("UR") else 1)
+        return found
+    read = _REGISTER.match(operand)
+    if read is None or read["name"] in _NEVER:
+        return []
+    stem, number = re.fullmatch(r"(\D+)(\d+)", read["name"]).groups()  # type: ignore[union-attr]
+    return [f"{stem}{int(number) + i}" for i in range(width)] if stem.endswith("R") else [read["name"]]
+
+
+def _written(x: Instruction) -> list[str]:
+    names, width = [], _width(x)
+    for operand in _split(x)[0]:
+        names += _registers(operand, width)
+    return names
+
+
+def _read(x: Instruction) -> list[str]:
+    wide = 2 if "WIDE" in x.words or "64" in x.words or "HI" in x.words else 1
+    names = [name for operand in _split(x)[1] for name in _registers(operand, wide)]
+    if x.words[0] == "P2R":
+        names += [f"P{i}" for i in range(7)]
+    guard = _registers(x.guard) if x.guard else []
+    return names + guard + (_written(x) if guard else [])
+
+
+def _needed(code: Sequence[Instruction]) -> list[bool]:
+    """Which instructions the branches and the addresses of memory depend on, whatever the path."""
+    names: set[str] = set()
+    for x in code:
+        if x.branches or x.ends_thread or (x.access_bytes and x.pipe != "spill"):
+            names.update(_registers(x.guard) if x.guard else [])
+            for operand in x.operands:
+                if "[" in operand or operand.lstrip("!").startswith(("P", "UP")):
+                    names.update(_registers(operand))
+    writes = [_written(x) for x in code]
+    while True:
+        more = {name for x, w in zip(code, writes, strict=True) if not names.isdisjoint(w) for name in _read(x)} - names
+        if not more:
+            return [not names.isdisjoint(w) for w in writes]
+        names |= more
+
+
+class Emulator:
+    """Executes the control flow of one kernel's programs.
+
+    Args:
+        constants: the kernel's constant bank: launch dimensions and arguments at their offsets.
+        threads: of a block.
+        regions: the launch's tensors, at the addresses that the arguments hold.
+    """
+
+    def __init__(
+        self, code: Sequence[Instruction], constants: bytes, threads: int, regions: Sequence[Region] = ()
+    ) -> None:
+        self.code, self.graph = code, Graph(code)
+        self._constants, self._threads = constants, threads
+        self._regions = sorted(regions, key=lambda region: region.start)
+        self._starts = np.array([region.start for region in self._regions], dtype=np.uint64)
+        self._needed = _needed(code)
+        self._lanes = np.arange(threads)
+        self._block_of = {block.first: b for b, block in enumerate(self.graph.blocks)}
+        self._entry_of = {code[block.first].address: b for b, block in enumerate(self.graph.blocks)}
+
+    def run(self, program: tuple[int, int, int]) -> Counts:
+        """The counts of the program with this index in the grid.
+
+        Raises:
+            Unknown: a branch depends on an unknown value, or a loop does not end.
+        """
+        self._state: dict[str, Value] = {}
+        self._alive = np.ones(self._threads, bool)
+        self._program = program
+        self._steps = 0
+        blocks = len(self.graph.blocks)
+        self._counts = Counts(
+            self.code, self.graph, [0] * len(self.code), [0] * blocks, {}, collections.Counter(), collections.Counter()
+        )
+        self._loop_of = {loop.header: loop for loop in self.graph.loops}
+        self._run(0, self._alive.copy(), None, None)
+        for b, block in enumerate(self.graph.blocks):
+            for i in range(block.first, block.end):
+                self._counts.executed[i] = self._counts.entries[b]
+        return self._counts
+
+    def _run(self, b: int | None, active: np.ndarray, stop: int | None, came_from: int | None) -> None:
+        """Blocks from b until ``stop``, by the active threads."""
+        while b is not None and b != stop and active.any():
+            self._steps += 1
+            if self._steps > MOST_BLOCKS:
+                raise Unknown(f"no end after {MOST_BLOCKS:,} basic blocks")
+            block = self.graph.blocks[b]
+            warps = int(active.reshape(-1, WARP).any(axis=1).sum())
+            self._counts.entries[b] += warps
+            if b in self._loop_of and (came_from is None or came_from not in self._loop_of[b].blocks):
+                self._counts.from_outside[b] += warps
+            for i in range(block.first, block.end):
+                self._execute(i, active)
+            last = self.code[block.end - 1]
+            following = b + 1 if b + 1 < len(self.graph.blocks) else None
+            if not (last.branches or last.ends_thread):
+                came_from, b = b, following
+                continue
+            taken = active & self._condition(last)
+            rest = active & ~taken
+            if last.ends_thread:
+                self._alive &= ~taken
+                came_from, b, active = b, following, rest
+            elif not rest.any():
+                came_from, b = b, self._target(last)
+            elif not taken.any():
+                came_from, b = b, following
+            else:  # the threads part, and meet again where all paths lead
+                join = self.graph.join[b]
+                self._run(self._target(last), taken, join, b)
+                self._run(following, rest, join, b)
+                came_from, b, active = b, join, active & self._alive
+
+    def _target(self, x: Instruction) -> int:
+        if x.target is None or x.words[0] == "CALL":
+            raise Unknown(f"{x}: calls and computed branches are not followed")
+        return self._entry_of[x.target]
+
+    def _condition(self, x: Instruction) -> np.ndarray:
+        """Which threads take a branch."""
+        if "DIV" in x.words:  # taken where the warp has diverged
+            return np.zeros(self._threads, bool)
+        parts = [x.guard] if x.guard else []
+        parts += [operand for operand in x.operands if re.fullmatch(r"!?U?P\w", operand)]
+        taken = np.ones(self._threads, bool)
+        for part in parts:
+            value = self._value(part)
+            if value is None:
+                raise Unknown(f"{x}: the branch depends on data")
+            taken = taken & value
+        return taken
+
+    def _value(self, operand: str, wide: bool = False, borrow: bool = False) -> Value:
+        """The value of a source operand; None: unknown. borrow: a negated operand is 2³² − b also where b is 0."""
+        register = _REGISTER.match(operand)
+        sign = ""
+        if register:
+            name, sign = register["name"], register["sign"]
+            if name in ("PT", "UPT"):
+                return np.bool_(sign != "!")
+            if name in ("RZ", "URZ"):
+                value: Value = np.uint64(0)
+            elif wide and "R" in name:
+                lower, upper = (self._state.get(part, np.uint64(0)) for part in _registers(name, 2))
+                value = None if lower is None or upper is None else u64(lower) | (u64(upper) << U32)
+            else:
+                value = self._state.get(name, np.bool_(False) if "P" in name else np.uint64(0))
+            if value is not None and register["abs"]:
+                value = low(np.abs(signed(value)))
+        elif _NUMBER.match(operand):
+            value = np.uint64(int(operand, 0) & (0xFFFFFFFFFFFFFFFF if wide else 0xFFFFFFFF))
+        else:
+            constant = _CONSTANT.match(operand)
+            if constant is None:
+                return None
+            offset, sign = int(constant["offset"], 16), constant["sign"]
+            size = 8 if wide else 4
+            if offset + size > len(self._constants):
+                return None
+            value = np.uint64(int.from_bytes(self._constants[offset : offset + size], "little"))
+        if value is None or not sign:
+            return value
+        if sign == "!":
+            return ~np.asarray(value).astype(bool)
+        if sign == "~":
+            return u64(value) ^ MASK
+        negated = np.uint64(1 << 32) - low(value)
+        return negated if borrow else low(negated)
+
+    def _execute(self, i: int, active: np.ndarray) -> None:
+        x = self.code[i]
+        if x.access_bytes and x.pipe in ("global", "shared"):
+            self._account(i, x, active)
+        if not self._needed[i]:
+            return
+        guard = self._value(x.guard) if x.guard else np.bool_(True)
+        names = _written(x)
+        if not names:
+            return
+        values = self._results(x, active)
+        mask = None if guard is None else active & guard
+        for name, value in zip(names, values, strict=False):
+            self._store(name, value, mask)
+        for name in names[len(values) :]:
+            self._store(name, None, mask)
+
+    def _store(self, name: str, value: Value, mask: np.ndarray | None) -> None:
+        if mask is not None and not mask.any():
+            return
+        if value is None or mask is None:
+            self._state[name] = None
+        elif not (self._alive & ~mask).any():
+            self._state[name] = value
+        else:
+            old = self._state.get(name, np.bool_(False) if "P" in name else np.uint64(0))
+            self._state[name] = None if old is None else np.where(mask, value, old)
+
+    def _results(self, x: Instruction, active: np.ndarray) -> Sequence[Value]:
+        """The values of the destinations, in the order of `_written`."""
+        name = x.words[0]
+        destinations, sources = _split(x)
+        if name in ("S2R", "S2UR", "CS2R"):
+            found = self._special(sources[0])
+            return (found, np.uint64(0)) if sources[0] == "SRZ" else (found,)
+        if name in ("LDC", "ULDC", "LDCU"):
+            return self._pair(self._value(sources[0], wide="64" in x.words), "64" in x.words)
+        if name == "LDG":
+            return self._load(x, active)
+        if name == "SYNCS":
+            return (np.bool_(True),)  # a wait has ended
+        if name == "ELECT":
+            return (self._lanes % WARP == 0,)
+        if name == "P2R":
+            return (self._packed_predicates(sources),)
+        if name == "R2P":
+            bits = self._value(sources[0])
+            return [None if bits is None else u64(bits) >> np.uint64(int(d[1:])) & 1 != 0 for d in destinations]
+        if name in ("VOTE", "VOTEU"):
+            return [None] * len(destinations)
+        evaluate = EVALUATE.get(name) or (EVALUATE.get(name[1:]) if name[0] == "U" else None)
+        if evaluate is None:
+            return ()
+        wide = "64" in x.words and name.endswith(("IADD3", "MOV"))
+        third = "WIDE" in x.words  # and the result
+        adds = name.removeprefix("U") in ("IADD3", "VIADD", "LEA")
+        if name.endswith("HFMA2"):
+            values: list[Value] = [np.uint64(0)] * len(sources)
+        else:
+            values = [
+                self._value(text, wide or (j == 2 and (third or "HI" in x.words) and "IMAD" in name), adds)
+                for j, text in enumerate(sources)
+            ]
+        if any(value is None for value in values):
+            return ()
+        results = list(evaluate(x, *values))
+        if third or wide:
+            return results  # two registers, then the carry
+        first_registers = [d for d in destinations if re.search(r"R(\d|Z)", d)]
+        if name.removeprefix("U") == "LOP3":
+            results = results if first_registers != destinations else results[:1]
+            results = results[::-1] if destinations[0] not in first_registers else results
+        return [value for d, value in zip(destinations, results, strict=False) if _registers(d)]
+
+    @staticmethod
+    def _pair(value: Value, wide: bool) -> Sequence[Value]:
+        if value is None:
+            return ()
+        return (low(value), high(value)) if wide else (value,)
+
+    def _packed_predicates(self, sources: Sequence[str]) -> Value:
+        """P2R: the predicates' bits under a mask, over a register's other bits."""
+        base, mask = self._value(sources[1]), int(sources[2], 16)
+        if base is None:
+            return None
+        result = u64(base) & np.uint64(0xFFFFFFFF ^ mask)
+        for p in range(7):
+            if mask >> p & 1:
+                value = self._value(f"P{p}")
+                if value is None:
+                    return None
+                result = result | (u64(value) << np.uint64(p))
+        return result
+
+    def _special(self, name: str) -> Value:
+        axes = dict(zip("XYZ", self._program, strict=True))
+        if name.startswith("SR_CTAID."):
+            return np.uint64(axes[name[-1]])
+        return {
+            "SRZ": np.uint64(0),
+            "SR_TID.X": u64(self._lanes),
+            "SR_TID.Y": np.uint64(0),
+            "SR_TID.Z": np.uint64(0),
+            "SR_LANEID": u64(self._lanes % WARP),
+            "SR_CgaCtaId": np.uint64(0),
+        }.get(name)
+
+    def _address(self, operand: str, global_memory: bool) -> Value:
+        """The threads' addresses; None: unknown."""
+        found = _ADDRESS.search(operand)
+        if found is None:
+            return None
+        total: Any = np.zeros(self._threads, np.uint64)
+        for term in _TERM.finditer(found["terms"]):
+            if term["offset"]:
+                total = total + np.uint64(int(term["offset"], 16) & 0xFFFFFFFFFFFFFFFF)
+                continue
+            wide = bool(term["wide"]) or (global_memory and term["name"].startswith("UR"))
+            value = self._value(term["name"], wide)
+            if value is None:
+                return None
+            total = total + u64(value) * np.uint64(int(term["scale"][1:]) if term["scale"] else 1)
+        return total if global_memory else low(total)
+
+    def _load(self, x: Instruction, active: np.ndarray) -> Sequence[Value]:
+        """The values of an integer tensor; unknown of any other."""
+        address = self._address(x.operands[-1] if "[" in x.operands[-1] else x.operands[-2], True)
+        guard = self._value(x.guard) if x.guard else np.bool_(True)
+        if address is None or guard is None or not self._regions:
+            return ()
+        mask = active & guard
+        size = x.access_bytes
+        where = address[mask]
+        if not where.size:
+            return ()
+        index = int(np.searchsorted(self._starts, where[0], "right")) - 1
+        region = self._regions[index] if index >= 0 else None
+        if region is None or region.values is None:
+            return ()
+        offset = np.zeros(self._threads, np.int64)
+        offset[mask] = (where - np.uint64(region.start)).astype(np.int64)
+        if offset.min() < 0 or offset.max() + size > region.size:
+            raise Unknown(f"{x}: reads outside {region.name}")
+        values = []
+        for part in range(0, max(size, 4), 4):
+            bytes_of = [u64(region.values[offset + part + k]) << np.uint64(8 * k) for k in range(min(4, size))]
+            values.append(np.where(mask, sum(bytes_of[1:], bytes_of[0]), np.uint64(0)))
+        return values
+
+    def _account(self, i: int, x: Instruction, active: np.ndarray) -> None:
+        """Adds an execution of a memory instruction to its traffic."""
+        guard = self._value(x.guard) if x.guard else np.bool_(True)
+        mask = active if guard is None else active & guard
+        if x.words[0] == "LDGSTS" and re.fullmatch(r"!?P\w", x.operands[-1]):
+            copied = self._value(x.operands[-1])  # false: zeros are stored, nothing is read
+            mask = mask if copied is None else mask & copied
+        if not mask.any():
+            return
+        in_global = x.pipe == "global"
+        operand = [text for text in x.operands if "[" in text][-1 if x.words[0] == "LDGSTS" else 0]
+        address = self._address(operand, in_global)
+        traffic = self._counts.traffic.setdefault(i, Traffic())
+        by_warp = mask.reshape(-1, WARP)
+        lanes = int(mask.sum())
+        requests = int(by_warp.any(axis=1).sum())
+        size = x.access_bytes
+        traffic.requests += requests
+        traffic.thread_bytes += lanes * size
+        if address is None:
+            traffic.assumed += requests
+            units = -(-lanes * size // SECTOR) if in_global else requests * max(1, size // 4)
+        elif in_global:
+            units = self._sectors(x, address, mask, size)
+        else:
+            units = bank_cycles(address.reshape(-1, WARP), by_warp, x)
+        traffic.units += units
+        if address is None and in_global:
+            self._counts.sectors[("?", x.words[0].startswith(("ST", "RED")))] += units
+
+    def _sectors(self, x: Instruction, address: Any, mask: np.ndarray, size: int) -> int:
+        """Distinct sectors of each warp's request, also added to the tensor's."""
+        far = np.uint64(0xFFFFFFFFFFFFFFFF)
+        sectors = np.where(mask, address // np.uint64(SECTOR), far).reshape(-1, WARP)
+        sectors = np.sort(sectors, axis=1)
+        fresh = np.ones_like(sectors, bool)
+        fresh[:, 1:] = sectors[:, 1:] != sectors[:, :-1]
+        units = int((fresh & (sectors != far)).sum())
+        if self._regions:
+            where = int(address[mask][0])
+            index = int(np.searchsorted(self._starts, np.uint64(where), "right")) - 1
+            region = self._regions[index] if index >= 0 else None
+            most = int(address[mask].max()) + size
+            if region is None or most > region.start + region.size or int(address[mask].min()) < region.start:
+                raise Unknown(f"{x}: accesses outside the launch's tensors")
+            self._counts.sectors[(region.name, x.words[0].startswith(("ST", "RED", "ATOM")))] += units
+        return units
+
+
+def bank_cycles(address: Any, mask: np.ndarray, x: Instruction) -> int:
+    """Cycles that shared memory needs for a request of each warp.
+
+    A cycle serves 32 banks of 4 bytes. Accesses of 8 and 16 bytes are served for 16 and 8 threads at a time, matrices
+    of LDSM and STSM for the 8 threads that hold the addresses of their rows.
+
+    Args:
+        address, mask: [warps, 32].
+    """
+    base = address.min() // np.uint64(128) * np.uint64(128)
+    matrices = x.words[0] in ("LDSM", "STSM")
+    return _bank_cycles((address - base).tobytes(), mask.tobytes(), x.access_bytes, matrices)
+
+
+@functools.lru_cache(maxsize=4096)
+def _bank_cycles(offsets: bytes, used_lanes: bytes, size: int, matrices: bool) -> int:
+    address, mask = np.frombuffer(offsets, np.uint64).reshape(-1, WARP), np.frombuffer(used_lanes, bool)
+    mask = mask.reshape(-1, WARP)
+    if matrices:
+        lanes = np.arange(WARP) < 8 * (size // 4)
+        mask, size = mask & lanes, 16
+    together = min(WARP, BANKS * 4 // size)  # threads served at a time
+    total = 0
+    for words, used in zip(address // np.uint64(4), mask, strict=True):
+        for first in range(0, WARP, together):
+            part = used[first : first + together]
+            if not part.any():
+                continue
+            start = np.unique(words[first : first + together][part])
+            touched = np.unique((start[:, None] + np.arange(max(1, size // 4), dtype=np.uint64)).ravel())
+            total += int(np.bincount((touched % np.uint64(BANKS)).astype(np.int64), minlength=BANKS).max())
+    return total
+
+
+def loop_trips(counts: Counts) -> Mapping[int, float]:
+    """Address of each loop's first instruction → trips."""
+    return {counts.code[counts.graph.blocks[x.header].first].address: counts.trips(x) for x in counts.graph.loops}
