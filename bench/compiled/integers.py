@@ -116,8 +116,8 @@ def _lop3(x: Instruction, a: Value, b: Value, c: Value, table: Value, *rest: Val
 
 
 def _plop3(x: Instruction, a: Value, b: Value, c: Value, first: Value, second: Value) -> tuple[Value, ...]:
-    bits = [np.asarray(one).astype(bool) for one in (a, b, c)]
-    return tuple(_lut(int(table), *bits, np.bool_(True)) for table in (first, second))
+    a, b, c = (np.asarray(one).astype(bool) for one in (a, b, c))
+    return tuple(_lut(int(table), a, b, c, np.bool_(True)) for table in (first, second))
 
 
 COMPARE: dict[str, Callable[[Any, Any], Any]] = {
