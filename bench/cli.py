@@ -19,6 +19,7 @@ from .measure.settings import (
     FuseOptions,
     KernelsOptions,
     ParityOptions,
+    PredictOptions,
     QualityOptions,
     RunOptions,
     StepOptions,
@@ -231,6 +232,27 @@ def tune(options: TuneOptions) -> None:
     typer.echo(suite.as_code(arch, dtype, masked))
 
 
+def predict(options: PredictOptions) -> None:
+    """A training step's time on a GPU that need not be here, predicted from the compiled kernels. Nothing is timed.
+
+    For each launch of ours in the step: issue slots, arithmetic pipes,
+    special functions, matrix instructions, shared memory, L2 and HBM, each
+    as the microseconds it takes if nothing else did. "bound": the largest,
+    if all overlap; "sum": if none do. Matrix products and PyTorch's own
+    operators are taken at fixed rates (bench/measure/gpus.py). Then the
+    step's tokens/s by both. Takes about a minute on a CPU.
+    `fusebert bench compare` takes two of its files.
+
+    \b
+      fusebert bench predict --gpu h200
+      fusebert bench predict --gpu h100 --model large --seqlen 512 --ragged
+    """
+    from .report.terminal import show
+    from .steps.predict import run
+
+    run(options, show=show)
+
+
 app.command("kernels")(command(KernelsOptions, kernels))
 app.command("step")(command(StepOptions, step))
 app.command("train")(command(TrainOptions, train))
@@ -238,6 +260,7 @@ app.command("fuse")(command(FuseOptions, fuse))
 app.command("quality")(command(QualityOptions, quality))
 app.command("parity")(command(ParityOptions, parity))
 app.command("tune")(command(TuneOptions, tune))
+app.command("predict")(command(PredictOptions, predict))
 
 
 @app.command()
@@ -257,8 +280,8 @@ def report(
 
 @app.command()
 def compare(
-    old: Annotated[Path, typer.Argument(help="Result file of kernels, step or train: what was.")],
-    new: Annotated[Path, typer.Argument(help="The same measured again: what is.")],
+    old: Annotated[Path, typer.Argument(help="Result file of kernels, step, train or predict: what was.")],
+    new: Annotated[Path, typer.Argument(help="The same made again: what is.")],
     threshold: Annotated[
         float, typer.Option(help="Slower by no more than this share of the time is let pass.", min=0.0)
     ] = 0.03,
@@ -271,7 +294,8 @@ def compare(
     is divided out. Slower: the whole interval lies above 1 + threshold. A
     contestant of ours that was right and is not any more also ends with
     status 1; files that can not be compared (another GPU, no case in common)
-    with status 2.
+    with status 2. Of two predictions, each kernel's issue slots, bound, sum
+    and spills are compared, without an interval.
     """
     from .report import compare as gate
 

@@ -120,14 +120,18 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def most_programs(device: torch.device, num_warps: int) -> int:
+    """16 warps a multiprocessor; on a CPU, where the interpreter runs the programs, 4 of them."""
+    return multiprocessors(device) * (16 // num_warps) if device.type == "cuda" else 4
+
+
 def num_programs_for(device: torch.device, num_tiles: int, num_warps: int) -> int:
-    """How many programs a backward has: 16 warps a multiprocessor, and no more than there are tiles.
+    """How many programs a backward has: `most_programs`, and no more than there are tiles.
 
     More programs hide latency better, but each writes a row of partial sums. The number depends on the device and the
     shape only, so the order of summation does too.
     """
-    limit = multiprocessors(device) * (16 // num_warps) if device.type == "cuda" else 4
-    return min(num_tiles, limit)
+    return min(num_tiles, most_programs(device, num_warps))
 
 
 def as_rows(x: Tensor, hidden_size: int) -> Tensor:

@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 import typer
 
-from fusebert.bench.measure.settings import KernelsOptions, ParityOptions, StepOptions, TrainOptions, TuneOptions
+from fusebert.bench.measure.settings import (
+    KernelsOptions,
+    ParityOptions,
+    PredictOptions,
+    StepOptions,
+    TrainOptions,
+    TuneOptions,
+)
 from fusebert.train.cli import app
 from fusebert.train.corpus.settings import PrepareSettings
 from fusebert.train.run.settings import PretrainSettings
@@ -324,6 +331,7 @@ def test_public_signatures_are_those_of_the_snapshot():
         (("bench", "train"), TrainOptions),
         (("bench", "parity"), ParityOptions),
         (("bench", "tune"), TuneOptions),
+        (("bench", "predict"), PredictOptions),
     ],
 )
 def test_settings_and_command_line_options_are_the_same(words, settings):

@@ -9,8 +9,10 @@ wheel. `table` is the program that prints them for every operator.
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import re
 import subprocess
 import tempfile
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-from ...kernels import backend, use_backend
+from ...kernels import backend, rows, use_backend
 from ...kernels.backend import interpreting, triton
 
 
@@ -122,10 +124,11 @@ def _read_cubin(cubin: bytes) -> tuple[int, int, str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run(
-            [_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
-        )
-        sass = subprocess.run([_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True)
+        commands = [_tool("cuobjdump"), "-res-usage", file.name], [_tool("nvdisasm"), "-c", file.name]
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            usage, sass = pool.map(
+                functools.partial(subprocess.run, capture_output=True, text=True, check=True), commands
+            )
     registers = max(int(n) for n in re.findall(r"REG:(\d+)", usage.stdout))
     stack = max(int(n) for n in re.findall(r"STACK:(\d+)", usage.stdout))
     return registers, stack, sass.stdout
@@ -150,12 +153,13 @@ class Launch(NamedTuple):
 
 @contextlib.contextmanager
 def compiled_kernels(
-    arch: int = 90, observe: Callable[[Launch], None] = lambda launch: None
+    arch: int = 90, observe: Callable[[Launch], None] = lambda launch: None, multiprocessors: int | None = None
 ) -> Iterator[list[Resources]]:
     """Within the block, operators on CPU tensors compile for ``sm_<arch>`` and append their `Resources` to the list.
 
     Args:
         observe: called at each launch, also of a kernel that is in the list.
+        multiprocessors: of the GPU, on which some grids depend; None: as few programs as under the interpreter.
 
     Raises:
         RuntimeError: under TRITON_INTERPRET=1, or a kernel does not compile.
@@ -193,8 +197,12 @@ def compiled_kernels(
         )
         return resources, sass
 
+    def most_programs(device: Any, num_warps: int) -> int:
+        return 4 if multiprocessors is None else multiprocessors * (16 // num_warps)
+
     run = triton.runtime.JITFunction.run
     with (
+        mock.patch.object(rows, "most_programs", most_programs),
         mock.patch.object(triton.runtime.driver, "_active", _DriverWithoutGPU(arch)),
         mock.patch.object(triton.runtime.JITFunction, "run", compile_only),
         mock.patch.object(backend, "interpreting", return_value=True),  # CPU tensors may take the Triton path

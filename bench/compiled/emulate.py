@@ -456,6 +456,9 @@ class Emulator:
         if x.words[0] == "LDGSTS" and re.fullmatch(r"!?P\w", x.operands[-1]):
             copied = self._value(x.operands[-1])  # false: zeros are stored, nothing is read
             mask = mask if copied is None else mask & copied
+            certain = guard is not None and copied is not None
+        else:
+            certain = guard is not None
         if not mask.any():
             return
         in_global = x.pipe == "global"
@@ -472,15 +475,15 @@ class Emulator:
             traffic.assumed += requests
             units = -(-lanes * size // SECTOR) if in_global else requests * max(1, size // 4)
         elif in_global:
-            units = self._sectors(x, address, mask, size)
+            units = self._sectors(x, address, mask, size, certain)
         else:
             units = bank_cycles(address.reshape(-1, WARP), by_warp, x)
         traffic.units += units
         if address is None and in_global:
             self._counts.sectors[("?", x.words[0].startswith(("ST", "RED")))] += units
 
-    def _sectors(self, x: Instruction, address: Any, mask: np.ndarray, size: int) -> int:
-        """Distinct sectors of each warp's request, also added to the tensor's."""
+    def _sectors(self, x: Instruction, address: Any, mask: np.ndarray, size: int, certain: bool) -> int:
+        """Distinct sectors of each warp's request, also added to the tensor's. certain: it is known to be executed."""
         far = np.uint64(0xFFFFFFFFFFFFFFFF)
         sectors = np.where(mask, address // np.uint64(SECTOR), far).reshape(-1, WARP)
         sectors = np.sort(sectors, axis=1)
@@ -493,7 +496,9 @@ class Emulator:
             region = self._regions[index] if index >= 0 else None
             most = int(address[mask].max()) + size
             if region is None or most > region.start + region.size or int(address[mask].min()) < region.start:
-                raise Unknown(f"{x}: accesses outside the launch's tensors")
+                if certain:
+                    raise Unknown(f"{x}: accesses outside the launch's tensors")
+                return 0
             self._counts.sectors[(region.name, x.words[0].startswith(("ST", "RED", "ATOM")))] += units
         return units
 

@@ -21,7 +21,8 @@ BANKS = {80: (0x160, 0x0), 90: (0x210, 0x0), 100: (0x380, 0x360)}
 DIMENSIONS = {80: 0xC, 90: 0xC, 100: 0x10}  # from the block's dimensions to the grid's
 FORMATS = {"i1": "<b", "i8": "<b", "i16": "<h", "i32": "<i", "i64": "<q", "u32": "<I", "u64": "<Q", "fp32": "<f"}
 # Integer tensors that the caller fills: the path through a kernel may depend on them.
-KNOWN = ("cu_seqlens", "_ids", "labels", "key_mask", "seed")
+KNOWN = ("cu_seqlens", "_ids", "labels", "key_mask", "seed", "keys", "order")
+WHOLE_GRID = 12  # programs of a grid that are all run
 _parse = functools.lru_cache(maxsize=256)(parse)
 
 
@@ -89,6 +90,7 @@ class Work:
     Attributes:
         programs: of the grid. sampled: of them.
         read_bytes, written_bytes: of global memory by the whole launch, each byte of a tensor at most once.
+        sizes: bytes of the launch's tensors.
     """
 
     code: Sequence[Instruction]
@@ -96,6 +98,7 @@ class Work:
     sampled: tuple[Counts, ...]
     read_bytes: float
     written_bytes: float
+    sizes: dict[str, int]
 
     def mean(self, read: Any) -> float:
         """The mean over the sample of ``read(counts)``."""
@@ -103,7 +106,7 @@ class Work:
 
 
 def work(launch: Launch, sample: int) -> Work:
-    """Runs ``sample`` programs of the grid, one drawn from each of as many equal parts of it.
+    """Runs ``sample`` programs of the grid, one drawn from each of as many equal parts of it; of a small grid, all.
 
     Raises:
         emulate.Unknown: a path depends on something that is not known.
@@ -114,7 +117,7 @@ def work(launch: Launch, sample: int) -> Work:
     x, y, z = (*launch.grid, 1, 1)[:3]
     programs = x * y * z
     chance = random.Random(0)
-    n = min(sample, programs)
+    n = programs if programs <= WHOLE_GRID else min(sample, programs)
     chosen = [int((i + chance.random()) * programs / n) for i in range(n)]
     counts = tuple(emulator.run((p % x, p // x % y, p // (x * y))) for p in chosen)
     sizes = {region.name: region.size for region in there}
@@ -123,4 +126,4 @@ def work(launch: Launch, sample: int) -> Work:
         name, written = key
         total = 32 * float(np.mean([each.sectors.get(key, 0) for each in counts])) * programs
         moved[written] += min(total, sizes.get(name, total))
-    return Work(code, programs, counts, moved[False], moved[True])
+    return Work(code, programs, counts, moved[False], moved[True], sizes)

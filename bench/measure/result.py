@@ -7,6 +7,7 @@ fusebert bench train         train          TrainResult
 fusebert bench fuse          fuse           FuseResult
 fusebert bench quality       quality        QualityResult
 fusebert bench parity        train_parity   ParityResult
+fusebert bench predict       predict        PredictResult
 fusebert.bench.record        pretrain       PretrainResult
 fusebert.bench.aot           aot            AotResult       (the file does not name its kind)
 bench/campaign.sh            campaign       CampaignResult  (the file does not name its kind)
@@ -28,8 +29,17 @@ from .case import OURS, PEER, Floor, Missing
 from .ceilings import Ceilings, Drift
 from .correctness import Verdict
 from .machine import ClockSummary, Environment
+from .prediction import KernelPrediction, OtherCall, StepPrediction
 from .serialise import FLAT, OPTIONAL, REST, from_json, to_json
-from .settings import FuseSettings, KernelsSettings, ParitySettings, QualitySettings, StepSettings, TrainSettings
+from .settings import (
+    FuseSettings,
+    KernelsSettings,
+    ParitySettings,
+    PredictSettings,
+    QualitySettings,
+    StepSettings,
+    TrainSettings,
+)
 from .statistics import Ratio, Timing
 
 SCHEMA = 1  # raise it when a field changes its meaning
@@ -597,6 +607,29 @@ class AotResult(Result):
     kernels: list[CompiledKernel]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PredictAbout:
+    """How a prediction was made: date, commit, versions, and the rates of the GPU (`gpus.GPU`)."""
+
+    date: str
+    commit: str | None
+    triton: str
+    torch: str
+    gpu: dict[str, Any]
+
+
+@dataclasses.dataclass
+class PredictResult(Result):
+    """Of ``fusebert bench predict``: nothing in it is measured. ``step``: None where a kernel is not predicted."""
+
+    kind = "predict"
+    about: PredictAbout
+    settings: PredictSettings
+    kernels: list[KernelPrediction]
+    others: list[OtherCall]
+    step: StepPrediction | None
+
+
 @dataclasses.dataclass
 class CampaignResult(Result):
     """Of bench/campaign.sh. ``gaps``: what could not run, and the reason."""
@@ -615,6 +648,7 @@ ALL_KINDS: tuple[type[Result], ...] = (
     FuseResult,
     KernelsResult,
     ParityResult,
+    PredictResult,
     PretrainResult,
     QualityResult,
     StepResult,

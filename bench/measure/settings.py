@@ -223,6 +223,27 @@ class TuneOptions:
     dtype: Annotated[str, Option("bf16 (which stands for fp16 too) or fp32.")] = "bf16"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PredictSettings:
+    """Of ``fusebert bench predict``."""
+
+    gpu: Annotated[str, Option("a100, h100, h200 or b200.")] = "h100"
+    model: Annotated[str, Option("tiny, mini, small, base or large.")] = "base"
+    seqlen: Seqlen = 128
+    tokens: Annotated[int, Option("Token slots in a batch.")] = 65536
+    ragged: Annotated[bool, Option("Lengths vary up to --seqlen, or all are --seqlen.", flags="--ragged/--equal")] = (
+        False
+    )
+    dropout: Dropout = 0.1
+    vocab_size: VocabSize = 30522
+    dtype: Annotated[str, Option("bf16 or fp16.")] = "bf16"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PredictOptions(PredictSettings):
+    out: Annotated[Path | None, Option("Write settings, rates and every figure here, as JSON.")] = None
+
+
 Settings = TypeVar("Settings")
 
 

@@ -28,9 +28,10 @@ import numpy as np
 from ...train.errors import UserError
 from ..measure.correctness import COARSE
 from ..measure.machine import Environment
-from ..measure.result import KernelsResult, StepResult, TrainResult, read_result
+from ..measure.result import KernelsResult, PredictResult, StepResult, TrainResult, read_result
 from ..measure.statistics import Ratio, ratio_of_runs
 from .columns import AnyContestant, Column, interval, milliseconds, table
+from .compare_predictions import CHANGES, compare_predictions
 from .render import terminal
 
 FAILURES = ("slower", "WRONG")
@@ -233,6 +234,19 @@ COLUMNS: tuple[Column[Finding], ...] = (
 )
 
 
+def _predictions(old: PredictResult, new: PredictResult, threshold: float, say: Callable[[str], None]) -> bool:
+    """`run` for two predictions; prints what changed."""
+    changes, remarks = compare_predictions(old, new, threshold)
+    changed = [change for change in changes if change.verdict != "same"]
+    if changed:
+        terminal([table(CHANGES, changed, bad=lambda change: change.verdict in ("slower", "refused"))])
+    for remark in remarks:
+        say(remark)
+    bad = sum(change.verdict in ("slower", "refused") for change in changed)
+    say(f"{'FAILED' if bad else 'passed'}: {len(changes)} predicted quantities compared, {bad} worse")
+    return not bad
+
+
 def run(old: Path, new: Path, *, threshold: float, say: Callable[[str], None] = print) -> bool:
     """Compare two files and print what was found.
 
@@ -240,9 +254,11 @@ def run(old: Path, new: Path, *, threshold: float, say: Callable[[str], None] = 
         Whether nothing of ours became wrong, or slower beyond noise.
 
     Raises:
-        UserError: a file is not a result of kernels, step or train, or the two cannot be compared.
+        UserError: a file is not a result of kernels, step, train or predict, or the two cannot be compared.
     """
-    before, after = (read_result(path, KernelsResult, StepResult, TrainResult) for path in (old, new))
+    before, after = (read_result(path, KernelsResult, PredictResult, StepResult, TrainResult) for path in (old, new))
+    if isinstance(before, PredictResult) and isinstance(after, PredictResult):
+        return _predictions(before, after, threshold, say)
     findings, remarks = compare(before, after, threshold=threshold)  # type: ignore[arg-type]
     terminal([table(COLUMNS, findings, bad=lambda found: found.verdict in FAILURES)])
     for found in findings:

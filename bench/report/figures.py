@@ -32,6 +32,7 @@ from ..measure.result import (
     FuseResult,
     KernelsResult,
     ParityResult,
+    PredictResult,
     PretrainResult,
     QualityResult,
     Result,
@@ -41,6 +42,7 @@ from ..measure.result import (
 )
 from .blocks import Table, Text
 from .columns import RATIO, TOKENS_PER_S, Column, status, table
+from .predictions import SUMMARY
 from .render import markdown_table
 from .sections import (
     fuse_table,
@@ -181,6 +183,16 @@ def _aot(files: Files[AotResult]) -> list[str]:
     return _table(table(AOT, files))
 
 
+def _predict(files: Files[PredictResult]) -> list[str]:
+    """A row a file: the step's terms."""
+    about, of = files[0][1].about, files[0][1].settings
+    words = (
+        f"Nanoseconds a token, and tokens/s; {of.dtype}, {of.tokens:,} token slots, dropout {of.dropout}, Triton "
+        f"{about.triton}. From {', '.join(_link(path) for path, _ in files)}."
+    )
+    return [*_table(table(SUMMARY, [result for _, result in files])), *_paragraph(words)]
+
+
 def _fuse(files: Files[FuseResult]) -> list[str]:
     """A row a case."""
     lines: list[str] = []
@@ -211,6 +223,7 @@ VIEWS: dict[str, tuple[type[Result], Callable[[Files[Any]], list[str]]]] = {  # 
     "pretrain": (PretrainResult, _pretrain),
     "parity": (ParityResult, _parity),
     "aot": (AotResult, _aot),
+    "predict": (PredictResult, _predict),
 }
 
 

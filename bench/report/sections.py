@@ -16,6 +16,7 @@ from ..measure.result import (
     KernelsResult,
     ParityResult,
     PassResult,
+    PredictResult,
     PretrainReport,
     PretrainResult,
     Profile,
@@ -51,6 +52,7 @@ from .columns import (
     table,
     train_columns,
 )
+from .predictions import prediction_section
 
 CPU_WARNING = (
     "These figures time the CPU path, which runs PyTorch's own operators: they say nothing about the Triton kernels, "
@@ -417,6 +419,12 @@ def _(result: AotResult, figures: Sequence[Figure] = ()) -> Section:
         *figures,
     )
     return Section(f"Compiled kernels, {about.arch}", blocks)
+
+
+@section.register
+def _(result: PredictResult, figures: Sequence[Figure] = ()) -> Section:
+    found = prediction_section(result)
+    return dataclasses.replace(found, blocks=(*found.blocks, *figures))
 
 
 @section.register

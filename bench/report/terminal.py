@@ -14,6 +14,7 @@ from ..measure.result import (
     KernelsResult,
     ParityResult,
     PassResult,
+    PredictResult,
     QualityResult,
     StepResult,
     TrainResult,
@@ -74,6 +75,7 @@ def _(record: FuseCase) -> None:
 @show.register(StepResult)
 @show.register(TrainResult)
 @show.register(ParityResult)
+@show.register(PredictResult)
 def _(record: Any) -> None:
     clocks = getattr(record, "clocks", None)
     terminal([section(record), *([Text(clocks.describe())] if clocks else [])])

@@ -82,7 +82,7 @@ def _size(value: Any) -> int:
     return sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in tensors)
 
 
-def _bytes(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:
+def bytes_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:
     schema = func._schema
     given = {a.name: x for a, x in zip(schema.arguments, args, strict=False)} | dict(kwargs)
     total = 0
@@ -100,11 +100,11 @@ def _bytes(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any
     return total + _size(fresh)
 
 
-def _is_view(func: Any) -> bool:
+def is_view(func: Any) -> bool:
     return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
 
 
-def _label(func: Any, args: tuple[Any, ...]) -> str:
+def label_of(func: Any, args: tuple[Any, ...]) -> str:
     """The operator's name; products by their shape, M × K × N."""
     name = func._schema.name.removeprefix("aten::")
     if name in ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm"):
@@ -130,14 +130,14 @@ class _Labels(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if _is_view(func) or func._schema.name.startswith("prim::"):
+        if is_view(func) or func._schema.name.startswith("prim::"):
             return func(*args, **kwargs)
-        label = _label(func, args)
+        label = label_of(func, args)
         with record_function(LABEL + label):
             out = func(*args, **kwargs)
         count = self.counts.setdefault(label, _Count())
         count.calls += 1
-        count.bytes += _bytes(func, args, kwargs, out)
+        count.bytes += bytes_of(func, args, kwargs, out)
         formula = OURS.get(func._schema.name)
         if formula is not None:
             count.flops += formula(*args, **kwargs)

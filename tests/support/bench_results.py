@@ -16,7 +16,7 @@ COPY, MATMUL = 1e12, 1e14  # bytes/s, FLOP/s
 
 def typed(content: dict[str, Any]) -> Result:
     """The dataclass of a file's content."""
-    kind = "aot" if "about" in content else content["kind"]
+    kind = content.get("kind", "aot")
     return from_json(next(each for each in ALL_KINDS if each.kind == kind), content)
 
 
@@ -275,6 +275,55 @@ def aot() -> dict[str, Any]:
     return {
         "about": about,
         "kernels": [kernel, {**copy.deepcopy(kernel), "kernel": "attn_short_backward", "spill_bytes": 8}],
+    }
+
+
+def predict() -> dict[str, Any]:
+    """Two launches of one kernel and one of another, which is slower than the roofline allows."""
+    resources = dict.fromkeys(("issue", "alu", "fma", "special", "tensor", "shared", "l2"), 1.0)
+    kernel = {
+        "call": "attention_qkv",
+        "kernel": "attn_short_forward",
+        "launches": 11,
+        "tile": "M=128",
+        "warps": 8,
+        "registers": 128,
+        "spill_bytes": 0,
+        "shared_bytes": 49152,
+        "blocks": 2,
+        "programs": 6144,
+        "waves": 23.3,
+        "issue_slots": 1000.0,
+        "flops": 2e6,
+        "hbm_bytes": 3e6,
+        "us": {**resources, "hbm": 4.0},
+        "roofline_us": 4.0,
+    }
+    slow = {**copy.deepcopy(kernel), "kernel": "attn_short_backward", "us": {**resources, "issue": 8.0, "hbm": 4.0}}
+    step = {
+        "tokens": 1e4,
+        "products_us": 100.0,
+        "others_us": 20.0,
+        "kernels_bound_us": 30.0,
+        "kernels_sum_us": 60.0,
+        "launches": 50,
+        "launches_us": 100.0,
+        "floor_us": 140.0,
+    }
+    return {
+        "schema": 1,
+        "kind": "predict",
+        "about": {
+            "date": "2026-01-01",
+            "commit": None,
+            "triton": "9.9",
+            "torch": "9.9.9",
+            "gpu": {"name": "H100 SXM", "copy_bytes_per_s": 3e12, "matmul_flops_per_s": 8e14},
+        },
+        "settings": {"gpu": "h100", "model": "base"},
+        "kernels": [kernel, {**copy.deepcopy(kernel), "launches": 1}, slow],
+        "others": [{"name": "mm 1 × 2 × 3", "calls": 2, "flops": 12.0, "bytes": 24.0, "us": 1.5}],
+        "step": step,
     }
 
 

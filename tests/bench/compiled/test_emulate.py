@@ -38,9 +38,9 @@ def test_a_loop_that_the_assembler_unrolls(n):
 
 
 def test_special_functions_and_a_masked_last_tile():
-    (found,) = counted()["exponentials"]
-    assert found["MUFU"] == 5 * 256 / WARP  # the last tile computes 256 elements, but loads 32
-    assert found["bytes"]["x False"] == 4 * 1056
+    for found in counted()["exponentials"]:
+        assert found["MUFU"] == 5 * 256 / WARP  # the last tile computes 256 elements, but loads 32
+        assert found["bytes"]["x False"] == 4 * 1056
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(64, 64, 256), (16, 32, 512)])

@@ -1,0 +1,100 @@
+"""What is predicted of a kernel and of a step: typed rows of `result.PredictResult`. Nothing in them is measured."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import field
+
+from .serialise import OPTIONAL
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelPrediction:
+    """A launch of one of our kernels on one GPU.
+
+    Attributes:
+        call: the operator that launches it, with what decides its shape.
+        launches: in a step.
+        programs: of the grid. blocks: resident on a multiprocessor. waves: programs over all resident blocks.
+        issue_slots, flops, hbm_bytes: of a launch.
+        us: microseconds of a launch if nothing but this resource took time: "issue", "alu" (integers, logic,
+            comparisons), "fma" (fp32 and integer multiply-adds), "special", "tensor", "shared" (with L1), "l2", "hbm".
+        refused: why it is not predicted; then there are no times.
+    """
+
+    call: str
+    kernel: str
+    launches: int
+    tile: str
+    warps: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    blocks: int
+    programs: int
+    waves: float
+    issue_slots: float
+    flops: float
+    hbm_bytes: float
+    us: dict[str, float]
+    roofline_us: float
+    refused: str | None = field(default=None, metadata=OPTIONAL)
+
+    @property
+    def bound_us(self) -> float:
+        """If all resources overlap: the largest."""
+        return max(self.us.values(), default=0.0)
+
+    @property
+    def limiter(self) -> str:
+        return max(self.us, key=lambda name: self.us[name], default="-")
+
+    @property
+    def sum_us(self) -> float:
+        """If none overlap. Instructions share the issue slots, and what comes from HBM passes L2: those count once."""
+        if not self.us:
+            return 0.0
+        instructions = max(self.us[name] for name in ("issue", "alu", "fma"))
+        memory = max(self.us[name] for name in ("l2", "hbm"))
+        return instructions + self.us["special"] + self.us["tensor"] + self.us["shared"] + memory
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherCall:
+    """An operator of the step that is not ours: FLOPs at the rate of matrix products, or bytes at the copy rate."""
+
+    name: str
+    calls: int
+    flops: float
+    bytes: float
+    us: float
+
+
+@dataclasses.dataclass(frozen=True)
+class StepPrediction:
+    """A training step on one GPU. ``tokens``: real ones; the times are of the whole step, in microseconds.
+
+    Attributes:
+        products_us: matrix products at the rate of a large one. others_us: PyTorch's other operators at the copy rate.
+        kernels_bound_us, kernels_sum_us: ours. launches_us: of all kernels.
+        floor_us: the lower bound of docs/step.md: FLOPs at the product rate + the bytes between them at the copy rate.
+    """
+
+    tokens: float
+    products_us: float
+    others_us: float
+    kernels_bound_us: float
+    kernels_sum_us: float
+    launches: int
+    launches_us: float
+    floor_us: float
+
+    @property
+    def best_us(self) -> float:
+        """If each of our kernels overlaps all of its resources."""
+        return self.products_us + self.others_us + self.kernels_bound_us + self.launches_us
+
+    @property
+    def worst_us(self) -> float:
+        """If none of our kernels overlaps any. Not an upper bound of the time: latency is not counted."""
+        return self.products_us + self.others_us + self.kernels_sum_us + self.launches_us
