@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from ...model.heads import SINGLE, SequenceClassifier
 from ...model.hf.encoders import EncoderFolder
-from ...model.hf.save_classifier import copied_tokenizer
+from ...model.hf.save_classifier import copied_tokenizer, save_classifier
 from ..errors import UserError
-from .classifier import make_classifier
-from .examples import Examples, encode_rows, read_all
+from ..step.step import TrainingStep
+from .classifier import make_classifier, predict_logits
+from .examples import EpochBatches, Examples, encode_rows, read_all
 from .labels import TASKS, Labels
 from .models import Machine
 from .rows import Columns, Row
-from .scores import choose_metric
+from .scores import choose_metric, scores
 from .settings import FinetuneSettings
 from .tokens import TextTokenizer
 
@@ -62,6 +64,25 @@ class Job:
         for part in [model.encoder.embeddings, *model.encoder.layers[:frozen]] if frozen else []:
             part.requires_grad_(False)
         return model.to(self.machine.device), notes
+
+    @property
+    def _graph(self) -> bool:
+        return self.settings.graph and self.machine.device.type == "cuda"
+
+    def step(self, model: SequenceClassifier, optimizer: torch.optim.Optimizer) -> TrainingStep:
+        """See `seed_run.Job`, as for the methods below."""
+        dtype, clip = self.machine.compute_dtype, self.settings.clip
+        return TrainingStep(model, optimizer, clip=clip, compute_dtype=dtype, graph=self._graph, losses=1)
+
+    def batches(self, seed: int) -> EpochBatches:
+        settings, tokens = self.settings, self.machine.tokens_per_batch
+        return EpochBatches(self.train, settings.batch_size, tokens, seed, settings.epochs, static=self._graph)
+
+    def scores(self, model: SequenceClassifier) -> dict[str, float]:
+        return scores(self.labels, predict_logits(model, self.dev.texts, self.machine), self.dev.labels)
+
+    def save(self, model: SequenceClassifier, folder: Path) -> None:
+        save_classifier(model, folder, self.folder, self.labels.names, self.tokenizer)
 
 
 def check_settings(settings: FinetuneSettings) -> None:

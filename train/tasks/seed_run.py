@@ -10,15 +10,16 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ...model.atomic import replace_file
-from ...model.hf.save_classifier import save_classifier
+from ...model.text_batch import TextBatch
 from ..errors import UserError
 from ..run.checkpoint import TrainerState, clean_up, load_checkpoint, newest_good, save_checkpoint
 from ..run.log import RunLog
@@ -26,16 +27,63 @@ from ..run.loop import dropout_seed
 from ..run.signals import Stopped, StopSignal
 from ..run.strict_json import strict_json
 from ..step.optim import learning_rate, make_optimizer
-from ..step.step import StepResult, TrainingStep
-from .classifier import predict_logits
-from .examples import EpochBatches
-from .job import Job, say
-from .scores import goodness, scores
+from ..step.step import StepResult
+from .job import say
+from .models import Machine
+from .scores import goodness
+from .settings import FinetuneSettings
 
 RESULT = "result.json"
 LOG_EVERY = {"cpu": 10, "cuda": 50}  # steps; the host waits for the device at each log line
 SAVE_SECONDS = 600.0  # between checkpoints within an epoch
 MAX_SKIPS = 20  # steps in a row; fp16 may need 16 to lower its scale from 2^16 to 1
+
+
+class Step(Protocol):
+    """Trains a model: `TrainingStep`, or one that calls it."""
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None: ...
+
+    def __call__(self, window: Sequence[TextBatch], lr: float, *, seeds: Sequence[int]) -> StepResult: ...
+
+
+class Batches(Protocol):
+    """The micro-batches of each step, as `EpochBatches`."""
+
+    steps: int
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[list[TextBatch]]: ...
+
+
+class Job(Protocol):
+    """What is trained, on what, and how it is scored: `job.Job`, or that of another task.
+
+    Attributes:
+        metric: of ``scores``; chooses the best model.
+    """
+
+    @property
+    def settings(self) -> FinetuneSettings: ...
+    @property
+    def machine(self) -> Machine: ...
+    @property
+    def metric(self) -> str: ...
+
+    def model(self, seed: int) -> tuple[Any, list[str]]:
+        """The model before the first step, on its device, and what to tell the user about its weights."""
+
+    def step(self, model: Any, optimizer: torch.optim.Optimizer) -> Step:
+        """What trains ``model``."""
+
+    def batches(self, seed: int) -> Batches:
+        """The training texts."""
+
+    def scores(self, model: Any) -> dict[str, float]:
+        """The scores on the dev texts, "loss" among them."""
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Writes ``model`` as a folder that others load."""
 
 
 class Interval:
@@ -93,7 +141,7 @@ class SeedRun:
     """
 
     def __init__(self, job: Job, seed: int, stop: StopSignal, out: Path) -> None:
-        settings, machine = job.settings, job.machine
+        settings = job.settings
         self._job, self._seed, self._stop, self._out = job, seed, stop, out
         self._model, notes = job.model(seed)
         for note in notes if seed == settings.seed else []:
@@ -101,23 +149,8 @@ class SeedRun:
         self._optimizer = make_optimizer(
             self._model, settings.lr, settings.weight_decay, layer_decay=settings.layer_decay
         )
-        on_gpu = machine.device.type == "cuda"
-        self._step = TrainingStep(
-            self._model,
-            self._optimizer,
-            clip=settings.clip,
-            compute_dtype=machine.compute_dtype,
-            graph=settings.graph and on_gpu,
-            losses=1,
-        )
-        self._batches = EpochBatches(
-            job.train,
-            settings.batch_size,
-            machine.tokens_per_batch,
-            seed,
-            settings.epochs,
-            static=settings.graph and on_gpu,
-        )
+        self._step = job.step(self._model, self._optimizer)
+        self._batches = job.batches(seed)
         self._total = self._batches.steps * settings.epochs
         self._state = TrainerState(identity={"seed": seed})
         out.mkdir(parents=True, exist_ok=True)
@@ -197,7 +230,7 @@ class SeedRun:
     def _evaluate(self, epoch: int) -> None:
         """Scores the model on the dev texts, and keeps it if it is the best so far."""
         job, state = self._job, self._state
-        found = scores(job.labels, predict_logits(self._model, job.dev.texts, job.machine), job.dev.labels)
+        found = job.scores(self._model)
         if not math.isfinite(found["loss"]):
             raise UserError(
                 f"the loss on --dev after step {state.step} of seed {self._seed} is not finite: lower --lr or raise "
@@ -209,7 +242,7 @@ class SeedRun:
         words = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
         say(f"seed {self._seed}, epoch {epoch + 1}: {words}")
         if is_best:
-            save_classifier(self._model, self._out / f"best-{state.step}", job.folder, job.labels.names, job.tokenizer)
+            job.save(self._model, self._out / f"best-{state.step}")
             state.selection = {"step": state.step, "scores": found, "since": 0}
         elif state.selection is not None:
             state.selection = {**state.selection, "since": state.selection["since"] + 1}
