@@ -22,6 +22,7 @@ from .sass import WARP, Graph, Instruction, Loop
 
 SECTOR = 32  # bytes: the unit of global memory traffic
 BANKS = 32  # of shared memory, 4 bytes wide
+SHARED_SIZE = 1 << 18  # bytes, more than a block can have
 MOST_BLOCKS = 1_000_000  # executed basic blocks, after which a loop counts as endless
 
 _REGISTER = re.compile(r"^(?P<sign>[-~!]?)(?P<abs>\|?)(?P<name>U?[RP](?:\d+|Z|T))(?:\.\w+)*\|?$")
@@ -29,6 +30,7 @@ _NUMBER = re.compile(r"^-?(0x[0-9a-f]+|\d+)$")
 _CONSTANT = re.compile(r"^(?P<sign>[-~]?)c\[0x0\]\[(?P<offset>0x[0-9a-f]+)\]$")
 _ADDRESS = re.compile(r"\[(?P<terms>[^\[\]]*)\]$")
 _TERM = re.compile(r"(?P<name>U?R(?:\d+|Z))(?:\.(?P<scale>X\d+))?(?P<wide>\.64)?|(?P<offset>-?0x[0-9a-f]+)")
+TO_SHARED = ("STS", "STSM", "LDGSTS")  # instructions that write shared memory
 _NEVER = ("RZ", "URZ", "PT", "UPT", "SRZ")
 
 
@@ -163,9 +165,12 @@ def _needed(code: Sequence[Instruction]) -> list[bool]:
                     names.update(_registers(operand))
     writes = [_written(x) for x in code]
     while True:
-        more = {name for x, w in zip(code, writes, strict=True) if not names.isdisjoint(w) for name in _read(x)} - names
+        wanted = [not names.isdisjoint(w) for w in writes]
+        if any(x.words[0] == "LDS" and want for x, want in zip(code, wanted, strict=True)):  # what was stored decides
+            wanted = [want or x.words[0] in TO_SHARED for x, want in zip(code, wanted, strict=True)]
+        more = {name for x, want in zip(code, wanted, strict=True) if want for name in _read(x)} - names
         if not more:
-            return [not names.isdisjoint(w) for w in writes]
+            return wanted
         names |= more
 
 
@@ -200,6 +205,8 @@ class Emulator:
         self._alive = np.ones(self._threads, bool)
         self._program = program
         self._steps = 0
+        self._shared = np.zeros(SHARED_SIZE, np.uint8)
+        self._shared_known = np.zeros(SHARED_SIZE, bool)
         blocks = len(self.graph.blocks)
         self._counts = Counts(
             self.code, self.graph, [0] * len(self.code), [0] * blocks, {}, collections.Counter(), collections.Counter()
@@ -307,6 +314,9 @@ class Emulator:
         if not self._needed[i]:
             return
         guard = self._value(x.guard) if x.guard else np.bool_(True)
+        if x.words[0] in TO_SHARED:
+            self._to_shared(x, None if guard is None else active & guard)
+            return
         names = _written(x)
         if not names:
             return
@@ -339,6 +349,10 @@ class Emulator:
             return self._pair(self._value(sources[0], wide="64" in x.words), "64" in x.words)
         if name == "LDG":
             return self._load(x, active)
+        if name == "LDS":
+            return self._from_shared(x, active)
+        if name == "REDUX":
+            return (self._reduced(x, sources[0], active),)
         if name == "SYNCS":
             return (np.bool_(True),)  # a wait has ended
         if name == "ELECT":
@@ -424,13 +438,74 @@ class Emulator:
             total = total + u64(value) * np.uint64(int(term["scale"][1:]) if term["scale"] else 1)
         return total if global_memory else low(total)
 
+    def _to_shared(self, x: Instruction, mask: np.ndarray | None) -> None:
+        """STS and LDGSTS: what is stored, where it is known; a store to an unknown place makes everything unknown."""
+        to = self._address(x.operands[0], False)
+        size = x.access_bytes
+        if to is None or mask is None or x.words[0] == "STSM":
+            self._shared_known[:] = False
+            return
+        if not mask.any():
+            return
+        if x.words[0] == "STS":
+            found: Sequence[Value] = [self._value(name) for name in _registers(x.operands[1], max(1, size // 4))]
+            found = found or [np.uint64(0)]  # RZ
+        else:
+            copied = self._value(x.operands[-1]) if re.fullmatch(r"!?P\w", x.operands[-1]) else np.bool_(True)
+            found = () if copied is None else self._read_global(x, self._address(x.operands[1], True), mask & copied)
+        where = ((to[mask] & np.uint64(0xFFFFFF)) % np.uint64(SHARED_SIZE - 16)).astype(np.int64)
+        for byte in range(size):
+            value = found[byte // 4] if byte // 4 < len(found) else None
+            self._shared_known[where + byte] = value is not None
+            if value is not None:
+                bits = np.broadcast_to(u64(value), self._threads)[mask] >> np.uint64(8 * (byte % 4))
+                self._shared[where + byte] = (bits & np.uint64(0xFF)).astype(np.uint8)
+
+    def _from_shared(self, x: Instruction, active: np.ndarray) -> Sequence[Value]:
+        """LDS; unknown where a byte is."""
+        source = self._address(x.operands[-1], False)
+        guard = self._value(x.guard) if x.guard else np.bool_(True)
+        if source is None or guard is None:
+            return ()
+        mask, size = active & guard, x.access_bytes
+        where = ((source & np.uint64(0xFFFFFF)) % np.uint64(SHARED_SIZE - 16)).astype(np.int64)
+        values: list[Value] = []
+        for part in range(0, max(size, 4), 4):
+            bytes_of = [where + part + k for k in range(min(4, size))]
+            if all(self._shared_known[each[mask]].all() for each in bytes_of):
+                parts = [u64(self._shared[each]) << np.uint64(8 * k) for k, each in enumerate(bytes_of)]
+                values.append(sum(parts[1:], parts[0]))
+            else:
+                values.append(None)
+        return values
+
+    def _reduced(self, x: Instruction, operand: str, active: np.ndarray) -> Value:
+        """REDUX: over the active threads of each warp."""
+        value = self._value(operand)
+        if value is None:
+            return None
+        combine = {"MIN": np.minimum, "MAX": np.maximum, "SUM": np.add, "OR": np.bitwise_or, "AND": np.bitwise_and}.get(
+            x.words[1]
+        )
+        if combine is None:
+            return None
+        whole = np.broadcast_to(signed(value) if "S32" in x.words else u64(value).astype(np.int64), self._threads)
+        rows = [
+            combine.reduce(row[used]) if used.any() else 0
+            for row, used in zip(whole.reshape(-1, WARP), active.reshape(-1, WARP), strict=True)
+        ]
+        return low(np.repeat(np.array(rows, np.int64), WARP))
+
     def _load(self, x: Instruction, active: np.ndarray) -> Sequence[Value]:
-        """The values of an integer tensor; unknown of any other."""
+        """LDG."""
         address = self._address(x.operands[-1] if "[" in x.operands[-1] else x.operands[-2], True)
         guard = self._value(x.guard) if x.guard else np.bool_(True)
-        if address is None or guard is None or not self._regions:
+        return () if guard is None else self._read_global(x, address, active & guard)
+
+    def _read_global(self, x: Instruction, address: Value, mask: np.ndarray) -> Sequence[Value]:
+        """The values of an integer tensor, 0 for threads that do not read; unknown of any other tensor."""
+        if address is None or not self._regions:
             return ()
-        mask = active & guard
         size = x.access_bytes
         where = address[mask]
         if not where.size:

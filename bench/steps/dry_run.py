@@ -100,16 +100,33 @@ class _Dry(TorchDispatchMode):
             calls.flops += flop_registry[func._overloadpacket](*args, **options, out_val=out)
 
 
-def _write_keys(launch: Launch) -> None:
-    """What embed_layernorm_backward writes for the kernels after it: the row of each token in the three tables."""
-    if launch.resources.name != "embed_layernorm_backward":
-        return
-    a, first = launch.arguments, 0
-    with _disable_current_modes():
+def write_integers(launch: Launch) -> None:
+    """Writes the integers that a kernel leaves for the next ones: they decide what those do."""
+    a = launch.arguments
+    if launch.resources.name == "embed_layernorm_backward":  # the row of each token in the three tables
+        first = 0
         for table in ("word", "type", "position"):
             if a[f"{table}_keys_ptr"] is not None:
                 a[f"{table}_keys_ptr"].copy_(a[f"{table}_ids_ptr"].view(-1) + first)
             first += a[f"num_{table}s"]
+    elif launch.resources.name == "attn_schedule_tiles":
+        a["slots_ptr"].copy_(schedule(a["cu_seqlens_ptr"], a["num_slots"], a["num_rows"], a["BLOCK"]))
+
+
+def schedule(cu_seqlens: Tensor, num_slots: int, num_rows: int, block: int) -> Tensor:
+    """What attn_schedule_tiles writes: int32 [2, num_slots], each tile's segment and that segment's first slot.
+
+    Longest segments first. The rows after the last segment are a segment without rows, with one tile.
+    """
+    rows = [*cu_seqlens.clamp(0, num_rows).diff().clamp(min=0).tolist(), 0]
+    tiles = [-(-n // block) for n in rows[:-1]] + [1]
+    slots = torch.full((2, num_slots), -1, dtype=torch.int32)
+    first = 0
+    for segment in sorted(range(len(rows)), key=lambda i: -rows[i]):
+        slots[0, first : first + tiles[segment]] = segment
+        slots[1, first : first + tiles[segment]] = first
+        first += tiles[segment]
+    return slots
 
 
 def dry_step(
@@ -134,7 +151,8 @@ def dry_step(
     dry = _Dry()
 
     def launched(launch: Launch) -> None:
-        _write_keys(launch)
+        with _disable_current_modes():
+            write_integers(launch)
         if dry.counting:
             with _disable_current_modes():
                 observe(dry.operator, launch)

@@ -31,7 +31,7 @@ from .batches import random_batches
 from .contestants import preset
 from .dry_run import Calls, dry_step
 
-RAGGED_SAMPLE = 48  # programs of an attention kernel, where they differ
+RAGGED_SAMPLE = 128  # programs of an attention kernel, where they differ
 SAMPLE = 3  # of other kernels
 
 

@@ -78,6 +78,30 @@ def test_threads_that_part_meet_again():
     assert run(code, threads=128).executed == [4, 4, 4, 1, 4, 4]
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_values_pass_through_shared_memory(known):
+    """Each thread stores its number and reads its neighbour's, which decides a branch."""
+    value = "R0" if known else "R9"
+    code = ["S2R R0, SR_TID.X", "LDG.E R9, [R20.64]", "SHF.L.U32 R1, R0, 0x2, RZ", f"STS [R1], {value}"]
+    code += ["LOP3.LUT R2, R1, 0x4, RZ, 0x3c, !PT", "LDS R3, [R2]", "ISETP.EQ.U32.AND P0, PT, R3, 0x1, PT"]
+    code += ["@P0 BRA `(.L_a)", "FADD R5, R5, R5", ".L_a:", "EXIT"]
+    if known:
+        counts = run(code, threads=64)
+        assert counts.executed[-2:] == [2, 2]  # thread 0 alone reads a 1: both warps add
+        assert counts.traffic[5].units == 2
+    else:
+        with pytest.raises(Unknown, match="depends on data"):
+            run(code, threads=64)
+
+
+@pytest.mark.parametrize(("how", "least"), [("MIN", 32), ("MAX", 63), ("SUM", sum(range(32, 64)))])
+def test_reductions_of_a_warp(how, least):
+    code = ["S2R R0, SR_TID.X", f"REDUX.{how}.S32 UR4, R0", "MOV R2, UR4"]
+    code += ["ISETP.GE.U32.AND P0, PT, R0, 0x20, PT", f"ISETP.EQ.U32.AND P0, PT, R2, {least:#x}, P0"]
+    code += ["@!P0 EXIT", "FADD R5, R5, R5", "EXIT"]
+    assert run(code, threads=64).executed[-2:] == [1, 1]
+
+
 def test_an_endless_loop_is_refused(monkeypatch):
     monkeypatch.setattr("fusebert.bench.compiled.emulate.MOST_BLOCKS", 100)
     with pytest.raises(Unknown, match="no end"):

@@ -33,6 +33,7 @@ def project(tmp_path):
         "2026-01-01-cpu-pretrain": made.pretrain(),
         "2026-01-01-cpu-parity": made.parity(),
         "2026-01-01-aot-sm_90": made.aot(),
+        "2026-01-01-predict-h100": made.predict(),
         "2026-01-01-cpu-kernels": made.kernels([made.attention(64, step_of(1.6)["contestants"])], "cpu"),
     }.items():
         put(tmp_path, name, result)
@@ -61,6 +62,13 @@ def refresh(root, *, check=False):
 def test_the_committed_documents_say_what_their_result_files_say():
     said = []
     assert update(documents(ROOT), ROOT, check=True, say=said.append) == [], said
+
+
+def test_predicted_steps(project):
+    (project / "README.md").write_text(f"{marker('predict', 'predict-*')}\n{END}\n")
+    refresh(project)
+    row = "| base | equal, 128 | H100 | 10 | 2 | 3 | 6 | 10 | 71,428,571 | 35,714,286 to 40,000,000 |"
+    assert row in (project / "README.md").read_text().splitlines()
 
 
 def test_figures_are_written_between_the_markers_and_nothing_else_is_touched(project):

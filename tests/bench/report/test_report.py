@@ -28,6 +28,7 @@ EVERY_KIND = {
     "pretrain": made.pretrain,
     "aot": made.aot,
     "campaign": made.campaign,
+    "predict": made.predict,
 }
 
 
