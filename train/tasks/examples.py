@@ -15,6 +15,7 @@ from ..errors import UserError
 from .embed import blocks
 from .packing import pack_texts
 from .rows import Columns, Row, read_rows
+from .task import TrainingTexts
 from .tokens import EncodedText, TextTokenizer
 
 
@@ -33,7 +34,16 @@ class Examples:
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each text, int64 [n]."""
-        return np.array([len(text) for text in self.texts], dtype=np.int64)
+        return lengths_of(self.texts)
+
+    def pack(self, chosen: np.ndarray, **shape: int) -> TextBatch:
+        """See `TrainingTexts`."""
+        return pack_texts([self.texts[i] for i in chosen], self.labels[torch.from_numpy(chosen)], **shape)
+
+
+def lengths_of(texts: Sequence[EncodedText]) -> np.ndarray:
+    """Tokens of each text, int64 [n]."""
+    return np.array([len(text) for text in texts], dtype=np.int64)
 
 
 def read_all(files: Iterable[str], columns: Columns, option: str) -> list[Row]:
@@ -79,11 +89,11 @@ class EpochBatches:
     """
 
     def __init__(
-        self, examples: Examples, batch_size: int, tokens_per_batch: int, seed: int, epochs: int, static: bool
+        self, examples: TrainingTexts, batch_size: int, tokens_per_batch: int, seed: int, epochs: int, static: bool
     ) -> None:
         self._examples, self._size, self._budget, self._seed = examples, batch_size, tokens_per_batch, seed
         self._lengths = examples.lengths
-        self.steps = -(-len(examples.texts) // batch_size)
+        self.steps = -(-len(self._lengths) // batch_size)
         self._shape: dict[str, int] = {}
         if static:
             totals = [
@@ -93,7 +103,7 @@ class EpochBatches:
                 for each in self._micro_batches(self._order(epoch), step)
             ]
             tokens, longest = -(-max(totals) // 64) * 64, int(self._lengths.max())
-            segments = min(batch_size, len(examples.texts)) + -(-tokens // longest)
+            segments = min(batch_size, len(self._lengths)) + -(-tokens // longest)
             self._shape = {"tokens": tokens, "segments": segments, "max_seqlen": longest}
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -113,11 +123,4 @@ class EpochBatches:
         """The micro-batches of each step of ``epoch``, from step ``start`` on."""
         order = self._order(epoch)
         for step in range(start, self.steps):
-            yield [
-                pack_texts(
-                    [self._examples.texts[i] for i in chosen],
-                    self._examples.labels[torch.from_numpy(chosen)],
-                    **self._shape,
-                )
-                for chosen in self._micro_batches(order, step)
-            ]
+            yield [self._examples.pack(chosen, **self._shape) for chosen in self._micro_batches(order, step)]

@@ -14,7 +14,6 @@ from ...model.heads import MULTI, REGRESSION, SINGLE
 from ..errors import UserError
 from .rows import Row
 
-TASKS = ("classify", "regress")
 MANY_CLASSES = 50  # that so many classes are over half of the rows is a mistake
 
 

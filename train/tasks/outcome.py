@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from ...model.atomic import replace_file
-from ...model.heads import SequenceClassifier
 from ..run.strict_json import strict_json
-from .classifier import make_classifier, predict_logits
-from .finetune_report import Predictions, write_report
+from .finetune_report import write_report
 from .job import Job
 from .models import open_folder
-from .scores import goodness, scores
+from .scores import goodness
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +78,8 @@ def conclude(job: Job, results: list[dict[str, Any]]) -> Outcome:
     best = max(results, key=lambda result: goodness(job.metric, result["scores"]))
     _link_folder(out / f"seed-{best['seed']}" / "hf", out / "hf")
     outcome = Outcome(out, job.metric, results, best, _test(job, results))
-    logits = predict_logits(_load(job, out / "hf"), job.dev.texts, job.machine)
-    predictions = Predictions(job.labels, job.dev_rows, job.dev.labels, logits)
-    settings = job.settings
-    title = f"{settings.model}: {settings.task}, {len(job.train.texts):,} training texts, {len(logits):,} dev texts"
+    predictions = job.task.predict(_load(job, out / "hf"), "dev")
+    title = f"{job.settings.model}: {job.task.title}"
     tokens, seconds = sum(each["tokens"] for each in results), sum(each["seconds"] for each in results)
     facts = f"{tokens:,} tokens in {seconds:,.0f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s, evaluations included"
     figures = [[f"seed {each['seed']}, dev", *each["scores"].values()] for each in results]
@@ -110,18 +107,17 @@ def conclude(job: Job, results: list[dict[str, Any]]) -> Outcome:
     return outcome
 
 
-def _load(job: Job, folder: Path) -> SequenceClassifier:
-    model, _ = make_classifier(open_folder(folder), job.labels, needs=("dense", "out"))
+def _load(job: Job, folder: Path) -> nn.Module:
+    model, _ = job.task.make_model(open_folder(folder), trained=True)
     return model.to(job.machine.device)
 
 
 def _test(job: Job, results: list[dict[str, Any]]) -> list[dict[str, float]]:
     """The scores on --test of the best model of each seed."""
-    if job.test is None:
+    if not job.task.has_test:
         return []
     folders = [job.settings.out / f"seed-{each['seed']}" / "hf" for each in results]
-    logits = [predict_logits(_load(job, folder), job.test.texts, job.machine) for folder in folders]
-    return [scores(job.labels, each, job.test.labels) for each in logits]
+    return [job.task.predict(_load(job, folder), "test").scores() for folder in folders]
 
 
 def _link_folder(source: Path, target: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -23,19 +23,19 @@ METRICS = {
 LOWER_IS_BETTER = ("loss", "rmse")
 
 
-def choose_metric(name: str, problem: str) -> str:
-    """The metric that ``--metric`` names.
+def choose_metric(name: str, known: Sequence[str]) -> str:
+    """The metric that ``--metric`` names; "auto" is the first of those that are ``known``.
 
     Raises:
-        UserError: the problem has no such metric, or scikit-learn is not installed.
+        UserError: there is no such metric, or scikit-learn is not installed.
     """
     try:
         import sklearn.metrics  # noqa: F401 (better now than after the first epoch)
     except ModuleNotFoundError as error:
         raise UserError("fine-tuning needs scikit-learn for its metrics: pip install 'fusebert[tasks]'") from error
-    if name not in ("auto", *METRICS[problem]):
-        raise UserError(f"--metric {name!r} is not known here: choose one of auto, {', '.join(METRICS[problem])}")
-    return METRICS[problem][0] if name == "auto" else name
+    if name not in ("auto", *known):
+        raise UserError(f"--metric {name!r} is not known here: choose one of auto, {', '.join(known)}")
+    return known[0] if name == "auto" else name
 
 
 def decisions(problem: str, logits: np.ndarray) -> np.ndarray:

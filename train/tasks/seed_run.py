@@ -28,8 +28,8 @@ from ..run.signals import Stopped, StopSignal
 from ..run.strict_json import strict_json
 from ..step.optim import learning_rate, make_optimizer
 from ..step.step import StepResult
-from .job import say
 from .models import Machine
+from .say import say
 from .scores import goodness
 from .settings import FinetuneSettings
 

@@ -21,10 +21,11 @@ from fusebert.model.hf.save_classifier import copied_tokenizer, save_classifier
 from fusebert.train.run.signals import Interrupted, StopSignal
 from fusebert.train.step.optim import learning_rate, make_optimizer, set_learning_rate
 from fusebert.train.step.step import TrainingStep
+from fusebert.train.tasks.class_report import LabelPredictions
 from fusebert.train.tasks.classifier import make_classifier
 from fusebert.train.tasks.examples import EpochBatches, Examples
 from fusebert.train.tasks.finetune import finetune
-from fusebert.train.tasks.finetune_report import Predictions, write_report
+from fusebert.train.tasks.finetune_report import write_report
 from fusebert.train.tasks.labels import Labels
 from fusebert.train.tasks.rows import Row
 from fusebert.train.tasks.scores import goodness, scores
@@ -76,7 +77,7 @@ def test_the_page_shows_plots_and_texts_and_runs_none_of_them(tmp_path: Path) ->
     rows = [Row(str(i), text) for i, text in enumerate(["<script>right()</script>", "a & wrong"])]
     labels = Labels("single_label_classification", ("$\\frac{$", "no"))
     logits = np.array([[9.0, 0.0], [5.0, 1.0]], dtype=np.float32)
-    best = Predictions(labels, rows, torch.tensor([0, 1]), logits)
+    best = LabelPredictions(labels, rows, torch.tensor([0, 1]), logits)
     write_report(tmp_path, "a run", [], (["", "accuracy"], [["seed 0", 0.5]]), best)
     page = (tmp_path / "report.html").read_text()
     assert "<script>" not in page
