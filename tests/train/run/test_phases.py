@@ -12,6 +12,7 @@ import torch
 from runs import SMALL, records, weights
 from small_corpus import make_corpus
 
+from fusebert.train import cli
 from fusebert.train.errors import UserError
 from fusebert.train.run import checkpoint, loop
 from fusebert.train.run.phases import Phase, in_words, longest, parse_seqlen, phases
@@ -108,6 +109,21 @@ def test_continuing_is_bit_identical(corpus: Path, tmp_path: Path, cut: int, mon
         one, two = (weights(tmp_path / place, 6, name) for place in ("complete", "cut"))
         assert one.keys() == two.keys()
         assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_run_in_phases_is_repeated(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(corpus, tmp_path / "run", steps=4)
+    threads = torch.get_num_threads()
+    monkeypatch.setattr("sys.argv", ["fusebert", "pretrain", "--reproduce", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    torch.set_num_threads(threads)
+    assert "the weights are those of" in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "run-reproduced" / "run.json").read_text())
+    assert manifest["settings"]["seqlen"] == TWO
 
 
 def test_a_step_on_static_buffers_takes_the_new_shape(corpus: Path, tmp_path: Path, monkeypatch) -> None:
