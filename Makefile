@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # Keep the working directory off sys.path: kernels/ would shadow the Hugging Face package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: help pretrain test test-slow test-real gpu-check gpu-check-quick aot triton-versions soak fuzz bench figures readme lint format clean
+.PHONY: help pretrain test test-slow test-real test-tensorflow gpu-check gpu-check-quick aot triton-versions soak fuzz bench figures readme lint format clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -35,6 +35,10 @@ test-slow: $(VENV)/.dev  ## the tests that take minutes each, which `make test` 
 
 test-real: $(VENV)/.dev  ## the tests with real weights (all-MiniLM-L6-v2, from the package index)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/model/test_real_weights.py
+
+test-tensorflow: $(VENV)/.dev  ## the tests of `convert`, with TensorFlow in place of the stand-in of `make test`
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[tensorflow]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/train/tasks/test_convert.py
 
 # ttsem's metadata names a Python and a torch that are not ours; it needs neither.
 $(VENV)/.gpu-check: constraints.txt | $(VENV)/.dev

@@ -39,8 +39,10 @@ TASKS = [
     # The metrics that papers report: F1, Matthews' correlation and the like are not worth a second implementation.
     "scikit-learn>=1.4",
 ]
-# Inputs behind URLs, streamed: one interface to S3, HTTP, the Hugging Face Hub and others, each by a package of its own.
+# Inputs behind URLs, streamed: one interface to S3, HTTP, the Hugging Face Hub and more, each by its own package.
 REMOTE = ["fsspec>=2024.2"]
+# `convert --tf` reads TensorFlow's checkpoints with the library that defines them.
+TENSORFLOW = ["tensorflow-cpu>=2.15; platform_machine == 'x86_64'", "tensorflow>=2.15; platform_machine != 'x86_64'"]
 # `prepare --executor dask:ADDRESS` encodes on a cluster; Dask runs a lost worker's tasks again.
 DASK = ["distributed>=2024.8"]
 BENCH = [
@@ -91,6 +93,7 @@ setup(
         "remote": [*TRAIN, *REMOTE],
         "dask": [*TRAIN, *DASK],
         "tensorboard": ["tensorboard>=2.16"],
+        "tensorflow": [*TRAIN, *TENSORFLOW],
         "dev": [
             *BENCH,
             *TASKS,

@@ -23,6 +23,7 @@ from fusebert.bench.measure.settings import (
 from fusebert.train.cli import app
 from fusebert.train.corpus.settings import PrepareSettings
 from fusebert.train.run.settings import PretrainSettings
+from fusebert.train.tasks.convert import ConvertSettings
 from fusebert.train.tasks.settings import (
     EmbedSettings,
     EvaluateSettings,
@@ -326,6 +327,7 @@ def test_public_signatures_are_those_of_the_snapshot():
         (("fill",), FillSettings),
         (("evaluate",), EvaluateSettings),
         (("summarize",), SummarizeSettings),
+        (("convert",), ConvertSettings),
         (("bench", "kernels"), KernelsOptions),
         (("bench", "step"), StepOptions),
         (("bench", "train"), TrainOptions),

@@ -60,16 +60,16 @@ def from_hf(source: str | Path | PreTrainedModel) -> BertForPreTraining:
                 "`hf download NAME --local-dir FOLDER`, and give that folder"
             )
         where = str(directory)
-        config = _read_config(read_settings(directory / CONFIG_FILE), str(directory / CONFIG_FILE))
+        config = read_config(read_settings(directory / CONFIG_FILE), str(directory / CONFIG_FILE))
         tensors = read_tensors(directory)
     elif isinstance(source, nn.Module) and hasattr(getattr(source, "config", None), "to_dict"):
         where = type(source).__name__
-        config = _read_config(source.config.to_dict(), f"{where}.config")
+        config = read_config(source.config.to_dict(), f"{where}.config")
         tensors = source.state_dict()
     else:
         raise TypeError(f"source must be a folder or a Transformers model; got {type(source).__name__}")
 
-    tensors, absent = _checked(_renamed(tensors), config, where)
+    tensors, absent = checked(_renamed(tensors), config, where)
     if absent:
         warnings.warn(f"{where} has no {' and no '.join(absent)}: initialised at random", stacklevel=2)
     model = BertForPreTraining(config)
@@ -82,7 +82,12 @@ def from_hf(source: str | Path | PreTrainedModel) -> BertForPreTraining:
     return model
 
 
-def _read_config(settings: Mapping[str, Any], where: str) -> BertConfig:
+def read_config(settings: Mapping[str, Any], where: str) -> BertConfig:
+    """The configuration that a config.json of a BERT states.
+
+    Raises:
+        ValueError: it is of another model, or of another arithmetic.
+    """
     model_type = settings.get("model_type")
     if model_type != "bert":
         raise ValueError(f"{where}: model_type must be 'bert'; got {model_type!r}")
@@ -131,8 +136,12 @@ def _expected_shapes(tensors: Mapping[str, Tensor], config: BertConfig, where: s
     }
 
 
-def _checked(tensors: Mapping[str, Tensor], config: BertConfig, where: str) -> tuple[dict[str, Tensor], list[str]]:
-    """(The tensors that ``config`` needs, the heads that are absent as a whole).
+def checked(tensors: Mapping[str, Tensor], config: BertConfig, where: str) -> tuple[dict[str, Tensor], list[str]]:
+    """(The tensors that ``config`` needs, the keys of `HEADS` that are absent as a whole).
+
+    Args:
+        tensors: by the names of Transformers' BertForPreTraining.
+        where: they come from, for messages.
 
     Raises:
         ValueError: a tensor is unknown, missing, of another shape, not floating point, or a tied copy that differs.

@@ -52,7 +52,7 @@ def save_hf(
             "model inside: .module or ._orig_mod"
         )
     files = {} if tokenizer is None else tokenizer_files(Path(tokenizer), model.config, model_max_length)
-    files[CONFIG_FILE] = json_bytes(_settings(model.config))
+    files[CONFIG_FILE] = json_bytes(config_content(model.config, "BertForPreTraining"))
     write_folder(directory, _tensors(model), files)
 
 
@@ -102,10 +102,10 @@ def _move_files(source: Path, directory: Path) -> None:
     sync_directory(directory)
 
 
-def _settings(config: BertConfig) -> dict[str, Any]:
+def config_content(config: BertConfig, architecture: str) -> dict[str, Any]:
     """The content of config.json, with every field written: another version's defaults cannot change it."""
     return {
-        "architectures": ["BertForPreTraining"],
+        "architectures": [architecture],
         "model_type": "bert",
         **{name: getattr(config, name) for name in FIELDS},
         "position_embedding_type": "absolute",

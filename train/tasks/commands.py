@@ -16,6 +16,7 @@ import typer
 
 from ..options import command
 from ..run.signals import Interrupted, StopSignal, exit_on_sigterm
+from .convert import ConvertSettings
 from .rows import STDIN
 from .settings import (
     EmbedSettings,
@@ -36,6 +37,7 @@ def add_commands(app: typer.Typer) -> None:
         ("fill", FillSettings, _fill),
         ("evaluate", EvaluateSettings, _evaluate),
         ("summarize", SummarizeSettings, _summarize),
+        ("convert", ConvertSettings, _convert),
     ):
         # typer keeps the line breaks within a docstring's paragraph: join its lines.
         paragraphs = inspect.cleandoc(run.__doc__ or "").split("\n\n")
@@ -207,3 +209,20 @@ def _summarize(settings: SummarizeSettings) -> None:
             return
         for i, sentences in enumerate(summaries):
             typer.echo(("\n" if i else "") + "\n".join(sentences))
+
+
+def _convert(settings: ConvertSettings) -> None:
+    """Turn a TensorFlow checkpoint of google-research/bert into a Hugging Face folder.
+
+    Many BERTs of a domain exist only so, and Transformers no longer reads them. Pretrained checkpoints, and those of
+    run_classifier and run_squad, load with the matching class of Transformers. pip install 'fusebert[tensorflow]'
+    reads them.
+
+    Example:
+
+        fusebert convert --tf uncased_L-12_H-768_A-12/bert_model.ckpt --out bert
+    """
+    with _running():
+        from .convert import convert
+
+        _tell(convert(settings))

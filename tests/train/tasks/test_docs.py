@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import transformers
+from tf_checkpoints import variables_of, write_checkpoint
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "tasks.md").read_text(encoding="utf-8")
 SECTIONS = [(part.partition("\n")[0], part) for part in re.split(r"^## ", PAGE, flags=re.M)[1:]]
@@ -30,6 +32,12 @@ def test_section(title: str, part: str, place: Path, fusebert: Callable[..., int
     (tmp_path / "masked.txt").write_text("The [MASK] lives here.\n")
     (tmp_path / "article.txt").write_text(" ".join(texts))
     (tmp_path / "reviews.tsv").write_text("stars\treview\n" + "".join(f"{i}\t{text}\n" for i, text in enumerate(texts)))
+    if "uncased_L-2/" in part:
+        original = tmp_path / "uncased_L-2"
+        model = transformers.BertForPreTraining.from_pretrained(place / "model")
+        write_checkpoint(original / "bert_model.ckpt", variables_of(model), monkeypatch)
+        shutil.copy(place / "model" / "config.json", original / "bert_config.json")
+        shutil.copy(place / "model" / "vocab.txt", original)
     monkeypatch.chdir(tmp_path)
     for kind, code in re.findall(r"^```(\w+)\n(.*?)^```$", part, flags=re.M | re.S):
         if kind == "python":
