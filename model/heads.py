@@ -1,6 +1,7 @@
 """Models for tasks on packed texts: embeddings, and one label a text.
 
     SentenceEncoder      a vector a text: mean, max or first token of the hidden states, or the pooler's output
+    CachedGradientEncoder    … trained by the gradient of its vectors
     SequenceClassifier   first token → linear → activation → dropout → linear → C outputs, as in Transformers'
                          BertForSequenceClassification and its relatives
 
@@ -54,15 +55,19 @@ class SentenceEncoder(nn.Module):
         initialise(self, config)
 
     def forward(self, batch: TextBatch) -> Tensor:
-        """float32 [S, H]. The rows of empty segments are undefined."""
+        """See `vectors`."""
+        return self.vectors(batch)
+
+    def vectors(self, batch: TextBatch) -> Tensor:
+        """float32 [S, H], or float64 of a model in it. The rows of empty segments are undefined."""
         if self.pooling in ("cls", "pooler"):
             first = first_tokens(self.encoder, batch)  # [S, H]
-            return (first if self.pooler is None else torch.tanh(self.pooler(first))).float()
+            return _accurate(first if self.pooler is None else torch.tanh(self.pooler(first)))
         hidden = self.encoder(
             batch.input_ids, batch.token_type_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen
         )
         # unsafe: else the offsets are checked on the host, which waits for the device.
-        return torch.segment_reduce(hidden.float(), self.pooling, offsets=batch.cu_seqlens.long(), unsafe=True)
+        return torch.segment_reduce(_accurate(hidden), self.pooling, offsets=batch.cu_seqlens.long(), unsafe=True)
 
 
 class ClassifierOutput(NamedTuple):
@@ -75,6 +80,25 @@ class ClassifierOutput(NamedTuple):
 
     loss_sum: Tensor
     correct: Tensor
+
+
+class CachedGradientEncoder(SentenceEncoder):
+    """A `SentenceEncoder` that is trained by the gradient of a loss with respect to its vectors (Gao et al. 2021).
+
+    The loss compares the texts of several micro-batches: its gradient is known once all their vectors are.
+    A backward of Σ vector · gradient, micro-batch by micro-batch, then gives the loss's gradient.
+
+    Attributes:
+        gradient: computes the gradient from a batch's vectors, where the batch does not bring it.
+    """
+
+    gradient: Callable[[Tensor], Tensor] | None = None
+
+    def forward(self, batch: TextBatch) -> ClassifierOutput:  # type: ignore[override]
+        """Σ vector · gradient, with the gradient in ``batch.labels`` if they are [S, H]; 0 right predictions."""
+        vectors = self.vectors(batch)  # [S, H]
+        gradient = batch.labels if self.gradient is None else self.gradient(vectors.detach())
+        return ClassifierOutput((vectors * gradient).sum(), torch.zeros((), device=vectors.device))
 
 
 class SequenceClassifier(nn.Module):
@@ -148,6 +172,10 @@ class SequenceClassifier(nn.Module):
         losses = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(), reduction="none").mean(-1)  # [S]
         right = ((logits > 0.0) == (labels > 0.5)).all(-1)
         return ClassifierOutput(torch.where(labelled, losses, 0.0).sum(), (right & labelled).sum())
+
+
+def _accurate(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def first_tokens(encoder: BertEncoder, batch: TextBatch) -> Tensor:

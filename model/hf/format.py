@@ -82,6 +82,6 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
-def json_bytes(content: dict[str, Any]) -> bytes:
+def json_bytes(content: Any) -> bytes:
     """The content of a JSON file of the folder."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

@@ -61,7 +61,7 @@ def write_folder(directory: str | Path, tensors: dict[str, Tensor], files: dict[
 
     Args:
         tensors: by Transformers' names, contiguous, without shared memory.
-        files: name → content.
+        files: name → content. A name may have a folder in front, as in ``1_Pooling/config.json``.
 
     Raises:
         ValueError, OSError: as `save_hf`.
@@ -78,6 +78,7 @@ def write_folder(directory: str | Path, tensors: dict[str, Tensor], files: dict[
         name = WEIGHTS_FILE
         save_tensors(partial / WEIGHTS_FILE, tensors, {"format": "pt"})
         for name, content in files.items():
+            (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_bytes(content)
         # safetensors makes its file readable by the owner only, whatever the umask is.
         (partial / WEIGHTS_FILE).chmod((partial / CONFIG_FILE).stat().st_mode)
@@ -97,8 +98,10 @@ def write_folder(directory: str | Path, tensors: dict[str, Tensor], files: dict[
 def _move_files(source: Path, directory: Path) -> None:
     """Move every file of ``source`` into ``directory``, config.json last."""
     (directory / CONFIG_FILE).unlink(missing_ok=True)
-    for path in sorted(source.iterdir(), key=lambda path: path.name == CONFIG_FILE):
-        path.replace(directory / path.name)
+    files = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
+    for path in sorted(files, key=lambda path: path == Path(CONFIG_FILE)):
+        (directory / path).parent.mkdir(exist_ok=True)
+        (source / path).replace(directory / path)
     sync_directory(directory)
 
 

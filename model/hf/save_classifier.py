@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..heads import SequenceClassifier
 from .encoders import EncoderFolder
@@ -52,17 +53,23 @@ def save_classifier(
     Raises:
         ValueError, OSError: as `save_hf`.
     """
-    names = source.family.names(model.config.num_hidden_layers)
+    files = {**tokenizer, CONFIG_FILE: json_bytes(_settings(model, source, label_names))}
+    write_folder(directory, family_tensors(model, source), files)
+
+
+def family_tensors(model: nn.Module, source: EncoderFolder) -> dict[str, torch.Tensor]:
+    """The parameters of ``model``, which was made from ``source``, under the names of its family."""
+    names = source.family.names(source.config.num_hidden_layers)
     tensors: dict[str, torch.Tensor] = {}
     for ours, parameter in model.named_parameters():
         theirs = names.get(ours)
         if theirs is None:  # the token types of a family without them
             continue
         value = parameter.detach()
-        if ours == POSITIONS and (before := source.family.first_position(model.config)):
+        if ours == POSITIONS and (before := source.family.first_position(source.config)):
             value = torch.cat([source.tensors[theirs[0]][:before].to(value), value])
         tensors |= unstacked(value, theirs)
-    write_folder(directory, tensors, {**tokenizer, CONFIG_FILE: json_bytes(_settings(model, source, label_names))})
+    return tensors
 
 
 def _settings(model: SequenceClassifier, source: EncoderFolder, label_names: Sequence[str]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ...model.batch import Batch
-from ...model.heads import SequenceClassifier
+from ...model.heads import CachedGradientEncoder, SequenceClassifier
 from ...model.pretraining import BertForPreTraining
 from .graphs import StepGraphs
 from .master_weights import LowPrecisionCopy
@@ -28,7 +28,11 @@ from .optim import set_learning_rate
 from .sharding import accumulating, agree_on_largest, full_tensor
 from .static_batch import StaticBatch
 
-COPIED = (BertForPreTraining, SequenceClassifier)  # models that compute all but their matrices in float32
+COPIED = (
+    BertForPreTraining,
+    CachedGradientEncoder,
+    SequenceClassifier,
+)  # models that compute all but their matrices in float32
 
 
 class StepResult(NamedTuple):
@@ -140,6 +144,13 @@ class TrainingStep:
             self.update()
             self.optimizer.zero_grad(set_to_none=True)
         return StepResult(self.sums.clone(), self._grad_norm.clone(), self._skipped.clone())
+
+    def refreshed(self) -> Any:
+        """The module that the next step calls, with the current weights: for a forward before it."""
+        if self._copy is not None:
+            self._copy.refresh()
+            return self._copy.model
+        return self.model
 
     def forget_shapes(self) -> None:
         """The next batches have other shapes. Call it when the device has done all steps."""

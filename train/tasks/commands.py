@@ -75,11 +75,11 @@ def write_lines(out: str, records: Iterable[dict[str, Any]]) -> int:
 
 
 def _finetune(settings: FinetuneSettings) -> None:
-    """Train a model to classify texts, or to give them a number.
+    """Train a model to classify texts, to give them a number, or to embed them.
 
     The training texts are packed by length, without padding. After each epoch the model is scored on the dev texts, and
-    OUT/hf is the best one: it loads with transformers.AutoModelForSequenceClassification. Ctrl-C saves; the printed
-    command continues exactly there.
+    OUT/hf is the best one: it loads with transformers.AutoModelForSequenceClassification, and with --task embed with
+    sentence-transformers. Ctrl-C saves; the printed command continues exactly there.
 
     Examples:
 
@@ -88,6 +88,8 @@ def _finetune(settings: FinetuneSettings) -> None:
         fusebert finetune --model bert/ --task classify --label-separator ';' --train a.csv --dev b.csv --out runs/tags
 
         fusebert finetune --model bert/ --task regress --text-pair other --train a.tsv --dev b.tsv --out sts --seeds 5
+
+        fusebert finetune --model bert/ --task embed --train pairs.tsv --dev d.tsv --batch-size 512 --out runs/search
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see `cli`
     # A signal during the imports ends the process without a traceback.

@@ -21,7 +21,7 @@ from .models import Machine, choose_machine, load, open_folder, sentence_setting
 from .packing import pack_texts, token_budget
 from .rows import Columns, read_rows
 from .settings import EmbedSettings, ModelSettings
-from .tokens import TextTokenizer
+from .tokens import EncodedText, TextTokenizer
 
 BLOCK = 4096  # texts that are sorted by length together
 
@@ -59,20 +59,26 @@ class Embedder:
         self._model = model.to(self._machine.device).eval()
         self.size = folder.config.hidden_size
 
-    @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """float32 [n, H], in the order of ``texts``."""
-        encoded = self.tokenizer(texts)
-        vectors = np.empty((len(texts), self.size), dtype=np.float32)
-        device = self._machine.device
-        for chosen in token_budget([len(each) for each in encoded], self._machine.tokens_per_batch):
-            batch = pack_texts([encoded[i] for i in chosen]).to(device, non_blocking=True)
-            with autocast(device, self._machine.compute_dtype):
-                found = self._model(batch)  # [S, H]
-            if self.normalize:
-                found = F.normalize(found, dim=1)
-            vectors[chosen] = found.cpu().numpy()
-        return vectors
+        return embed_encoded(self._model, self.tokenizer(texts), self._machine, self.normalize)
+
+
+@torch.no_grad()
+def embed_encoded(
+    model: SentenceEncoder, texts: Sequence[EncodedText], machine: Machine, normalize: bool
+) -> np.ndarray:
+    """float32 [n, H], in the order of ``texts``, which are packed by length. Leaves the model in evaluation mode."""
+    model.eval()
+    vectors = np.empty((len(texts), model.config.hidden_size), dtype=np.float32)
+    for chosen in token_budget([len(each) for each in texts], machine.tokens_per_batch):
+        batch = pack_texts([texts[i] for i in chosen]).to(machine.device, non_blocking=True)
+        with autocast(machine.device, machine.compute_dtype):
+            found = model.vectors(batch)  # [S, H]
+        if normalize:
+            found = F.normalize(found, dim=1)
+        vectors[chosen] = found.cpu().numpy()
+    return vectors
 
 
 Each = TypeVar("Each")

@@ -1,4 +1,4 @@
-"""``fusebert finetune``: an encoder and a head trained on labelled texts, with one or several seeds.
+"""``fusebert finetune``: an encoder and its head trained for a task, with one or several seeds.
 
     OUT/run.json                    settings, versions, hashes
         seed-N/log.jsonl            a line an interval and an epoch; tensorboard/

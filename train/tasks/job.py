@@ -14,15 +14,19 @@ from ...model.hf.encoders import EncoderFolder
 from ..errors import UserError
 from ..step.step import TrainingStep
 from .classify_task import read_classify_task
+from .contrast_step import ContrastiveStep
+from .contrast_task import ContrastTask, read_contrast_task
 from .examples import EpochBatches
 from .models import Machine
+from .pairs import PairBatches
 from .settings import FinetuneSettings
 from .task import Task
 
 MOST_EPOCHS = 10_000  # the order of all is known before the first step
-TASKS: dict[str, Callable[[FinetuneSettings, Machine, EncoderFolder], Task]] = {
+TASKS: dict[str, Callable[[FinetuneSettings, Machine, EncoderFolder], Task | ContrastTask]] = {
     "classify": read_classify_task,
     "regress": read_classify_task,
+    "embed": read_contrast_task,
 }
 
 
@@ -38,7 +42,7 @@ class Job:
     settings: FinetuneSettings
     machine: Machine
     folder: EncoderFolder
-    task: Task
+    task: Task | ContrastTask
 
     @property
     def metric(self) -> str:
@@ -58,13 +62,17 @@ class Job:
             part.requires_grad_(False)
         return model.to(self.machine.device), notes
 
-    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingStep:
+    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingStep | ContrastiveStep:
         """See `seed_run.Job`, as for the methods below."""
         dtype, clip = self.machine.compute_dtype, self.settings.clip
+        if isinstance(self.task, ContrastTask):  # its micro-batches differ in shape
+            return self.task.step(TrainingStep(model, optimizer, clip=clip, compute_dtype=dtype, losses=1))
         return TrainingStep(model, optimizer, clip=clip, compute_dtype=dtype, graph=self._graph, losses=1)
 
-    def batches(self, seed: int) -> EpochBatches:
+    def batches(self, seed: int) -> EpochBatches | PairBatches:
         settings, tokens = self.settings, self.machine.tokens_per_batch
+        if isinstance(self.task, ContrastTask):
+            return PairBatches(self.task.train, settings.batch_size, tokens, seed)
         return EpochBatches(self.task.train, settings.batch_size, tokens, seed, settings.epochs, static=self._graph)
 
     def scores(self, model: nn.Module) -> dict[str, float]:
@@ -84,10 +92,18 @@ def check_settings(settings: FinetuneSettings) -> None:
         raise UserError(f"--task must be one of {', '.join(TASKS)}; got {settings.task!r}")
     if settings.label_separator == "":
         raise UserError("--label-separator must not be empty")
+    for name in ("negative", "score_range", "normalize"):
+        if settings.task != "embed" and getattr(settings, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} is for --task embed")
     for name in ("label_separator", "class_weights"):
-        if settings.task == "regress" and getattr(settings, name) is not None:
+        if settings.task in ("regress", "embed") and getattr(settings, name) is not None:
             raise UserError(f"--{name.replace('_', '-')} is for --task classify")
-    for name, low, high in (("lr", 0.0, 1.0), ("clip", 0.0, 1e9), ("layer_decay", 0.0, 1.0)):
+    for name, low, high in (
+        ("lr", 0.0, 1.0),
+        ("clip", 0.0, 1e9),
+        ("layer_decay", 0.0, 1.0),
+        ("temperature", 0.0, 1e3),
+    ):
         if not low < getattr(settings, name) <= high:
             given = getattr(settings, name)
             raise UserError(f"--{name.replace('_', '-')} must be above {low:g} and at most {high:g}; got {given}")

@@ -37,6 +37,7 @@ class Columns:
         label: default: "label", or the second column of a file without a header.
         labelled: whether labels are read at all.
         empty_labels: a label may be empty.
+        negatives: columns of more texts, which may be empty.
     """
 
     text: str | None = None
@@ -44,6 +45,7 @@ class Columns:
     label: str | None = None
     labelled: bool = False
     empty_labels: bool = False
+    negatives: tuple[str, ...] = ()
 
     def wanted(self) -> dict[str, str]:
         """Part of a row → the name or number of its column, with the default names."""
@@ -52,12 +54,12 @@ class Columns:
             names["pair"] = self.pair
         if self.labelled:
             names["label"] = self.label or "label"
-        return names
+        return names | {f"negative {i}": name for i, name in enumerate(self.negatives, 1)}
 
     @property
     def given(self) -> bool:
         """Whether the user chose columns."""
-        return any((self.text, self.pair, self.label))
+        return any((self.text, self.pair, self.label, self.negatives))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +70,19 @@ class Row:
         where: file and line, for messages.
         text, pair: the texts; pair is None without a second one.
         label: as in the file: a string, or in .jsonl and .parquet any value; None without labels.
+        negatives: the texts of `Columns.negatives` that are not empty.
     """
 
     where: str
     text: str
     pair: str | None = None
     label: Any = None
+    negatives: tuple[str, ...] = ()
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All texts of the row: the first, the second of a pair, the negatives."""
+        return (self.text, *([] if self.pair is None else [self.pair]), *self.negatives)
 
 
 def read_rows(source: str | Path, columns: Columns) -> Iterator[Row]:
@@ -159,18 +168,22 @@ def _choose(first: list[str], columns: Columns, where: str) -> tuple[dict[str, i
     wanted = columns.wanted()
     if all(name in first for name in wanted.values()):
         return {part: first.index(name) for part, name in wanted.items()}, True
-    numbers = {"text": columns.text or "1", "pair": columns.pair or "", "label": columns.label or "2"}
+    numbers = wanted | {"text": columns.text or "1", "pair": columns.pair or "", "label": columns.label or "2"}
     chosen = {part: int(numbers[part]) - 1 if numbers[part].isdecimal() else -1 for part in wanted}
     # Without options a file without a header must have just the columns that are read.
     guessed = not columns.given and (len(first) != len(wanted) or any(name in first for name in wanted.values()))
     if not guessed and all(0 <= i < len(first) for i in chosen.values()):
         return chosen, False
     missing = next(name for name in wanted.values() if name not in first)
-    options = " and ".join(f"--{'text-pair' if part == 'pair' else part}" for part in wanted)
+    options = " and ".join(dict.fromkeys(map(_option, wanted)))
     raise UserError(
         f"{where}: no column {missing!r} (the first row: {', '.join(map(repr, first[:8]))}): name the columns with "
         f"{options}, or give their numbers from 1 if the file has no header"
     )
+
+
+def _option(part: str) -> str:
+    return "--text-pair" if part == "pair" else f"--{part.split()[0]}"
 
 
 def _jsonl_rows(file: TextIO, path: Path, columns: Columns) -> Iterator[Row]:
@@ -188,8 +201,7 @@ def _jsonl_rows(file: TextIO, path: Path, columns: Columns) -> Iterator[Row]:
         for part, name in wanted.items():
             if name not in record:
                 fields = ", ".join(map(repr, list(record)[:8])) or "none"
-                option = "--text-pair" if part == "pair" else f"--{part}"
-                raise UserError(f"{where}: no field {name!r} (its fields: {fields}); name it with {option}")
+                raise UserError(f"{where}: no field {name!r} (its fields: {fields}); name it with {_option(part)}")
         yield _row(where, {part: record[name] for part, name in wanted.items()}, columns)
 
 
@@ -223,4 +235,11 @@ def _row(where: str, parts: dict[str, Any], columns: Columns) -> Row:
             raise UserError(f"{where}: the {part} is a {type(parts[part]).__name__}, not a string")
     if "label" in parts and parts["label"] in (None, "") and not columns.empty_labels:
         raise UserError(f"{where}: the label is empty")
-    return Row(where, **parts)
+    negatives = []
+    for part in [part for part in parts if part.startswith("negative")]:
+        text = parts.pop(part)
+        if text is not None and not isinstance(text, str):
+            raise UserError(f"{where}: the {part} is a {type(text).__name__}, not a string")
+        if text:
+            negatives.append(text)
+    return Row(where, **parts, negatives=tuple(negatives))

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from ..options import Option
 
 DATA, MACHINE, OPTIMISER, RUN = "Data", "Machine", "Optimiser", "Run"
+EMBED = "With --task embed"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,7 +151,11 @@ class FinetuneSettings(ModelSettings):
     """The options of ``fusebert finetune``."""
 
     task: Annotated[
-        str, Option("classify (one class a text; several with --label-separator), or regress (one number a text).")
+        str,
+        Option(
+            "classify (one class a text; several with --label-separator), regress (one number a text), or embed (one "
+            "vector a text, from pairs of texts)."
+        ),
     ]
     train: Annotated[
         list[str],
@@ -168,6 +173,37 @@ class FinetuneSettings(ModelSettings):
     ] = None
     text_pair: Annotated[str | None, Option("Column of the second text of a pair. Default: none.", DATA)] = None
     label: Annotated[str | None, Option("Column of the labels. Default: label, or 2.", DATA)] = None
+    negative: Annotated[
+        list[str] | None,
+        Option(
+            "Column of texts that are no match for the first text; may be empty. Give the option again for more "
+            "columns.",
+            EMBED,
+        ),
+    ] = None
+    score_range: Annotated[
+        str | None,
+        Option(
+            "LOW:HIGH, the range of the scores in --label, such as 0:5. The cosine learns 0 for LOW, 1 for HIGH. "
+            "Default: 0:1.",
+            EMBED,
+        ),
+    ] = None
+    pooling: Annotated[
+        str,
+        Option("mean, cls or max; auto: what a sentence-transformers folder says, else mean.", EMBED),
+    ] = "auto"
+    normalize: Annotated[
+        bool | None,
+        Option(
+            "Scale each vector to length 1. Default: what a sentence-transformers folder says, else yes.",
+            EMBED,
+            flags="--normalize/--no-normalize",
+        ),
+    ] = None
+    temperature: Annotated[
+        float, Option("What cosines are divided by before the softmax: 0.05 is a scale of 20.", EMBED)
+    ] = 0.05
     label_separator: Annotated[
         str | None,
         Option("A text may have several classes, separated by this, as in 'sport;news'; or none.", DATA),
@@ -201,7 +237,8 @@ class FinetuneSettings(ModelSettings):
         str,
         Option(
             "On --dev, chooses the best model: accuracy, macro_f1, mcc or loss; micro_f1 with several classes a text; "
-            "pearson, spearman or rmse in a regression. auto: the first of its kind.",
+            "pearson, spearman or rmse in a regression; mrr, recall_at_1 or recall_at_10 of pairs; spearman or pearson "
+            "of scored pairs. auto: the first of its kind.",
             RUN,
         ),
     ] = "auto"

@@ -36,9 +36,28 @@ def write_labelled(folder: Path, name: str, count: int, seed: int) -> None:
     (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
 
 
+def write_pairs(folder: Path, name: str, count: int, seed: int) -> None:
+    """``name``.tsv: anchor, positive (the place, and what this animal eats), negative (what another one
+    eats; often empty). ``name``.jsonl: text, text_pair, score (5 or 0)."""
+    rng = random.Random(seed)
+    table, lines = ["anchor\tpositive\tnegative"], []
+    for _ in range(count):
+        animal, other = rng.sample(ANIMALS, 2)
+        where = rng.choice(PLACES)
+        anchor = f"The {animal} lives in the {where}"
+        positive, negative = (f"From the {where} it took {FOODS[ANIMALS.index(each)]}" for each in (animal, other))
+        table.append(f"{anchor}\t{positive}\t{negative if rng.random() < 0.5 else ''}")
+        same = rng.random() < 0.5
+        record = {"text": anchor, "text_pair": positive if same else negative, "score": 5 if same else 0}
+        lines.append(json.dumps(record))
+    (folder / f"{name}.tsv").write_text("\n".join(table) + "\n")
+    (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+
+
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """corpus/, model/, texts as texts.txt, .tsv, .csv, .jsonl, .parquet, and `write_labelled`'s train and dev."""
+    """corpus/, model/, texts as texts.txt, .tsv, .csv, .jsonl, .parquet; train and dev of `write_labelled`, and of
+    `write_pairs`."""
     import pyarrow
     import pyarrow.parquet
 
@@ -54,6 +73,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), place / "texts.parquet")
     for name, count, seed in (("train", 120, 0), ("dev", 40, 1)):
         write_labelled(place, name, count, seed)
+        write_pairs(place, f"pairs-{name}", 2 * count, seed)
     return place
 
 

@@ -27,7 +27,7 @@ def test_section(title: str, part: str, place: Path, fusebert: Callable[..., int
     shutil.copytree(place / "corpus", tmp_path / "data" / "pydocs")
     texts = (place / "texts.txt").read_text().splitlines()
     (tmp_path / "texts.txt").write_text("\n".join(texts))
-    for table in (*place.glob("train.*"), *place.glob("dev.*")):
+    for table in (*place.glob("*train.*"), *place.glob("*dev.*")):
         shutil.copy(table, tmp_path)
     (tmp_path / "masked.txt").write_text("The [MASK] lives here.\n")
     (tmp_path / "article.txt").write_text(" ".join(texts))
