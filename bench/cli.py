@@ -215,18 +215,26 @@ def tune(options: TuneOptions) -> None:
     """Derive attention's launch table anew: by measurement on that GPU, elsewhere by the compiler alone.
 
     Prints the entries for TABLES and MASKED in kernels/attn/config.py.
-    Takes minutes.
+    Takes minutes. --kernels rows prints the configuration that is launched
+    and the candidates of the short attention kernels, LayerNorm and the
+    embeddings, with their predicted times, and their times on a GPU.
     """
     import torch
 
     from ..kernels import backend
+    from .compiled import candidates
     from .compiled import tune as suite
     from .compiled.aot import LIMITS
 
+    if options.kernels not in ("attention", "rows"):
+        raise UserError(f"--kernels {options.kernels}: choose one of attention, rows")
     arch = backend.architecture() if options.arch is None else options.arch
     if arch not in LIMITS:
         raise UserError(f"--arch {arch}: choose one of {', '.join(map(str, LIMITS))}")
     dtype = getattr(torch, resolve(options, False, dtypes=("bf16", "fp32")).dtype)
+    if options.kernels == "rows":
+        candidates.race(arch, dtype, typer.echo)
+        return
     table, masked = suite.derive(arch, dtype, lambda line: typer.echo(line, err=True))
     typer.echo(suite.as_code(arch, dtype, table))
     typer.echo(suite.as_code(arch, dtype, masked))

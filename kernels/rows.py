@@ -21,11 +21,12 @@ from .dropout import dropout_keep
 
 
 class Config(NamedTuple):
-    """Tile and warps of one kernel."""
+    """Tile and warps of one kernel; ``stages``: tiles that a loop over tiles has in flight."""
 
     rows: int  # BLOCK_M
     columns: int  # BLOCK_H, a power of two
     num_warps: int
+    stages: int = 1
 
 
 @triton.jit

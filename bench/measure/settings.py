@@ -221,6 +221,9 @@ class TuneOptions:
         int | None, Option("Compute capability, 90 for 9.0. Default: this GPU's, or 90.", show_default=False)
     ] = None
     dtype: Annotated[str, Option("bf16 (which stands for fp16 too) or fp32.")] = "bf16"
+    kernels: Annotated[
+        str, Option("attention: derive its tables; rows: race candidates of the short attention and the row kernels.")
+    ] = "attention"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

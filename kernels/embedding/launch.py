@@ -39,7 +39,9 @@ def backward_config(hidden_size: int) -> Config:
     the grid needs two.
     """
     columns = max(8, triton.next_power_of_2(hidden_size))
-    return Config(min(64, max(1, 2048 // columns)), columns, 8 if columns <= 2048 else 16)
+    # Two stages of 16384 float32 columns exceed the shared memory of every GPU, of 8192 columns that of most.
+    stages = 2 if columns <= 4096 else 1
+    return Config(min(64, max(1, 2048 // columns)), columns, 8 if columns <= 2048 else 16, stages)
 
 
 def empty_forward(input_ids: Tensor, word_weight: Tensor, out_dtype: torch.dtype, keep: bool) -> tuple[Tensor, ...]:
@@ -173,8 +175,7 @@ def launch_backward(
             H=hidden_size,
             BLOCK_M=config.rows,
             BLOCK_H=config.columns,
-            # Two stages of 16384 float32 columns exceed the shared memory of every GPU, of 8192 columns that of most.
-            STAGES=2 if config.columns <= 4096 else 1,
+            STAGES=config.stages,
             num_warps=config.num_warps,
             enable_fp_fusion=True,
         )

@@ -33,7 +33,9 @@ def backward_config(hidden_size: int, linear_bias_grad: bool, dropout: bool, dty
         # programs share the row. Masks, Philox, float32 or a third sum leave room for 8 elements a thread only.
         heavy = (dropout or hidden_size > 8192) and (hidden_size % 8192 != 0 or dtype.itemsize == 4)
         columns = 4096 if linear_bias_grad or heavy else 8192
-    return Config(min(64, max(1, elements // columns)), columns, 8 if hidden_size <= elements else 16)
+    # Two stages of whole float32 rows exceed sm_80's shared memory.
+    stages = 2 if hidden_size <= columns or dtype.itemsize == 2 else 1
+    return Config(min(64, max(1, elements // columns)), columns, 8 if hidden_size <= elements else 16, stages)
 
 
 def empty_forward(x: Tensor, residual: Tensor | None, centred: bool, keep: bool) -> tuple[Tensor, ...]:
@@ -174,8 +176,7 @@ def launch_backward(
             H=hidden_size,
             BLOCK_M=config.rows,
             BLOCK_H=config.columns,
-            # Two stages of whole float32 rows exceed sm_80's shared memory.
-            STAGES=2 if blocks == 1 or s.element_size() == 2 else 1,
+            STAGES=config.stages,
             num_warps=config.num_warps,
             enable_fp_fusion=True,
             # The grid has two programs of 8 warps a multiprocessor, or one of 16, so 128 registers a thread are free.
