@@ -38,6 +38,8 @@ TASKS = [
     "pyarrow>=15",
     # The metrics that papers report: F1, Matthews' correlation and the like are not worth a second implementation.
     "scikit-learn>=1.4",
+    # Precision, recall and F1 of entities as conlleval counts them, which papers on tagging report.
+    "seqeval>=1.2.2",
 ]
 # Inputs behind URLs, streamed: one interface to S3, HTTP, the Hugging Face Hub and more, each by its own package.
 REMOTE = ["fsspec>=2024.2"]

@@ -1,12 +1,14 @@
-"""Models for tasks on packed texts: embeddings, and one label a text.
+"""Models for tasks on packed texts: embeddings, one label a text, one label a token, an answer in a text.
 
     SentenceEncoder      a vector a text: mean, max or first token of the hidden states, or the pooler's output
     CachedGradientEncoder    … trained by the gradient of its vectors
     SequenceClassifier   first token → linear → activation → dropout → linear → C outputs, as in Transformers'
                          BertForSequenceClassification and its relatives
+    TokenClassifier      every token → dropout → linear → C outputs, as in BertForTokenClassification
+    SpanPredictor        every token → dropout → linear → start and end, as in BertForQuestionAnswering
 
-The classifier's last layer computes only the rows that its head reads, the first tokens. Losses are sums over the
-labelled texts, so that the mean over several batches is exact.
+The sequence classifier's last layer computes only the rows that its head reads, the first tokens. Losses are sums over
+the labels, so that the mean over several batches is exact.
 
 Shapes: T tokens, S segments, H hidden_size, C outputs.
 """
@@ -63,15 +65,13 @@ class SentenceEncoder(nn.Module):
         if self.pooling in ("cls", "pooler"):
             first = first_tokens(self.encoder, batch)  # [S, H]
             return _accurate(first if self.pooler is None else torch.tanh(self.pooler(first)))
-        hidden = self.encoder(
-            batch.input_ids, batch.token_type_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen
-        )
+        hidden = all_tokens(self.encoder, batch)  # [T, H]
         # unsafe: else the offsets are checked on the host, which waits for the device.
         return torch.segment_reduce(_accurate(hidden), self.pooling, offsets=batch.cu_seqlens.long(), unsafe=True)
 
 
 class ClassifierOutput(NamedTuple):
-    """Sums over the labelled texts of a batch: 0-dim tensors on the model's device.
+    """Sums over the labelled texts, or tokens, of a batch: 0-dim tensors on the model's device.
 
     Attributes:
         loss_sum: cross entropy; binary cross entropy, averaged over the classes; or squared error.
@@ -184,3 +184,99 @@ def first_tokens(encoder: BertEncoder, batch: TextBatch) -> Tensor:
     filled = torch.cumsum(ends > starts, 0, dtype=torch.int32)  # [S]
     rows = ReadRows(starts.long().clamp(max=batch.input_ids.shape[0] - 1), F.pad(filled, (1, 0)))
     return encoder(batch.input_ids, batch.token_type_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, rows)
+
+
+class TokenClassifier(nn.Module):
+    """An encoder and a linear on each token, on packed texts.
+
+    Args:
+        num_outputs: C, the number of classes.
+        head_dropout: probability before the linear; None: the configuration's ``hidden_dropout_prob``.
+        embedding_size: as of `BertEncoder`.
+    """
+
+    def __init__(
+        self,
+        config: BertConfig,
+        num_outputs: int,
+        *,
+        head_dropout: float | None = None,
+        embedding_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = BertEncoder(config, embedding_size)
+        self.tag_out = nn.Linear(config.hidden_size, num_outputs)
+        self.head_dropout = config.hidden_dropout_prob if head_dropout is None else head_dropout
+        initialise(self, config)
+
+    def logits(self, batch: TextBatch) -> Tensor:
+        """float32 [T, C]. The rows of the slack mean nothing."""
+        x = all_tokens(self.encoder, batch)  # [T, H]
+        return self.tag_out(F.dropout(x, self.head_dropout, self.training)).float()
+
+    def forward(self, batch: TextBatch) -> ClassifierOutput:
+        """Cross entropy and number of right classes, summed over the labelled tokens; ``batch.labels``: int64 [T]."""
+        logits, labels = self.logits(batch), batch.labels
+        loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+        return ClassifierOutput(loss, (logits.argmax(-1) == labels).sum())
+
+
+class SpanPredictor(nn.Module):
+    """An encoder and two scores a token, of a span that starts and of one that ends there, on packed texts.
+
+    Args:
+        head_dropout: probability before the linear.
+        embedding_size: as of `BertEncoder`.
+
+    Attributes:
+        null_threshold: a text answers nothing if the score of no answer is above the best answer's by more than this.
+    """
+
+    def __init__(self, config: BertConfig, *, head_dropout: float = 0.0, embedding_size: int | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = BertEncoder(config, embedding_size)
+        self.span_out = nn.Linear(config.hidden_size, 2)
+        self.head_dropout = head_dropout
+        self.null_threshold = 0.0
+        initialise(self, config)
+
+    def logits(self, batch: TextBatch) -> Tensor:
+        """float32 [T, 2], start and end. The rows of the slack mean nothing."""
+        x = all_tokens(self.encoder, batch)  # [T, H]
+        return self.span_out(F.dropout(x, self.head_dropout, self.training)).float()
+
+    def forward(self, batch: TextBatch) -> ClassifierOutput:
+        """See `span_loss`; ``batch.labels``: int64 [S, 2]."""
+        return span_loss(self.logits(batch), batch)
+
+
+def span_loss(logits: Tensor, batch: TextBatch) -> ClassifierOutput:
+    """The mean of start's and end's cross entropy over each segment's own tokens, summed over the labelled segments.
+
+    A segment counts as right if start and end both are. There is no scatter: the gradient is deterministic.
+
+    Args:
+        logits: float32 [T, 2].
+        batch: with labels int64 [S, 2], the first and the last token of the answer, counted from the segment's start.
+    """
+    offsets = batch.cu_seqlens.long()  # [S + 1]
+    positions = torch.arange(logits.shape[0], device=logits.device)  # [T]
+    segments = torch.bucketize(positions, offsets[1:], right=True)  # [T]
+    # unsafe: else the offsets are checked on the host, which waits for the device.
+    largest = torch.segment_reduce(logits.detach(), "max", offsets=offsets, unsafe=True)  # [S, 2]; −∞ if empty
+    powers = (logits - largest[segments]).exp()  # [T, 2]
+    total = torch.segment_reduce(powers, "sum", offsets=offsets, unsafe=True)  # [S, 2]
+    is_answer = (positions - offsets[segments])[:, None] == batch.labels[segments]  # [T, 2]
+    answer = torch.segment_reduce(torch.where(is_answer, logits, 0.0), "sum", offsets=offsets, unsafe=True)  # [S, 2]
+    labelled = batch.labels[:, 0] >= 0  # [S]
+    filled = torch.where(labelled[:, None], largest, 0.0)
+    losses = total.clamp(min=torch.finfo(total.dtype).tiny).log() + filled - answer  # [S, 2]
+    right = (answer.detach() == largest).all(-1) & labelled
+    return ClassifierOutput(torch.where(labelled, losses.mean(-1), 0.0).sum(), right.sum())
+
+
+def all_tokens(encoder: BertEncoder, batch: TextBatch) -> Tensor:
+    """The hidden states of every token, [T, H]."""
+    return encoder(batch.input_ids, batch.token_type_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)

@@ -1,4 +1,4 @@
-"""Packed texts with one label each: the input of `heads`."""
+"""Packed texts with labels: the input of `heads`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ class TextBatch:
         input_ids, token_type_ids, position_ids: int64 [T].
         cu_seqlens: int32 [S + 1], bounds of the segments. Texts come first, then the slack, then empty segments.
         labels: int64 [S], a class; −100 without one. Or float32 [S] (a number) or [S, C] (0 or 1 for each class); NaN
-            without one.
+            without one. Or int64 [T], a class a token; −100 without one. Or int64 [S, 2], the first and the last token
+            of an answer, counted from the segment's start; −100 without one.
         max_seqlen: upper bound of the segments' lengths.
         num_tokens: number of tokens, without the slack.
-        num_labels: number of segments with a label.
+        num_labels: number of segments, or of tokens, with a label.
     """
 
     input_ids: Tensor

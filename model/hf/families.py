@@ -19,6 +19,7 @@ from .format import FIELDS, MLM_BIAS, parameter_names
 
 TOKEN_TYPES = "encoder.embeddings.token_type_embeddings.weight"
 POSITIONS = "encoder.embeddings.position_embeddings.weight"
+TOKEN_HEADS = {"tag_out": "classifier", "span_out": "qa_outputs"}  # our module → theirs, in every family
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Family:
         head_dropout: keys in config.json of the dropout in the classification head; the first that is set counts.
         default_dropout: without them.
         input_dropout: the classification head drops its input too.
+        tag_dropout: as ``head_dropout``, of the head that classifies tokens; without them 0.1.
+        span_dropout: keys of the dropout in the head that finds answers; without them 0.1; None: it has no dropout.
         heads: our module or bias outside of the layers → theirs.
         renames: in BERT's names of the encoder's parameters, what to replace by what.
         settings: field of `BertConfig` → key in config.json, where they differ.
@@ -54,6 +57,8 @@ class Family:
     token_types: bool = True
     default_dropout: float = 0.1
     input_dropout: bool = False
+    tag_dropout: tuple[str, ...] = ("classifier_dropout", "hidden_dropout_prob")
+    span_dropout: tuple[str, ...] | None = None
 
     def config(self, content: Mapping[str, Any]) -> BertConfig:
         """Our configuration for the content of a config.json.
@@ -72,8 +77,15 @@ class Family:
 
     def head_dropout_p(self, content: Mapping[str, Any]) -> float:
         """The dropout probability in the classification head, for the content of a config.json."""
-        stated = [content[key] for key in self.head_dropout if content.get(key) is not None]
-        return float(stated[0]) if stated else self.default_dropout
+        return _stated(content, self.head_dropout, self.default_dropout)
+
+    def tag_dropout_p(self, content: Mapping[str, Any]) -> float:
+        """The dropout probability in the head that classifies tokens."""
+        return _stated(content, self.tag_dropout, 0.1)
+
+    def span_dropout_p(self, content: Mapping[str, Any]) -> float:
+        """The dropout probability in the head that finds answers."""
+        return 0.0 if self.span_dropout is None else _stated(content, self.span_dropout, 0.1)
 
     def first_position(self, config: BertConfig) -> int:
         """Rows of their position table before the first token's."""
@@ -89,7 +101,7 @@ class Family:
             for ours, theirs in parameter_names(num_layers).items()
             if ours.startswith("encoder.") and not (ours == TOKEN_TYPES and self.class_name == "DistilBert")
         }
-        for ours, theirs in self.heads.items():
+        for ours, theirs in {**self.heads, **TOKEN_HEADS}.items():
             if ours == "mlm_bias":
                 names[ours] = (theirs,)
             else:
@@ -101,6 +113,12 @@ class Family:
         for old, new in self.renames.items():
             name = name.replace(old, new)
         return self.prefix + name
+
+
+def _stated(content: Mapping[str, Any], keys: tuple[str, ...], default: float) -> float:
+    """The first of ``keys`` that is set in ``content``."""
+    stated = [content[key] for key in keys if content.get(key) is not None]
+    return float(stated[0]) if stated else default
 
 
 # Transformers omits a field from config.json when it has the default of its class.
@@ -215,5 +233,7 @@ FAMILIES: dict[str, Family] = {
         tied={"vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight"},
         token_types=False,
         default_dropout=0.2,
+        tag_dropout=("dropout",),
+        span_dropout=("qa_dropout",),
     ),
 }

@@ -1,4 +1,4 @@
-"""Write a `SequenceClassifier` as a folder that Transformers' AutoModelForSequenceClassification loads."""
+"""Write a model of `heads` as a folder that Transformers' AutoModelFor… of its task loads."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..heads import SequenceClassifier
+from ..heads import SequenceClassifier, SpanPredictor, TokenClassifier
 from .encoders import EncoderFolder
 from .families import POSITIONS
 from .format import CONFIG_FILE, json_bytes
 from .save import unstacked, write_folder
 
+TAGGER, SPAN_PREDICTOR = "TokenClassification", "QuestionAnswering"  # ends of Transformers' class names
+REPLACED = ("num_labels", "torch_dtype", "problem_type", "null_threshold")
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -43,7 +45,7 @@ def save_classifier(
     label_names: Sequence[str],
     tokenizer: Mapping[str, bytes],
 ) -> None:
-    """Write ``model`` in the family of the folder that it was made from.
+    """Write a model for AutoModelForSequenceClassification, in the family of the folder that it was made from.
 
     Args:
         source: the folder.
@@ -53,8 +55,35 @@ def save_classifier(
     Raises:
         ValueError, OSError: as `save_hf`.
     """
-    files = {**tokenizer, CONFIG_FILE: json_bytes(_settings(model, source, label_names))}
-    write_folder(directory, family_tensors(model, source), files)
+    settings = {**_labels(label_names), "problem_type": model.problem}
+    _save(model, directory, source, "SequenceClassification", settings, tokenizer)
+
+
+def save_tagger(
+    model: TokenClassifier,
+    directory: str | Path,
+    source: EncoderFolder,
+    tag_names: Sequence[str],
+    tokenizer: Mapping[str, bytes],
+) -> None:
+    """Write a model for AutoModelForTokenClassification. Arguments and errors: as `save_classifier`."""
+    _save(model, directory, source, TAGGER, _labels(tag_names), tokenizer)
+
+
+def save_span_predictor(
+    model: SpanPredictor, directory: str | Path, source: EncoderFolder, tokenizer: Mapping[str, bytes]
+) -> None:
+    """Write a model for AutoModelForQuestionAnswering, its threshold as ``null_threshold`` in config.json.
+
+    Arguments and errors: as `save_classifier`.
+    """
+    settings = {**_labels(("LABEL_0", "LABEL_1")), "null_threshold": model.null_threshold}
+    _save(model, directory, source, SPAN_PREDICTOR, settings, tokenizer)
+
+
+def is_for(source: EncoderFolder, task: str) -> bool:
+    """Whether the folder has a model for ``task``, `TAGGER` or `SPAN_PREDICTOR`."""
+    return any(str(name).endswith(f"For{task}") for name in source.settings.get("architectures") or [])
 
 
 def family_tensors(model: nn.Module, source: EncoderFolder) -> dict[str, torch.Tensor]:
@@ -72,14 +101,22 @@ def family_tensors(model: nn.Module, source: EncoderFolder) -> dict[str, torch.T
     return tensors
 
 
-def _settings(model: SequenceClassifier, source: EncoderFolder, label_names: Sequence[str]) -> dict[str, Any]:
-    # Each would override what is written below.
-    kept = {name: value for name, value in source.settings.items() if name not in ("num_labels", "torch_dtype")}
+def _save(
+    model: nn.Module,
+    directory: str | Path,
+    source: EncoderFolder,
+    task: str,
+    settings: Mapping[str, Any],
+    tokenizer: Mapping[str, bytes],
+) -> None:
+    # Each would override, or contradict, what is written here.
+    kept = {name: value for name, value in source.settings.items() if name not in REPLACED}
+    content = {**kept, "architectures": [f"{source.family.class_name}For{task}"], **settings, "dtype": "float32"}
+    write_folder(directory, family_tensors(model, source), {**tokenizer, CONFIG_FILE: json_bytes(content)})
+
+
+def _labels(names: Sequence[str]) -> dict[str, Any]:
     return {
-        **kept,
-        "architectures": [f"{source.family.class_name}ForSequenceClassification"],
-        "id2label": {str(i): name for i, name in enumerate(label_names)},
-        "label2id": {name: i for i, name in enumerate(label_names)},
-        "problem_type": model.problem,
-        "dtype": "float32",
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
     }

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ...model.batch import Batch
-from ...model.heads import CachedGradientEncoder, SequenceClassifier
+from ...model.heads import CachedGradientEncoder, SequenceClassifier, SpanPredictor, TokenClassifier
 from ...model.pretraining import BertForPreTraining
 from .graphs import StepGraphs
 from .master_weights import LowPrecisionCopy
@@ -28,11 +28,8 @@ from .optim import set_learning_rate
 from .sharding import accumulating, agree_on_largest, full_tensor
 from .static_batch import StaticBatch
 
-COPIED = (
-    BertForPreTraining,
-    CachedGradientEncoder,
-    SequenceClassifier,
-)  # models that compute all but their matrices in float32
+# Models that compute all but their matrices in float32.
+COPIED = (BertForPreTraining, CachedGradientEncoder, SequenceClassifier, TokenClassifier, SpanPredictor)
 
 
 class StepResult(NamedTuple):

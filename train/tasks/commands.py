@@ -75,11 +75,12 @@ def write_lines(out: str, records: Iterable[dict[str, Any]]) -> int:
 
 
 def _finetune(settings: FinetuneSettings) -> None:
-    """Train a model to classify texts, to give them a number, or to embed them.
+    """Train a model to classify texts, to give them a number, to tag their words, or to embed them.
 
     The training texts are packed by length, without padding. After each epoch the model is scored on the dev texts, and
-    OUT/hf is the best one: it loads with transformers.AutoModelForSequenceClassification, and with --task embed with
-    sentence-transformers. Ctrl-C saves; the printed command continues exactly there.
+    OUT/hf is the best one: it loads with the class of Transformers for its task, such as
+    AutoModelForSequenceClassification, and with --task embed with sentence-transformers. Ctrl-C saves; the printed
+    command continues exactly there.
 
     Examples:
 
@@ -88,6 +89,8 @@ def _finetune(settings: FinetuneSettings) -> None:
         fusebert finetune --model bert/ --task classify --label-separator ';' --train a.csv --dev b.csv --out runs/tags
 
         fusebert finetune --model bert/ --task regress --text-pair other --train a.tsv --dev b.tsv --out sts --seeds 5
+
+        fusebert finetune --model bert/ --task tag --train train.conll --dev dev.conll --out runs/entities
 
         fusebert finetune --model bert/ --task embed --train pairs.tsv --dev d.tsv --batch-size 512 --out runs/search
     """
@@ -106,23 +109,26 @@ def _finetune(settings: FinetuneSettings) -> None:
 
 
 def _predict(settings: PredictSettings) -> None:
-    """Give each text the class or the number that a fine-tuned model predicts.
+    """Give each text the class, the number or the tags that a fine-tuned model predicts.
 
-    One JSON object a line, in the order of the texts: label and probabilities, labels and probabilities, or value.
+    One JSON object a line, in the order of the texts: label and probabilities, labels and probabilities, or value; with
+    a model that tags words: tokens, tags and entities.
 
     Examples:
 
         fusebert predict --model runs/topics/hf --input texts.txt --out labels.jsonl
 
         fusebert predict --model distilbert-sst2/ --input reviews.tsv --text review
+
+        echo "Ada Lovelace lives in London." | fusebert predict --model runs/entities/hf --input -
     """
     with _running():
-        from .predict import Predictor
+        from .predictors import open_predictor
 
-        predictor = Predictor(settings)
+        predictor = open_predictor(settings)
         _tell(predictor.notes)
         write_lines(settings.out, predictor.records())
-        _tell(filter(None, [predictor.tokenizer.warning()]))
+        _tell(predictor.warnings())
 
 
 def _embed(settings: EmbedSettings) -> None:

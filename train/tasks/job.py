@@ -20,13 +20,24 @@ from .examples import EpochBatches
 from .models import Machine
 from .pairs import PairBatches
 from .settings import FinetuneSettings
+from .tag.task import read_tag_task
 from .task import Task
 
 MOST_EPOCHS = 10_000  # the order of all is known before the first step
 TASKS: dict[str, Callable[[FinetuneSettings, Machine, EncoderFolder], Task | ContrastTask]] = {
     "classify": read_classify_task,
     "regress": read_classify_task,
+    "tag": read_tag_task,
     "embed": read_contrast_task,
+}
+ONLY_FOR = {  # option → the tasks that it is for
+    "text_pair": ("classify", "regress", "embed"),
+    "label_separator": ("classify",),
+    "class_weights": ("classify",),
+    "stride": ("tag",),
+    "negative": ("embed",),
+    "score_range": ("embed",),
+    "normalize": ("embed",),
 }
 
 
@@ -92,12 +103,9 @@ def check_settings(settings: FinetuneSettings) -> None:
         raise UserError(f"--task must be one of {', '.join(TASKS)}; got {settings.task!r}")
     if settings.label_separator == "":
         raise UserError("--label-separator must not be empty")
-    for name in ("negative", "score_range", "normalize"):
-        if settings.task != "embed" and getattr(settings, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')} is for --task embed")
-    for name in ("label_separator", "class_weights"):
-        if settings.task in ("regress", "embed") and getattr(settings, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')} is for --task classify")
+    for name, tasks in ONLY_FOR.items():
+        if settings.task not in tasks and getattr(settings, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} is for --task {', '.join(tasks)}; got --task {settings.task}")
     for name, low, high in (
         ("lr", 0.0, 1.0),
         ("clip", 0.0, 1e9),

@@ -1,4 +1,4 @@
-"""``fusebert predict``: the class or the value of each text, by a fine-tuned model."""
+"""``fusebert predict`` with a classifier: the class or the value of each text."""
 
 from __future__ import annotations
 
@@ -9,34 +9,35 @@ import numpy as np
 from tqdm import tqdm
 
 from ...model.heads import MULTI, PROBLEMS, REGRESSION, SINGLE
+from ...model.hf.encoders import EncoderFolder
 from ..errors import UserError
 from .classifier import make_classifier, predict_logits
 from .embed import blocks
 from .examples import pairs_of
 from .labels import Labels
-from .models import choose_machine, open_folder
+from .models import Machine
 from .rows import Columns, read_rows
 from .scores import probabilities
 from .settings import PredictSettings
 from .tokens import TextTokenizer
 
 
-class Predictor:
-    """A fine-tuned model: texts → records.
+class LabelPredictor:
+    """A model fine-tuned to classify, or to give a number: texts → records.
 
     Attributes:
         labels: what its outputs mean.
         notes: what to tell the user about the weights.
-        tokenizer: counts the texts that were cut.
 
     Raises:
         UserError, ValueError: the model or an option cannot be used.
     """
 
-    def __init__(self, settings: PredictSettings) -> None:
-        self._machine = choose_machine(settings)
+    def __init__(self, settings: PredictSettings, machine: Machine, folder: EncoderFolder) -> None:
+        if settings.stride is not None:
+            raise UserError(f"--stride is not for {settings.model}, which cuts long texts (--seqlen)")
+        self._machine = machine
         self._settings = settings
-        folder = open_folder(settings.model)
         names = folder.label_names
         (bias_name,) = folder.family.names(folder.config.num_hidden_layers)["out.bias"]
         bias = folder.tensors.get(bias_name)  # [C]
@@ -51,7 +52,7 @@ class Predictor:
         if problem not in PROBLEMS or (problem == REGRESSION and len(names) > 1):
             raise UserError(f"{settings.model}: problem_type {problem!r} with {len(names)} outputs is not supported")
         self.labels = Labels(problem, tuple(names))
-        self.tokenizer = TextTokenizer(folder, settings.seqlen)
+        self._tokenizer = TextTokenizer(folder, settings.seqlen)
         model, self.notes = make_classifier(folder, self.labels, needs=("dense", "out"))
         self._model = model.to(self._machine.device)
 
@@ -65,9 +66,13 @@ class Predictor:
         rows = read_rows(settings.input, Columns(text=settings.text, pair=settings.text_pair))
         with tqdm(unit=" texts", dynamic_ncols=True, disable=None) as bar:
             for block in blocks(rows):
-                encoded = self.tokenizer([row.text for row in block], pairs_of(block))
+                encoded = self._tokenizer([row.text for row in block], pairs_of(block))
                 yield from self._described(predict_logits(self._model, encoded, self._machine))
                 bar.update(len(block))
+
+    def warnings(self) -> list[str]:
+        """What to tell the user about the texts."""
+        return list(filter(None, [self._tokenizer.warning()]))
 
     def _described(self, logits: np.ndarray) -> Iterator[dict[str, Any]]:
         """A record for each row of ``logits``, float32 [n, C]."""

@@ -16,7 +16,7 @@ import csv
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -102,7 +102,8 @@ def read_rows(source: str | Path, columns: Columns) -> Iterator[Row]:
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path} is of an unknown kind: its name must end in {_KINDS}")
     if path.suffix == ".parquet":
-        yield from _parquet_rows(path, columns)
+        for where, parts in parquet_records(path, columns.wanted()):
+            yield _row(where, parts, columns)
         return
     # newline="": csv finds the line ends within quotes itself.
     with open(path, encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None) as file:
@@ -110,7 +111,8 @@ def read_rows(source: str | Path, columns: Columns) -> Iterator[Row]:
             if path.suffix == ".txt":
                 yield from _text_rows(file, str(path), columns)
             elif path.suffix == ".jsonl":
-                yield from _jsonl_rows(file, path, columns)
+                for where, parts in jsonl_records(file, path, columns.wanted()):
+                    yield _row(where, parts, columns)
             else:
                 yield from _table_rows(file, path, columns)
         except UnicodeDecodeError as error:
@@ -120,7 +122,12 @@ def read_rows(source: str | Path, columns: Columns) -> Iterator[Row]:
 _KINDS = ", ".join(SUFFIXES)
 
 
-def _lines(file: TextIO, name: str) -> Iterator[str]:
+def lines_of(file: TextIO, name: str) -> Iterator[str]:
+    """The lines of a file.
+
+    Raises:
+        UserError: a line is too long or has a NUL character.
+    """
     number = 0
     while line := file.readline(LONGEST_LINE + 1):
         number += 1
@@ -134,7 +141,7 @@ def _lines(file: TextIO, name: str) -> Iterator[str]:
 def _text_rows(file: TextIO, name: str, columns: Columns) -> Iterator[Row]:
     if columns.labelled or columns.given:
         raise UserError(f"{name} has one text a line and no columns: give a .tsv, .csv, .jsonl or .parquet file")
-    for number, line in enumerate(_lines(file, name), 1):
+    for number, line in enumerate(lines_of(file, name), 1):
         yield Row(f"{name}:{number}", line.rstrip("\r\n"))
 
 
@@ -143,7 +150,7 @@ def _table_rows(file: TextIO, path: Path, columns: Columns) -> Iterator[Row]:
     dialect: dict[str, Any] = {"delimiter": ",", "strict": True}
     if path.suffix == ".tsv":
         dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    reader = csv.reader(_lines(file, str(path)), **dialect)
+    reader = csv.reader(lines_of(file, str(path)), **dialect)
     chosen: dict[str, int] | None = None
     width = 0
     try:
@@ -186,9 +193,16 @@ def _option(part: str) -> str:
     return "--text-pair" if part == "pair" else f"--{part.split()[0]}"
 
 
-def _jsonl_rows(file: TextIO, path: Path, columns: Columns) -> Iterator[Row]:
-    wanted = columns.wanted()
-    for number, line in enumerate(_lines(file, str(path)), 1):
+def jsonl_records(file: TextIO, path: Path, wanted: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(File and line, part → value) of each object.
+
+    Args:
+        wanted: part of a row → name of its field.
+
+    Raises:
+        UserError: a line is no object, or lacks a field.
+    """
+    for number, line in enumerate(lines_of(file, str(path)), 1):
         if line.isspace():
             continue
         where = f"{path}:{number}"
@@ -202,16 +216,16 @@ def _jsonl_rows(file: TextIO, path: Path, columns: Columns) -> Iterator[Row]:
             if name not in record:
                 fields = ", ".join(map(repr, list(record)[:8])) or "none"
                 raise UserError(f"{where}: no field {name!r} (its fields: {fields}); name it with {_option(part)}")
-        yield _row(where, {part: record[name] for part, name in wanted.items()}, columns)
+        yield where, {part: record[name] for part, name in wanted.items()}
 
 
-def _parquet_rows(path: Path, columns: Columns) -> Iterator[Row]:
+def parquet_records(path: Path, wanted: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """As `jsonl_records`, of a file's rows in bounded memory."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ModuleNotFoundError as error:
         raise UserError(f"{path}: reading .parquet needs a package: pip install pyarrow") from error
-    wanted = columns.wanted()
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
@@ -222,7 +236,7 @@ def _parquet_rows(path: Path, columns: Columns) -> Iterator[Row]:
             for batch in file.iter_batches(batch_size=1024, columns=sorted(set(wanted.values()))):
                 for record in batch.to_pylist():
                     number += 1
-                    yield _row(f"{path}, row {number}", {part: record[name] for part, name in wanted.items()}, columns)
+                    yield f"{path}, row {number}", {part: record[name] for part, name in wanted.items()}
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # of the system, not of Arrow
             raise

@@ -153,13 +153,17 @@ class FinetuneSettings(ModelSettings):
     task: Annotated[
         str,
         Option(
-            "classify (one class a text; several with --label-separator), regress (one number a text), or embed (one "
-            "vector a text, from pairs of texts)."
+            "classify (one class a text; several with --label-separator), regress (one number a text), tag (one tag a "
+            "word: entities, parts of speech), or embed (one vector a text, from pairs of texts)."
         ),
     ]
     train: Annotated[
         list[str],
-        Option("Texts with labels: a .tsv, .csv, .jsonl or .parquet file. Give the option again for more files.", DATA),
+        Option(
+            "Texts with labels: a .tsv, .csv, .jsonl or .parquet file; to tag, CoNLL columns (.conll, .tsv, .txt), "
+            ".jsonl or .parquet. Give the option again for more files.",
+            DATA,
+        ),
     ]
     dev: Annotated[str, Option("Texts with labels that choose the best model and make the report.", DATA)]
     test: Annotated[
@@ -169,10 +173,16 @@ class FinetuneSettings(ModelSettings):
     out: Annotated[Path, Option("Folder for the run: hf/ (the best model), report.html, seed-*/log.jsonl.")]
     text: Annotated[
         str | None,
-        Option("Column of the texts; its number from 1 if the files have no header. Default: text, or 1.", DATA),
+        Option(
+            "Column of the texts; its number from 1 if the files have no header. Default: text, or 1; to tag, 1 or "
+            "tokens.",
+            DATA,
+        ),
     ] = None
     text_pair: Annotated[str | None, Option("Column of the second text of a pair. Default: none.", DATA)] = None
-    label: Annotated[str | None, Option("Column of the labels. Default: label, or 2.", DATA)] = None
+    label: Annotated[
+        str | None, Option("Column of the labels. Default: label, or 2; to tag, the last one or tags.", DATA)
+    ] = None
     negative: Annotated[
         list[str] | None,
         Option(
@@ -208,6 +218,14 @@ class FinetuneSettings(ModelSettings):
         str | None,
         Option("A text may have several classes, separated by this, as in 'sport;news'; or none.", DATA),
     ] = None
+    stride: Annotated[
+        int | None,
+        Option(
+            "To tag: tokens that two windows of a text share if it has more than --seqlen. Default: 128, or half of a "
+            "shorter window.",
+            DATA,
+        ),
+    ] = None
 
     epochs: Annotated[int, Option("Passes over the training texts.", OPTIMISER, min=1)] = 3
     batch_size: Annotated[int, Option("Texts of a step.", OPTIMISER, min=1)] = 32
@@ -237,8 +255,8 @@ class FinetuneSettings(ModelSettings):
         str,
         Option(
             "On --dev, chooses the best model: accuracy, macro_f1, mcc or loss; micro_f1 with several classes a text; "
-            "pearson, spearman or rmse in a regression; mrr, recall_at_1 or recall_at_10 of pairs; spearman or pearson "
-            "of scored pairs. auto: the first of its kind.",
+            "pearson, spearman or rmse in a regression; f1, precision, recall (of entities) or accuracy for tags; mrr, "
+            "recall_at_1 or recall_at_10 of pairs; spearman or pearson of scored pairs. auto: the first of its kind.",
             RUN,
         ),
     ] = "auto"
@@ -275,11 +293,18 @@ class PredictSettings(ModelSettings):
 
     input: Annotated[
         str,
-        Option("Texts: a .txt (a text a line), .tsv, .csv, .jsonl or .parquet file, or - for standard input.", DATA),
+        Option(
+            "Texts: a .txt (a text a line), .tsv, .csv, .jsonl or .parquet file, or - for standard input. For a model "
+            "that tags words also .conll, and lists of words in .jsonl and .parquet.",
+            DATA,
+        ),
     ]
     out: Annotated[str, Option("File for one JSON object a line; - prints.", DATA)] = "-"
     text: Annotated[
         str | None,
-        Option("Column of the texts; its number from 1 if the file has no header. Default: text.", DATA),
+        Option("Column of the texts; its number from 1 if the file has no header. Default: text; tokens, or 1.", DATA),
     ] = None
     text_pair: Annotated[str | None, Option("Column of the second text of a pair. Default: none.", DATA)] = None
+    stride: Annotated[
+        int | None, Option("As in [bold]fusebert finetune[/bold], for a model that tags words.", DATA)
+    ] = None

@@ -54,10 +54,22 @@ def write_pairs(folder: Path, name: str, count: int, seed: int) -> None:
     (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
 
 
+def write_tagged(folder: Path, name: str, count: int, seed: int) -> None:
+    """``name``.conll: animals and places are entities, of one or two words."""
+    rng = random.Random(seed)
+    lines = ["-DOCSTART- -X- O", ""]
+    for _ in range(count):
+        animal, place = rng.choice(ANIMALS), rng.choice(PLACES)
+        young = rng.random() < 0.5
+        words = ["The", *["young"] * young, animal, "lives", "in", "the", place, "."]
+        tags = ["O", *["B-ANIMAL"] * young, "I-ANIMAL" if young else "B-ANIMAL", "O", "O", "O", "B-PLACE", "O"]
+        lines += [*(f"{word} X {tag}" for word, tag in zip(words, tags, strict=True)), ""]
+    (folder / f"{name}.conll").write_text("\n".join(lines))
+
+
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """corpus/, model/, texts as texts.txt, .tsv, .csv, .jsonl, .parquet; train and dev of `write_labelled`, and of
-    `write_pairs`."""
+    """corpus/, model/, texts as texts.txt, .tsv, .csv, .jsonl, .parquet; train and dev as the functions above write."""
     import pyarrow
     import pyarrow.parquet
 
@@ -74,6 +86,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, count, seed in (("train", 120, 0), ("dev", 40, 1)):
         write_labelled(place, name, count, seed)
         write_pairs(place, f"pairs-{name}", 2 * count, seed)
+        write_tagged(place, name, count, seed)
     return place
 
 

@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 from hf_families import DROPOUTS, TEXT
 from safetensors.torch import load_file
+from stopped_runs import StopAfter
 
 from fusebert.model.config import BertConfig
 from fusebert.model.heads import SequenceClassifier
@@ -144,22 +144,6 @@ def test_out_and_resume_are_enough(topics: Path, place: Path, fusebert: Fusebert
     assert "Missing option" in capsys.readouterr().err
 
 
-class StopAfter(StopSignal):
-    """A signal that comes after so many steps."""
-
-    def __init__(self, steps: int) -> None:
-        self._left = steps
-        super().__init__()
-
-    @property
-    def received(self) -> int | None:
-        self._left -= 1
-        return signal.SIGTERM if self._left < 0 else None
-
-    @received.setter
-    def received(self, value: int | None) -> None: ...
-
-
 @pytest.mark.parametrize("steps", [4, 15])  # of 15 in an epoch
 def test_a_continued_run_has_the_same_bits(topics: Path, place: Path, steps: int) -> None:
     settings = FinetuneSettings(
@@ -252,7 +236,7 @@ def test_batches_of_one_shape_give_the_same_step(topics: Path) -> None:
 
 
 MISTAKES = {
-    "task": (["--task", "tag"], "--task must be one of classify, regress, embed; got 'tag'"),
+    "task": (["--task", "guess"], "--task must be one of classify, regress, tag, embed; got 'guess'"),
     "no file": (["--train", "none.tsv"], "none.tsv does not exist"),
     "unknown label": (["--dev", "other.tsv"], "other.tsv:3: the label 'whale' is not in the training files"),
     "no number": (["--task", "regress"], "train.tsv:2: the label 'owl' is not a number"),

@@ -1,0 +1,1 @@
+"""The task "tag": a class for each word."""
