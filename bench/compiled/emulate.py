@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,51 +17,21 @@ from typing import Any
 import numpy as np
 
 from .integers import EVALUATE, MASK, U32, Value, high, low, signed, u64
+from .operands import REGISTER, TERM, TO_SHARED, registers, split, written
+from .operands import needed as needed_for_path
 from .sass import WARP, Graph, Instruction, Loop
+from .traffic import SECTOR, Region, Traffic, bank_cycles, fresh_sectors
 
-SECTOR = 32  # bytes: the unit of global memory traffic
-BANKS = 32  # of shared memory, 4 bytes wide
 SHARED_SIZE = 1 << 18  # bytes, more than a block can have
 MOST_BLOCKS = 1_000_000  # executed basic blocks, after which a loop counts as endless
 
-_REGISTER = re.compile(r"^(?P<sign>[-~!]?)(?P<abs>\|?)(?P<name>U?[RP](?:\d+|Z|T))(?:\.\w+)*\|?$")
 _NUMBER = re.compile(r"^-?(0x[0-9a-f]+|\d+)$")
 _CONSTANT = re.compile(r"^(?P<sign>[-~]?)c\[0x0\]\[(?P<offset>0x[0-9a-f]+)\]$")
 _ADDRESS = re.compile(r"\[(?P<terms>[^\[\]]*)\]$")
-_TERM = re.compile(r"(?P<name>U?R(?:\d+|Z))(?:\.(?P<scale>X\d+))?(?P<wide>\.64)?|(?P<offset>-?0x[0-9a-f]+)")
-TO_SHARED = ("STS", "STSM", "LDGSTS")  # instructions that write shared memory
-_NEVER = ("RZ", "URZ", "PT", "UPT", "SRZ")
 
 
 class Unknown(RuntimeError):
     """The path through a kernel depends on something that is not known without running it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Region:
-    """A tensor of the launch. ``values``: its bytes, of an integer tensor, where they decide the path."""
-
-    name: str
-    start: int
-    size: int
-    values: np.ndarray | None = None
-
-
-@dataclasses.dataclass
-class Traffic:
-    """What a memory instruction did, summed over its executions by a block's warps.
-
-    Attributes:
-        requests: of warps with at least one active thread.
-        thread_bytes: of active threads.
-        units: global memory: sectors of 32 bytes; shared memory: cycles of 128 bytes, more where banks conflict.
-        assumed: requests with an address that is not known, taken as coalesced.
-    """
-
-    requests: int = 0
-    thread_bytes: int = 0
-    units: int = 0
-    assumed: int = 0
 
 
 @dataclasses.dataclass
@@ -87,93 +56,6 @@ class Counts:
         return self.entries[loop.header] / entered if entered else 0.0
 
 
-def _split(x: Instruction) -> tuple[list[str], list[str]]:
-    """(destinations, sources): names of the operands as printed, in order. Memory and branches have no destinations
-    but loads'."""
-    name, operands = x.words[0], list(x.operands)
-    if x.pipe in ("branch", "barrier") or name in ("STG", "STS", "STL", "STSM", "LDGSTS", "RED", "NOP"):
-        return (operands[:1], operands[1:]) if name == "SYNCS" else ([], operands)
-    if name == "R2P":
-        return [f"P{i}" for i in range(7) if int(operands[2], 16) >> i & 1], operands[1:]
-    if name.endswith(("SETP", "PLOP3")):
-        return operands[:2], operands[2:]
-    end = 0
-    while end < len(operands) and re.fullmatch(r"U?P(\d|T)", operands[end]):
-        end += 1
-    if end < len(operands):
-        end += 1  # the register
-        if name.removeprefix("U") in ("IADD3", "LEA", "IMAD"):
-            while end < len(operands) and re.fullmatch(r"U?P(\d|T)", operands[end]):
-                end += 1
-    return operands[:end], operands[end:]
-
-
-def _width(x: Instruction) -> int:
-    """32-bit registers that the destination has."""
-    name = x.words[0].removeprefix("U")
-    if x.pipe == "tensor":
-        m, n, _ = x.matrix_shape or (64, 256, 0)
-        return max(2, m * n // (4 * WARP if name.endswith("GMMA") else WARP))
-    if name in ("LDG", "LDS", "LDSM", "LDL", "LD"):
-        return max(1, x.access_bytes // 4)
-    if name == "CS2R":
-        return 1 if "32" in x.words else 2
-    if "WIDE" in x.words or (name in ("LDC", "LDCU", "IADD3", "MOV") and "64" in x.words) or name.startswith("D"):
-        return 2
-    return 4 if "128" in x.words else 1
-
-
-def _registers(operand: str, width: int = 1) -> list[str]:
-    """The registers and predicates that an operand names."""
-    if "[" in operand:
-        found = []
-        for term in _TERM.finditer(operand.split("[", 1)[1]):
-            if term["name"]:
-                found += _registers(term["name"], 2 if term["wide"] or term["name"].startswith("UR") else 1)
-        return found
-    read = _REGISTER.match(operand)
-    if read is None or read["name"] in _NEVER:
-        return []
-    stem, number = re.fullmatch(r"(\D+)(\d+)", read["name"]).groups()  # type: ignore[union-attr]
-    return [f"{stem}{int(number) + i}" for i in range(width)] if stem.endswith("R") else [read["name"]]
-
-
-def _written(x: Instruction) -> list[str]:
-    names, width = [], _width(x)
-    for operand in _split(x)[0]:
-        names += _registers(operand, width)
-    return names
-
-
-def _read(x: Instruction) -> list[str]:
-    wide = 2 if "WIDE" in x.words or "64" in x.words or "HI" in x.words else 1
-    names = [name for operand in _split(x)[1] for name in _registers(operand, wide)]
-    if x.words[0] == "P2R":
-        names += [f"P{i}" for i in range(7)]
-    guard = _registers(x.guard) if x.guard else []
-    return names + guard + (_written(x) if guard else [])
-
-
-def _needed(code: Sequence[Instruction]) -> list[bool]:
-    """Which instructions the branches and the addresses of memory depend on, whatever the path."""
-    names: set[str] = set()
-    for x in code:
-        if x.branches or x.ends_thread or (x.access_bytes and x.pipe != "spill"):
-            names.update(_registers(x.guard) if x.guard else [])
-            for operand in x.operands:
-                if "[" in operand or operand.lstrip("!").startswith(("P", "UP")):
-                    names.update(_registers(operand))
-    writes = [_written(x) for x in code]
-    while True:
-        wanted = [not names.isdisjoint(w) for w in writes]
-        if any(x.words[0] == "LDS" and want for x, want in zip(code, wanted, strict=True)):  # what was stored decides
-            wanted = [want or x.words[0] in TO_SHARED for x, want in zip(code, wanted, strict=True)]
-        more = {name for x, want in zip(code, wanted, strict=True) if want for name in _read(x)} - names
-        if not more:
-            return wanted
-        names |= more
-
-
 class Emulator:
     """Executes the control flow of one kernel's programs.
 
@@ -190,7 +72,7 @@ class Emulator:
         self._constants, self._threads = constants, threads
         self._regions = sorted(regions, key=lambda region: region.start)
         self._starts = np.array([region.start for region in self._regions], dtype=np.uint64)
-        self._needed = _needed(code)
+        self._needed = needed_for_path(code)
         self._lanes = np.arange(threads)
         self._block_of = {block.first: b for b, block in enumerate(self.graph.blocks)}
         self._entry_of = {code[block.first].address: b for b, block in enumerate(self.graph.blocks)}
@@ -272,7 +154,7 @@ class Emulator:
 
     def _value(self, operand: str, wide: bool = False, borrow: bool = False) -> Value:
         """The value of a source operand; None: unknown. borrow: a negated operand is 2³² − b also where b is 0."""
-        register = _REGISTER.match(operand)
+        register = REGISTER.match(operand)
         sign = ""
         if register:
             name, sign = register["name"], register["sign"]
@@ -281,7 +163,7 @@ class Emulator:
             if name in ("RZ", "URZ"):
                 value: Value = np.uint64(0)
             elif wide and "R" in name:
-                lower, upper = (self._state.get(part, np.uint64(0)) for part in _registers(name, 2))
+                lower, upper = (self._state.get(part, np.uint64(0)) for part in registers(name, 2))
                 value = None if lower is None or upper is None else u64(lower) | (u64(upper) << U32)
             else:
                 value = self._state.get(name, np.bool_(False) if "P" in name else np.uint64(0))
@@ -317,7 +199,7 @@ class Emulator:
         if x.words[0] in TO_SHARED:
             self._to_shared(x, None if guard is None else active & guard)
             return
-        names = _written(x)
+        names = written(x)
         if not names:
             return
         values = self._results(x, active)
@@ -341,7 +223,7 @@ class Emulator:
     def _results(self, x: Instruction, active: np.ndarray) -> Sequence[Value]:
         """The values of the destinations, in the order of `_written`."""
         name = x.words[0]
-        destinations, sources = _split(x)
+        destinations, sources = split(x)
         if name in ("S2R", "S2UR", "CS2R"):
             found = self._special(sources[0])
             return (found, np.uint64(0)) if sources[0] == "SRZ" else (found,)
@@ -386,7 +268,7 @@ class Emulator:
         if name.removeprefix("U") == "LOP3":
             results = results if first_registers != destinations else results[:1]
             results = results[::-1] if destinations[0] not in first_registers else results
-        return [value for d, value in zip(destinations, results, strict=False) if _registers(d)]
+        return [value for d, value in zip(destinations, results, strict=False) if registers(d)]
 
     @staticmethod
     def _pair(value: Value, wide: bool) -> Sequence[Value]:
@@ -427,7 +309,7 @@ class Emulator:
         if found is None:
             return None
         total: Any = np.zeros(self._threads, np.uint64)
-        for term in _TERM.finditer(found["terms"]):
+        for term in TERM.finditer(found["terms"]):
             if term["offset"]:
                 total = total + np.uint64(int(term["offset"], 16) & 0xFFFFFFFFFFFFFFFF)
                 continue
@@ -448,7 +330,7 @@ class Emulator:
         if not mask.any():
             return
         if x.words[0] == "STS":
-            found: Sequence[Value] = [self._value(name) for name in _registers(x.operands[1], max(1, size // 4))]
+            found: Sequence[Value] = [self._value(name) for name in registers(x.operands[1], max(1, size // 4))]
             found = found or [np.uint64(0)]  # RZ
         else:
             copied = self._value(x.operands[-1]) if re.fullmatch(r"!?P\w", x.operands[-1]) else np.bool_(True)
@@ -559,12 +441,7 @@ class Emulator:
 
     def _sectors(self, x: Instruction, address: Any, mask: np.ndarray, size: int, certain: bool) -> int:
         """Distinct sectors of each warp's request, also added to the tensor's. certain: it is known to be executed."""
-        far = np.uint64(0xFFFFFFFFFFFFFFFF)
-        sectors = np.where(mask, address // np.uint64(SECTOR), far).reshape(-1, WARP)
-        sectors = np.sort(sectors, axis=1)
-        fresh = np.ones_like(sectors, bool)
-        fresh[:, 1:] = sectors[:, 1:] != sectors[:, :-1]
-        units = int((fresh & (sectors != far)).sum())
+        units = fresh_sectors(address, mask)
         if self._regions:
             where = int(address[mask][0])
             index = int(np.searchsorted(self._starts, np.uint64(where), "right")) - 1
@@ -576,40 +453,6 @@ class Emulator:
                 return 0
             self._counts.sectors[(region.name, x.words[0].startswith(("ST", "RED", "ATOM")))] += units
         return units
-
-
-def bank_cycles(address: Any, mask: np.ndarray, x: Instruction) -> int:
-    """Cycles that shared memory needs for a request of each warp.
-
-    A cycle serves 32 banks of 4 bytes. Accesses of 8 and 16 bytes are served for 16 and 8 threads at a time, matrices
-    of LDSM and STSM for the 8 threads that hold the addresses of their rows.
-
-    Args:
-        address, mask: [warps, 32].
-    """
-    base = address.min() // np.uint64(128) * np.uint64(128)
-    matrices = x.words[0] in ("LDSM", "STSM")
-    return _bank_cycles((address - base).tobytes(), mask.tobytes(), x.access_bytes, matrices)
-
-
-@functools.lru_cache(maxsize=4096)
-def _bank_cycles(offsets: bytes, used_lanes: bytes, size: int, matrices: bool) -> int:
-    address, mask = np.frombuffer(offsets, np.uint64).reshape(-1, WARP), np.frombuffer(used_lanes, bool)
-    mask = mask.reshape(-1, WARP)
-    if matrices:
-        lanes = np.arange(WARP) < 8 * (size // 4)
-        mask, size = mask & lanes, 16
-    together = min(WARP, BANKS * 4 // size)  # threads served at a time
-    total = 0
-    for words, used in zip(address // np.uint64(4), mask, strict=True):
-        for first in range(0, WARP, together):
-            part = used[first : first + together]
-            if not part.any():
-                continue
-            start = np.unique(words[first : first + together][part])
-            touched = np.unique((start[:, None] + np.arange(max(1, size // 4), dtype=np.uint64)).ravel())
-            total += int(np.bincount((touched % np.uint64(BANKS)).astype(np.int64), minlength=BANKS).max())
-    return total
 
 
 def loop_trips(counts: Counts) -> Mapping[int, float]:

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from .aot import Launch
-from .emulate import Counts, Emulator, Region
+from .emulate import Counts, Emulator
 from .sass import WARP, Instruction, parse
+from .traffic import SECTOR, Region
 
 # Architecture → (offset of the arguments, offset of the block's and grid's dimensions) in constant bank 0.
 BANKS = {80: (0x160, 0x0), 90: (0x210, 0x0), 100: (0x380, 0x360)}
@@ -22,7 +23,7 @@ DIMENSIONS = {80: 0xC, 90: 0xC, 100: 0x10}  # from the block's dimensions to the
 FORMATS = {"i1": "<b", "i8": "<b", "i16": "<h", "i32": "<i", "i64": "<q", "u32": "<I", "u64": "<Q", "fp32": "<f"}
 # Integer tensors that the caller fills: the path through a kernel may depend on them.
 KNOWN = ("cu_seqlens", "_ids", "labels", "key_mask", "seed", "keys", "order", "slots")
-WHOLE_GRID = 12  # programs of a grid that are all run
+WHOLE_GRID = 8  # programs of a grid that are all run
 _parse = functools.lru_cache(maxsize=256)(parse)
 
 
@@ -124,6 +125,6 @@ def work(launch: Launch, sample: int) -> Work:
     moved = {False: 0.0, True: 0.0}
     for key in {key for each in counts for key in each.sectors}:
         name, written = key
-        total = 32 * float(np.mean([each.sectors.get(key, 0) for each in counts])) * programs
+        total = SECTOR * float(np.mean([each.sectors.get(key, 0) for each in counts])) * programs
         moved[written] += min(total, sizes.get(name, total))
     return Work(code, programs, counts, moved[False], moved[True], sizes)

@@ -19,9 +19,10 @@ from typing import Any
 from ..measure.gpus import GPU, L1_BYTES, SCHEDULERS, SHARED_BYTES
 from ..measure.prediction import KernelPrediction
 from .aot import Launch
-from .emulate import SECTOR, Counts, Unknown
+from .emulate import Counts, Unknown
 from .launches import Work, work
 from .sass import WARP, Instruction
+from .traffic import SECTOR
 
 INTEGER_LANES = 64
 SPECIAL_LANES = 16
@@ -54,8 +55,8 @@ def _operand_bytes(x: Instruction) -> float:
         return 0
     m, n, k = x.matrix_shape
     size = 1 if x.words[0] == "QGMMA" else 2
-    from_shared = sum("gdesc" in operand for operand in x.operands)
-    return size * k * (n + (m if from_shared > 1 or ".A" in x.opcode else 0)) / 4
+    a_too = x.operands[1].startswith("gdesc")  # then one operand names both descriptors
+    return size * k * (n + (m if a_too else 0)) / 4
 
 
 def _shared_cycles(counts: Counts) -> float:

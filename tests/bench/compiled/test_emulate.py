@@ -13,8 +13,9 @@ pytest.importorskip("triton")
 
 from compiled import environment
 
-from fusebert.bench.compiled.emulate import Emulator, Unknown, bank_cycles
+from fusebert.bench.compiled.emulate import Emulator, Unknown
 from fusebert.bench.compiled.sass import parse
+from fusebert.bench.compiled.traffic import bank_cycles
 
 WARP = 32
 PROGRAM = Path(__file__).parents[2] / "support" / "counted_kernels.py"

@@ -19,7 +19,7 @@ from fusebert.bench.steps.batches import random_batches
 from fusebert.bench.steps.contestants import preset
 from fusebert.train.step.flops import batch_flops
 
-TOKENS, SEQLEN, HIDDEN, HEADS = 512, 128, 128, 2  # of `tiny`, which has 2 layers
+TOKENS, SEQLEN, HIDDEN, HEADS = 256, 128, 128, 2  # of `tiny`, which has 2 layers
 SEGMENTS = TOKENS // SEQLEN
 
 
