@@ -16,6 +16,7 @@ import typer
 from ..train.errors import UserError
 from ..train.options import command
 from .measure.settings import (
+    EmbedBenchOptions,
     FuseOptions,
     KernelsOptions,
     ParityOptions,
@@ -167,6 +168,26 @@ def fuse(options: FuseOptions) -> None:
     _fail_on_problems(run(resolved, device, show=show))
 
 
+def embed(options: EmbedBenchOptions) -> None:
+    """Texts to vectors: `fusebert embed`'s path against sentence-transformers, with sorted and with unsorted batches.
+
+    The same folder, texts and precision, tokenizer included, in one process;
+    contestants take turns. "time / ours" above 1: ours is faster; with its
+    95 % interval. Tokens/s counts real tokens only. Before anything is timed,
+    our vectors must be sentence-transformers' to 1e-5. Ends with status 1 if
+    they are not.
+
+    \b
+      fusebert bench embed
+      fusebert bench embed --model models/mine --texts reviews.tsv --text body
+    """
+    from .report.terminal import show
+    from .steps.embed import run
+
+    device = _device(options)
+    _fail_on_problems(run(resolve(options, device.type == "cuda"), device, show=show))
+
+
 def quality(options: QualityOptions) -> None:
     """Training recipes against each other: tokens and seconds until a held-out loss, over several seeds.
 
@@ -265,6 +286,7 @@ app.command("kernels")(command(KernelsOptions, kernels))
 app.command("step")(command(StepOptions, step))
 app.command("train")(command(TrainOptions, train))
 app.command("fuse")(command(FuseOptions, fuse))
+app.command("embed")(command(EmbedBenchOptions, embed))
 app.command("quality")(command(QualityOptions, quality))
 app.command("parity")(command(ParityOptions, parity))
 app.command("tune")(command(TuneOptions, tune))

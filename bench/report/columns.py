@@ -166,6 +166,9 @@ STEP = (
 )
 
 
+EMBED = (CONTESTANT, VERDICT, ERROR, TOKENS_PER_S, MEDIAN, SPREAD, RATIO)
+
+
 def train_columns(step: int) -> list[Column[Any]]:
     """Of a training run; losses are compared at ``step``."""
     return [

@@ -12,6 +12,7 @@ from ..measure.machine import Environment
 from ..measure.result import (
     AotResult,
     CampaignResult,
+    EmbedResult,
     FuseResult,
     KernelsResult,
     ParityResult,
@@ -30,6 +31,7 @@ from ..steps.profile import to_do
 from .blocks import Block, Figure, Section, Table, Text
 from .columns import (
     COMPILED,
+    EMBED,
     GAP,
     LOST,
     NOT_RIGHT,
@@ -294,6 +296,24 @@ def _(result: FuseResult, figures: Sequence[Figure] = ()) -> Section:
         *figures,
     ]
     title = f"fuse, {settings.model}, {settings.compute_dtype}, {result.environment.device_name}"
+    return Section(title, tuple(blocks))
+
+
+@section.register
+def _(result: EmbedResult, figures: Sequence[Figure] = ()) -> Section:
+    settings = result.settings
+    blocks: list[Block] = [
+        Text(
+            f"{settings.count:,} texts ({settings.texts or 'docstrings of installed packages'}), {result.tokens:,} "
+            f"tokens, to vectors, tokenizer included; {result.architecture}. Batches of {settings.batch} texts are "
+            f"{100 * result.padding_sorted:.0f} % padding sorted and {100 * result.padding_unsorted:.0f} % unsorted. "
+            f"{settings.threads} threads of PyTorch. Error: the largest difference from sentence-transformers in fp32."
+        ),
+        contestants_table(EMBED, result.contestants),
+        *remarks(result.contestants),
+        *figures,
+    ]
+    title = f"embed, {settings.model}, {settings.compute_dtype}, {result.environment.device_name}"
     return Section(title, tuple(blocks))
 
 

@@ -9,6 +9,7 @@ from ..measure.case import Missing
 from ..measure.ceilings import Ceilings
 from ..measure.machine import Environment
 from ..measure.result import (
+    EmbedResult,
     FuseCase,
     FuseResult,
     KernelsResult,
@@ -70,6 +71,7 @@ def _(record: FuseCase) -> None:
     print(f"{record.words}, {record.pass_name}: {ours.time.tokens_per_s:,.0f} tokens/s, {ratios}", flush=True)
 
 
+@show.register(EmbedResult)
 @show.register(FuseResult)
 @show.register(QualityResult)
 @show.register(StepResult)
