@@ -6,6 +6,7 @@ fusebert bench step          step           StepResult
 fusebert bench train         train          TrainResult
 fusebert bench fuse          fuse           FuseResult
 fusebert bench embed         embed          EmbedResult
+fusebert bench finetune      finetune       FinetuneResult
 fusebert bench quality       quality        QualityResult
 fusebert bench parity        train_parity   ParityResult
 fusebert bench predict       predict        PredictResult
@@ -34,6 +35,7 @@ from .prediction import KernelPrediction, OtherCall, StepPrediction
 from .serialise import FLAT, OPTIONAL, REST, from_json, to_json
 from .settings import (
     EmbedBenchSettings,
+    FinetuneBenchSettings,
     FuseSettings,
     KernelsSettings,
     ParitySettings,
@@ -85,7 +87,7 @@ class StepTime:
 
 @dataclasses.dataclass(frozen=True)
 class FuseTime:
-    """A model's time for a batch, or for all texts. ``tokens_per_s``: real tokens."""
+    """A model's time for a batch, a step, or all texts. ``tokens_per_s``: real tokens."""
 
     timing: Timing
     ratio_to_ours: Ratio | None
@@ -567,6 +569,30 @@ class EmbedResult(Result):
 
 
 @dataclasses.dataclass
+class FinetuneResult(Result):
+    """Of ``fusebert bench finetune``: steps, ours first.
+
+    Attributes:
+        mean_tokens: of a text.
+        losses: of the first steps, in float32 without dropout, ours and Transformers'.
+    """
+
+    kind = "finetune"
+    environment: Environment
+    settings: FinetuneBenchSettings
+    architecture: str
+    mean_tokens: float
+    losses: dict[str, list[float]]
+    contestants: tuple[FuseContestant, ...]
+    seconds: float
+    nvidia_smi_after: dict[str, str] | None = None
+
+    @property
+    def problems(self) -> list[str]:
+        return [x.problem for x in self.contestants if x.problem]
+
+
+@dataclasses.dataclass
 class QualityResult(Result):
     """Of ``fusebert bench quality``; it grows while the benchmark runs. ``device``: what a run printed."""
 
@@ -674,6 +700,7 @@ ALL_KINDS: tuple[type[Result], ...] = (
     AotResult,
     CampaignResult,
     EmbedResult,
+    FinetuneResult,
     FuseResult,
     KernelsResult,
     ParityResult,

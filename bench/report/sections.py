@@ -13,6 +13,7 @@ from ..measure.result import (
     AotResult,
     CampaignResult,
     EmbedResult,
+    FinetuneResult,
     FuseResult,
     KernelsResult,
     ParityResult,
@@ -31,7 +32,6 @@ from ..steps.profile import to_do
 from .blocks import Block, Figure, Section, Table, Text
 from .columns import (
     COMPILED,
-    EMBED,
     GAP,
     LOST,
     NOT_RIGHT,
@@ -39,6 +39,7 @@ from .columns import (
     STAGE,
     STEP,
     SUMMARY,
+    TEXTS,
     AnyContestant,
     Gap,
     NotRight,
@@ -309,11 +310,29 @@ def _(result: EmbedResult, figures: Sequence[Figure] = ()) -> Section:
             f"{100 * result.padding_sorted:.0f} % padding sorted and {100 * result.padding_unsorted:.0f} % unsorted. "
             f"{settings.threads} threads of PyTorch. Error: the largest difference from sentence-transformers in fp32."
         ),
-        contestants_table(EMBED, result.contestants),
+        contestants_table(TEXTS, result.contestants),
         *remarks(result.contestants),
         *figures,
     ]
     title = f"embed, {settings.model}, {settings.compute_dtype}, {result.environment.device_name}"
+    return Section(title, tuple(blocks))
+
+
+@section.register
+def _(result: FinetuneResult, figures: Sequence[Figure] = ()) -> Section:
+    settings, steps = result.settings, len(next(iter(result.losses.values()), []))
+    blocks: list[Block] = [
+        Text(
+            f"{result.architecture}, classification; steps of {settings.batch} texts "
+            f"({settings.texts or 'docstrings of installed packages'}), {result.mean_tokens:.0f} tokens on average, at "
+            f"most {settings.seqlen}: batch, forward, backward, clip, AdamW. {settings.threads} threads of PyTorch. "
+            f"Error: the largest relative difference of the losses of the first {steps} steps in fp32 without dropout."
+        ),
+        contestants_table(TEXTS, result.contestants),
+        *remarks(result.contestants),
+        *figures,
+    ]
+    title = f"finetune, {settings.model}, {settings.compute_dtype}, {result.environment.device_name}"
     return Section(title, tuple(blocks))
 
 

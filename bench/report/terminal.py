@@ -10,6 +10,7 @@ from ..measure.ceilings import Ceilings
 from ..measure.machine import Environment
 from ..measure.result import (
     EmbedResult,
+    FinetuneResult,
     FuseCase,
     FuseResult,
     KernelsResult,
@@ -72,6 +73,7 @@ def _(record: FuseCase) -> None:
 
 
 @show.register(EmbedResult)
+@show.register(FinetuneResult)
 @show.register(FuseResult)
 @show.register(QualityResult)
 @show.register(StepResult)

@@ -30,7 +30,7 @@ from ..measure.case import OURS, PEER
 from ..measure.correctness import RIGHT, WRONG, Verdict
 from ..measure.machine import environment, nvidia_smi
 from ..measure.result import EmbedResult, FuseContestant, FuseTime, write_result
-from ..measure.settings import EmbedBenchOptions, EmbedBenchSettings, settings_of
+from ..measure.settings import EmbedBenchOptions, EmbedBenchSettings, TextOptions, settings_of
 from ..measure.statistics import ratio
 from ..measure.timing import Work, interleave
 
@@ -58,7 +58,7 @@ def run(options: EmbedBenchOptions, device: torch.device, *, show: Callable[[Any
             "fusebert bench embed needs sentence-transformers: pip install sentence-transformers"
         ) from error
     folder = model_folder(options.model)
-    texts = list(itertools.islice(_texts(options), 16 if options.quick else options.count))
+    texts = list(itertools.islice(read_texts(options), 16 if options.quick else options.count))
     if not texts:
         raise UserError(f"--texts {options.texts} has no texts")
     dtype = getattr(torch, options.compute_dtype)
@@ -133,7 +133,12 @@ def model_folder(model: str) -> Path:
     return Path(model)
 
 
-def _texts(options: EmbedBenchOptions) -> Iterator[str]:
+def read_texts(options: TextOptions) -> Iterator[str]:
+    """The texts of --texts, or `installed_docstrings`.
+
+    Raises:
+        UserError: as `read_rows`.
+    """
     if options.texts is not None:
         return (row.text for row in read_rows(options.texts, Columns(text=options.text)))
     return installed_docstrings()
