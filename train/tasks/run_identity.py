@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,13 @@ from .settings import FinetuneSettings
 
 # Options that may differ when a run is continued.
 FREE = {"out", "resume", "seeds", "device", "threads", "tensorboard", "graph", "model", "train", "dev", "test"}
+
+# A run that an older version began lacks the options that are newer. It had their defaults.
+DEFAULTS: dict[str, Any] = {
+    f"--{field.name.replace('_', '-')}": field.default
+    for field in dataclasses.fields(FinetuneSettings)
+    if field.default is not dataclasses.MISSING
+}
 
 
 def identity_of(settings: FinetuneSettings, folder: EncoderFolder) -> dict[str, Any]:
@@ -52,7 +60,7 @@ def check_place(settings: FinetuneSettings, identity: dict[str, Any]) -> None:
             raise UserError(f"{settings.out} is the folder of another run: give another --out")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}): give another --out") from error
-    check_identity(saved, json.loads(strict_json(identity)), settings.out)
+    check_identity(DEFAULTS | saved, json.loads(strict_json(identity)), settings.out)
 
 
 def write_run_json(settings: FinetuneSettings, identity: dict[str, Any], command: str, device: str) -> None:
