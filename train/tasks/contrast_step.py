@@ -46,13 +46,15 @@ class Comparison:
         count = int((parts == ANCHOR).sum())
         index = torch.from_numpy(order).to(vectors.device)
         ones, others = vectors[index].split([count, len(order) - count])
-        if self._pairs.scores is not None:
-            scores = torch.from_numpy(self._pairs.scores[rows[:count]]).to(vectors)
-            found = compare_scores(ones, others, scores)
-        else:
-            numbers = torch.from_numpy(self._pairs.parts[rows, parts]).to(vectors.device)
-            candidates = Candidates(numbers[:count], numbers[count : 2 * count], numbers[count:])
-            found = compare_rows(ones, others, candidates, self._temperature)
+        # A step of one micro-batch comes here under autocast, which would compute the cosines in 16 bits.
+        with torch.autocast(vectors.device.type, enabled=False):
+            if self._pairs.scores is not None:
+                scores = torch.from_numpy(self._pairs.scores[rows[:count]]).to(vectors)
+                found = compare_scores(ones, others, scores)
+            else:
+                numbers = torch.from_numpy(self._pairs.parts[rows, parts]).to(vectors.device)
+                candidates = Candidates(numbers[:count], numbers[count : 2 * count], numbers[count:])
+                found = compare_rows(ones, others, candidates, self._temperature)
         gradient = torch.empty_like(found.gradient)
         gradient[index] = found.gradient
         return found._replace(gradient=gradient)

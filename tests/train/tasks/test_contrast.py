@@ -106,7 +106,8 @@ def test_cached_gradients_are_the_gradient(pooling: str, scored: bool) -> None:
     assert result.grad_norm > 0.0
 
 
-def test_one_micro_batch_and_many_give_the_same_step() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_micro_batch_and_many_give_the_same_step(dtype: torch.dtype) -> None:
     pairs, results = random_pairs(12), []
     for tokens in (30, 10**6):
         torch.manual_seed(0)
@@ -120,7 +121,7 @@ def test_one_micro_batch_and_many_give_the_same_step() -> None:
             assert (len(window) == 1) == (tokens > 30)
             found += step(window, 1e-3, seeds=range(len(window))).sums.tolist()
         results.append(found)
-    assert results[0] == pytest.approx(results[1], rel=1e-4)
+    assert results[0] == pytest.approx(results[1], rel=1e-4 if dtype == torch.float32 else 1e-3)
 
 
 def test_an_epoch_has_each_row_once_in_steps_of_one_size() -> None:
