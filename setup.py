@@ -40,6 +40,8 @@ TASKS = [
     "scikit-learn>=1.4",
     # Precision, recall and F1 of entities as conlleval counts them, which papers on tagging report.
     "seqeval>=1.2.2",
+    # Exact match and F1 of answers with SQuAD's normalisation.
+    "torchmetrics>=1.4",
 ]
 # Inputs behind URLs, streamed: one interface to S3, HTTP, the Hugging Face Hub and more, each by its own package.
 REMOTE = ["fsspec>=2024.2"]

@@ -75,7 +75,8 @@ def write_lines(out: str, records: Iterable[dict[str, Any]]) -> int:
 
 
 def _finetune(settings: FinetuneSettings) -> None:
-    """Train a model to classify texts, to give them a number, to tag their words, or to embed them.
+    """Train a model to classify texts, to give them a number, to tag their words, to find
+    answers in them, or to embed them.
 
     The training texts are packed by length, without padding. After each epoch the model is scored on the dev texts, and
     OUT/hf is the best one: it loads with the class of Transformers for its task, such as
@@ -91,6 +92,8 @@ def _finetune(settings: FinetuneSettings) -> None:
         fusebert finetune --model bert/ --task regress --text-pair other --train a.tsv --dev b.tsv --out sts --seeds 5
 
         fusebert finetune --model bert/ --task tag --train train.conll --dev dev.conll --out runs/entities
+
+        fusebert finetune --model bert/ --task qa --train train-v2.0.json --dev dev-v2.0.json --out runs/answers
 
         fusebert finetune --model bert/ --task embed --train pairs.tsv --dev d.tsv --batch-size 512 --out runs/search
     """
@@ -112,7 +115,7 @@ def _predict(settings: PredictSettings) -> None:
     """Give each text the class, the number or the tags that a fine-tuned model predicts.
 
     One JSON object a line, in the order of the texts: label and probabilities, labels and probabilities, or value; with
-    a model that tags words: tokens, tags and entities.
+    a model that tags words: tokens, tags and entities; with one that answers questions: answer, score, start, end.
 
     Examples:
 

@@ -19,6 +19,7 @@ from .contrast_task import ContrastTask, read_contrast_task
 from .examples import EpochBatches
 from .models import Machine
 from .pairs import PairBatches
+from .qa.task import read_answer_task
 from .settings import FinetuneSettings
 from .tag.task import read_tag_task
 from .task import Task
@@ -28,13 +29,16 @@ TASKS: dict[str, Callable[[FinetuneSettings, Machine, EncoderFolder], Task | Con
     "classify": read_classify_task,
     "regress": read_classify_task,
     "tag": read_tag_task,
+    "qa": read_answer_task,
     "embed": read_contrast_task,
 }
 ONLY_FOR = {  # option → the tasks that it is for
     "text_pair": ("classify", "regress", "embed"),
+    "text": ("classify", "regress", "tag", "embed"),
+    "label": ("classify", "regress", "tag", "embed"),
     "label_separator": ("classify",),
     "class_weights": ("classify",),
-    "stride": ("tag",),
+    "stride": ("tag", "qa"),
     "negative": ("embed",),
     "score_range": ("embed",),
     "normalize": ("embed",),

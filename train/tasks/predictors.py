@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from ...model.hf.save_classifier import TAGGER, is_for
+from ...model.hf.save_classifier import SPAN_PREDICTOR, TAGGER, is_for
 from .models import choose_machine, open_folder
 from .predict import LabelPredictor
+from .qa.predict import AnswerPredictor
 from .settings import PredictSettings
 from .tag.predict import TagPredictor
 
@@ -39,4 +40,6 @@ def open_predictor(settings: PredictSettings) -> Predictor:
         UserError, ValueError: the model or an option cannot be used.
     """
     machine, folder = choose_machine(settings), open_folder(settings.model)
+    if is_for(folder, SPAN_PREDICTOR):
+        return AnswerPredictor(settings, machine, folder)
     return (TagPredictor if is_for(folder, TAGGER) else LabelPredictor)(settings, machine, folder)

@@ -154,14 +154,15 @@ class FinetuneSettings(ModelSettings):
         str,
         Option(
             "classify (one class a text; several with --label-separator), regress (one number a text), tag (one tag a "
-            "word: entities, parts of speech), or embed (one vector a text, from pairs of texts)."
+            "word: entities, parts of speech), qa (the answer to a question in a text), or embed (one vector a text, "
+            "from pairs of texts)."
         ),
     ]
     train: Annotated[
         list[str],
         Option(
             "Texts with labels: a .tsv, .csv, .jsonl or .parquet file; to tag, CoNLL columns (.conll, .tsv, .txt), "
-            ".jsonl or .parquet. Give the option again for more files.",
+            ".jsonl or .parquet; for qa a .json of SQuAD. Give the option again for more files.",
             DATA,
         ),
     ]
@@ -221,11 +222,12 @@ class FinetuneSettings(ModelSettings):
     stride: Annotated[
         int | None,
         Option(
-            "To tag: tokens that two windows of a text share if it has more than --seqlen. Default: 128, or half of a "
+            "To tag, and for qa: tokens that two windows of a long text share. Default: 128, or half of a "
             "shorter window.",
             DATA,
         ),
     ] = None
+    max_answer_tokens: Annotated[int, Option("The longest answer of --task qa, in tokens.", DATA, min=1)] = 30
 
     epochs: Annotated[int, Option("Passes over the training texts.", OPTIMISER, min=1)] = 3
     batch_size: Annotated[int, Option("Texts of a step.", OPTIMISER, min=1)] = 32
@@ -295,7 +297,8 @@ class PredictSettings(ModelSettings):
         str,
         Option(
             "Texts: a .txt (a text a line), .tsv, .csv, .jsonl or .parquet file, or - for standard input. For a model "
-            "that tags words also .conll, and lists of words in .jsonl and .parquet.",
+            "that tags words also .conll, and lists of words in .jsonl and .parquet. For one that answers questions "
+            "a .json of SQuAD, or a .jsonl with question and context.",
             DATA,
         ),
     ]
@@ -308,3 +311,4 @@ class PredictSettings(ModelSettings):
     stride: Annotated[
         int | None, Option("As in [bold]fusebert finetune[/bold], for a model that tags words.", DATA)
     ] = None
+    max_answer_tokens: Annotated[int, Option("The longest answer to a question, in tokens.", DATA, min=1)] = 30

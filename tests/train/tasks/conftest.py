@@ -67,6 +67,24 @@ def write_tagged(folder: Path, name: str, count: int, seed: int) -> None:
     (folder / f"{name}.conll").write_text("\n".join(lines))
 
 
+def write_questions(folder: Path, name: str, count: int, seed: int) -> None:
+    """``name``.json in the form of SQuAD 2.0: which animal, place or food is in a context; half have no food."""
+    rng = random.Random(seed)
+    paragraphs = []
+    for i in range(count):
+        named = {"animal": rng.choice(ANIMALS), "place": rng.choice(PLACES)}
+        context = f"The {named['animal']} lives in the {named['place']}."
+        if rng.random() < 0.5:
+            named["food"] = rng.choice(FOODS)
+            context += f" It eats {named['food']}."
+        asked = rng.choice(["animal", "place", "food", "food"])
+        answers = [{"text": named[asked], "answer_start": context.index(named[asked])}] if asked in named else []
+        question = {"id": f"q{i}", "question": f"{asked}?", "answers": answers, "is_impossible": not answers}
+        paragraphs.append({"context": context, "qas": [question]})
+    content = {"version": "v2.0", "data": [{"title": name, "paragraphs": paragraphs}]}
+    (folder / f"{name}.json").write_text(json.dumps(content))
+
+
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """corpus/, model/, texts as texts.txt, .tsv, .csv, .jsonl, .parquet; train and dev as the functions above write."""
@@ -87,6 +105,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_labelled(place, name, count, seed)
         write_pairs(place, f"pairs-{name}", 2 * count, seed)
         write_tagged(place, name, count, seed)
+        write_questions(place, name, 4 * count, seed)
     return place
 
 

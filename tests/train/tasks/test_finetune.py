@@ -236,7 +236,7 @@ def test_batches_of_one_shape_give_the_same_step(topics: Path) -> None:
 
 
 MISTAKES = {
-    "task": (["--task", "guess"], "--task must be one of classify, regress, tag, embed; got 'guess'"),
+    "task": (["--task", "guess"], "--task must be one of classify, regress, tag, qa, embed; got 'guess'"),
     "no file": (["--train", "none.tsv"], "none.tsv does not exist"),
     "unknown label": (["--dev", "other.tsv"], "other.tsv:3: the label 'whale' is not in the training files"),
     "no number": (["--task", "regress"], "train.tsv:2: the label 'owl' is not a number"),

@@ -1,0 +1,1 @@
+"""The task "qa": the span of a text that answers a question."""
