@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -71,7 +72,7 @@ def exact_and_f1(found: str, question: Question) -> tuple[float, float]:
     from torchmetrics.functional.text import squad
 
     texts = [text for text, _ in question.answers] or [""]
-    target = {"id": "0", "answers": {"text": texts, "answer_start": [0] * len(texts)}}
+    target: Any = {"id": "0", "answers": {"text": texts, "answer_start": [0] * len(texts)}}
     scored = squad({"id": "0", "prediction_text": found}, target)
     return float(scored["exact_match"]) / 100.0, float(scored["f1"]) / 100.0
 
