@@ -25,7 +25,8 @@ from ..measure.result import CorpusSummary, PretrainReport, PretrainResult, writ
 from ..measure.serialise import from_json
 
 PACKAGES = ("kernels", "model", "train")
-THREADS = re.compile(r"CPU \((?P<n>\d+) threads\)")  # a CPU in the log
+# A CPU in the log: "CPU (2 threads)", or "2 × CPU (1 thread), DDP".
+THREADS = re.compile(r"(?:(?P<processes>\d+) × )?CPU \((?P<threads>\d+) threads?\).*")
 # Paths on the machine of the run are not published.
 PLACES = ("data", "out", "hf_directory", "loss_curve")
 
@@ -63,10 +64,10 @@ def record(run: Path, root: Path) -> PretrainResult:
         raise UserError(f"{run}: {changed} was changed after this run; run it again")
     settings = begin["settings"]
     corpus = Corpus.open(Path(settings["data"]))
-    where = environment(torch.device("cpu" if begin["device"].startswith("CPU") else "cuda"))
-    threads = THREADS.fullmatch(begin["device"])
-    if threads:
-        where = dataclasses.replace(where, torch_threads=int(threads["n"]))  # the run's, not this process's
+    cpu = THREADS.fullmatch(begin["device"])
+    where = environment(torch.device("cuda" if cpu is None else "cpu"))
+    if cpu is not None:  # the run's threads, not this process's
+        where = dataclasses.replace(where, torch_threads=int(cpu["processes"] or 1) * int(cpu["threads"]))
     return PretrainResult(
         environment=where,
         settings={name: value for name, value in settings.items() if name not in PLACES},

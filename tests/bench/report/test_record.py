@@ -53,6 +53,15 @@ def test_record_keeps_figures_and_where_they_are_from(finished):
     assert str(run.parent) not in json.dumps(result_json(result))  # no place on this machine
 
 
+@pytest.mark.parametrize(("device", "threads"), [("CPU (1 thread)", 1), ("2 × CPU (1 thread), DDP", 2)])
+def test_record_counts_the_threads_of_all_processes(finished, device, threads):
+    run, sources = finished
+    log = (run / "log.jsonl").read_text()
+    (run / "log.jsonl").write_text(log.replace("CPU (7 threads)", device), encoding="utf-8")
+    result = record(run, sources)
+    assert (result.environment.device, result.environment.torch_threads) == ("cpu", threads)
+
+
 def test_record_refuses_what_these_sources_did_not_give(finished):
     run, sources = finished
     os.utime(sources / "train" / "x.py", (2**32, 2**32))
