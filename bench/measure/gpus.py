@@ -1,4 +1,4 @@
-"""GPUs whose speed is predicted from compiled code: what a multiprocessor does in a clock, and the memory's rates.
+"""GPUs for which speed is predicted from compiled code: what a multiprocessor does in a clock, and the memory's rates.
 
 fact                              source
 multiprocessors, HBM bandwidth    data sheets of A100 80GB SXM, H100 SXM, H200 SXM, HGX B200

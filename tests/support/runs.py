@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ SMALL: dict[str, Any] = {
     "threads": 1,
     "tensorboard": False,
 }
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def records(out: Path, kind: str) -> list[dict[str, Any]]:

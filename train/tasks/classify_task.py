@@ -30,7 +30,7 @@ class ClassifyTask:
     Attributes:
         folder: of the model to start from.
         tokenizer: files of `copied_tokenizer`.
-        dev, test: the rows and their encoded texts; ``test`` may be None.
+        splits: the rows and their encoded texts, of "dev" and, if there are any, of "test".
         class_weights: of the C classes, or None.
     """
 
@@ -40,20 +40,14 @@ class ClassifyTask:
     labels: Labels
     tokenizer: dict[str, bytes]
     train: Examples
-    dev: tuple[list[Row], Examples]
-    test: tuple[list[Row], Examples] | None
+    splits: dict[str, tuple[list[Row], Examples]]
     class_weights: list[float] | None
     metric: str
 
     @property
-    def has_test(self) -> bool:
-        """Whether there are test texts."""
-        return self.test is not None
-
-    @property
     def title(self) -> str:
         """See `task.Task`."""
-        return f"{self.name}, {len(self.train.texts):,} training texts, {len(self.dev[0]):,} dev texts"
+        return f"{self.name}, {len(self.train.texts):,} training texts, {len(self.splits['dev'][0]):,} dev texts"
 
     def make_model(self, folder: EncoderFolder, trained: bool = False) -> tuple[SequenceClassifier, list[str]]:
         """See `task.Task`."""
@@ -61,9 +55,7 @@ class ClassifyTask:
 
     def predict(self, model: SequenceClassifier, split: str) -> LabelPredictions:
         """See `task.Task`."""
-        chosen = self.dev if split == "dev" else self.test
-        assert chosen is not None
-        rows, examples = chosen
+        rows, examples = self.splits[split]
         return LabelPredictions(self.labels, rows, examples.labels, predict_logits(model, examples.texts, self.machine))
 
     def save(self, model: SequenceClassifier, directory: Path) -> None:
@@ -86,7 +78,8 @@ def read_classify_task(settings: FinetuneSettings, machine: Machine, folder: Enc
     (head,) = folder.family.names(folder.config.num_hidden_layers)["out.weight"]
     labels = Labels.of(train, settings.task, separator, folder.label_names if head in folder.tensors else None)
     metric = choose_metric(settings.metric, METRICS[labels.problem])
-    train_labels, dev_labels = labels.encode(train), labels.encode(dev)
+    scored = {"dev": dev} if test is None else {"dev": dev, "test": test}
+    train_labels, scored_labels = labels.encode(train), {name: labels.encode(rows) for name, rows in scored.items()}
     tokenizer = TextTokenizer(folder, settings.seqlen)
     task = ClassifyTask(
         name=settings.task,
@@ -95,8 +88,9 @@ def read_classify_task(settings: FinetuneSettings, machine: Machine, folder: Enc
         labels=labels,
         tokenizer=copied_tokenizer(folder.directory, tokenizer.seqlen),
         train=Examples(encode_rows(tokenizer, train), train_labels),
-        dev=(dev, Examples(encode_rows(tokenizer, dev), dev_labels)),
-        test=None if test is None else (test, Examples(encode_rows(tokenizer, test), labels.encode(test))),
+        splits={
+            name: (rows, Examples(encode_rows(tokenizer, rows), scored_labels[name])) for name, rows in scored.items()
+        },
         class_weights=_class_weights(settings.class_weights, labels, train_labels),
         metric=metric,
     )
@@ -109,7 +103,7 @@ def read_classify_task(settings: FinetuneSettings, machine: Machine, folder: Enc
         say(f"training starts from the model's own head{note}")
     for warning in filter(None, [tokenizer.warning()]):
         say(warning)
-    for name, rows in (("dev", dev), ("test", test or [])):
+    for name, rows in scored.items():
         if seen := sum((row.text, row.pair) in known for row in rows):
             say(f"warning: {seen:,} of {len(rows):,} {name} texts are training texts too: the scores are too good")
     return task

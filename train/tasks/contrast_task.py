@@ -37,7 +37,7 @@ class ContrastTask:
         seqlen: the most tokens of a text.
         pooling: one of `TRAINED_POOLINGS`.
         normalize: the exported model scales its vectors to length 1.
-        dev, test: the rows and their encoded texts; ``test`` may be None.
+        splits: the rows and their encoded texts, of "dev" and, if there are any, of "test".
         settings: ``temperature`` and ``batch_size``.
     """
 
@@ -48,20 +48,14 @@ class ContrastTask:
     pooling: str
     normalize: bool
     train: Pairs
-    dev: tuple[list[Row], Pairs]
-    test: tuple[list[Row], Pairs] | None
+    splits: dict[str, tuple[list[Row], Pairs]]
     settings: FinetuneSettings
     metric: str
 
     @property
-    def has_test(self) -> bool:
-        """Whether there are test texts."""
-        return self.test is not None
-
-    @property
     def title(self) -> str:
         """See `task.Task`."""
-        return f"embed, {len(self.train.parts):,} training rows, {len(self.dev[0]):,} dev rows"
+        return f"embed, {len(self.train.parts):,} training rows, {len(self.splits['dev'][0]):,} dev rows"
 
     def make_model(self, folder: EncoderFolder, trained: bool = False) -> tuple[CachedGradientEncoder, list[str]]:
         """See `task.Task`."""
@@ -74,9 +68,7 @@ class ContrastTask:
 
     def predict(self, model: Any, split: str) -> PairPredictions:
         """See `task.Task`."""
-        chosen = self.dev if split == "dev" else self.test
-        assert chosen is not None
-        rows, pairs = chosen
+        rows, pairs = self.splits[split]
         vectors = embed_encoded(model, pairs.texts, self.machine, normalize=True)
         return PairPredictions(rows, pairs, vectors, self.settings.batch_size, self.settings.temperature)
 
@@ -111,8 +103,11 @@ def read_contrast_task(settings: FinetuneSettings, machine: Machine, folder: Enc
         pooling=stated.get("pooling", "mean") if settings.pooling == "auto" else settings.pooling,
         normalize=stated.get("normalize", True) if settings.normalize is None else settings.normalize,
         train=encode_pairs(tokenizer, train, bounds, scored),
-        dev=(dev, encode_pairs(tokenizer, dev, bounds, scored)),
-        test=None if test is None else (test, encode_pairs(tokenizer, test, bounds, scored)),
+        splits={
+            name: (rows, encode_pairs(tokenizer, rows, bounds, scored))
+            for name, rows in (("dev", dev), ("test", test))
+            if rows is not None
+        },
         settings=settings,
         metric=metric,
     )

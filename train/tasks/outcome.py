@@ -114,7 +114,7 @@ def _load(job: Job, folder: Path) -> nn.Module:
 
 def _test(job: Job, results: list[dict[str, Any]]) -> list[dict[str, float]]:
     """The scores on --test of the best model of each seed."""
-    if not job.task.has_test:
+    if "test" not in job.task.splits:
         return []
     folders = [job.settings.out / f"seed-{each['seed']}" / "hf" for each in results]
     return [job.task.predict(_load(job, folder), "test").scores() for folder in folders]

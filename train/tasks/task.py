@@ -6,6 +6,7 @@ A task holds its texts and labels, makes and exports its model, and turns dev an
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -58,8 +59,8 @@ class Task(Protocol):
         """The training texts."""
 
     @property
-    def has_test(self) -> bool:
-        """Whether there are test texts."""
+    def splits(self) -> Mapping[str, Any]:
+        """The texts that a model is scored on: "dev", and "test" if there are any."""
 
     @property
     def title(self) -> str:

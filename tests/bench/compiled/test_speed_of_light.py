@@ -1,4 +1,4 @@
-"""Counts to microseconds: each resource of a program whose instructions are written by hand."""
+"""Counts to microseconds: each resource of a program with instructions written by hand."""
 
 import dataclasses
 

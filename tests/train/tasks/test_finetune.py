@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from hf_families import DROPOUTS, TEXT
+from runs import lines_of
 from safetensors.torch import load_file
 from stopped_runs import StopAfter
 
@@ -34,10 +35,6 @@ from fusebert.train.tasks.tokens import EncodedText
 
 Fusebert = Callable[..., int]
 CLASSIFY = ["--task", "classify", "--train", "train.tsv", "--dev", "dev.tsv", "--batch-size", "8"]
-
-
-def predictions(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +66,7 @@ def test_it_learns_and_reports_mean_and_spread(topics: Path) -> None:
     classes = {each["class"]: each["texts"] for each in report["classes"]}
     labels = [line.split("\t")[1] for line in (topics.parent / "dev.tsv").read_text().splitlines()[1:]]
     assert classes == {name: labels.count(name) for name in ("fox", "hare", "owl")}
-    kinds = {record["kind"] for record in predictions(topics / "seed-0" / "log.jsonl")}
+    kinds = {record["kind"] for record in lines_of(topics / "seed-0" / "log.jsonl")}
     assert kinds == {"run", "finetune", "dev"}
 
 
@@ -101,7 +98,7 @@ def test_predictions_are_transformers_in_the_order_of_the_texts(topics: Path, fu
     inputs = tokenizer([text for text, _ in rows], padding=True, return_tensors="pt")
     with torch.no_grad():
         expected = model(**inputs).logits.softmax(-1)
-    found = predictions(out)
+    found = lines_of(out)
     names = [model.config.id2label[i] for i in range(3)]
     assert names == ["fox", "hare", "owl"]
     given = torch.tensor([[each["probabilities"][name] for name in names] for each in found])
@@ -125,7 +122,7 @@ def test_test_texts_are_scored_once_with_the_best_models(topics: Path, fusebert:
         out = tmp_path / "labels.jsonl"
         words = ["--model", finished / f"seed-{seed}" / "hf", "--input", "test.tsv", "--out", out]
         assert fusebert("predict", *words) == 0
-        right = np.mean([each["label"] == label for each, (_, label) in zip(predictions(out), rows, strict=True)])
+        right = np.mean([each["label"] == label for each, (_, label) in zip(lines_of(out), rows, strict=True)])
         assert report["test"]["seeds"][seed]["accuracy"] == pytest.approx(right)
         assert report["seeds"][seed] == json.loads((topics / f"seed-{seed}" / "result.json").read_text())
     assert "seed 1, test" in (finished / "report.html").read_text()
@@ -165,7 +162,7 @@ def test_a_continued_run_has_the_same_bits(topics: Path, place: Path, steps: int
         topics / "seed-0" / "hf" / "model.safetensors"
     ).read_bytes()
     before, after = (
-        [r for r in predictions(out / "seed-0" / "log.jsonl") if r["kind"] == "dev"] for out in (topics, settings.out)
+        [r for r in lines_of(out / "seed-0" / "log.jsonl") if r["kind"] == "dev"] for out in (topics, settings.out)
     )
     assert before == after
 
@@ -373,11 +370,11 @@ def test_predictions_of_several_classes_and_of_a_value(problem: str, place: Path
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert tokenizer.model_max_length == 64
-    rows = predictions(Path("dev.jsonl"))
+    rows = lines_of(Path("dev.jsonl"))
     inputs = tokenizer([row["one"] for row in rows], [row["two"] for row in rows], padding=True, return_tensors="pt")
     with torch.no_grad():
         logits = theirs(**inputs).logits
-    found = predictions(tmp_path / "out.jsonl")
+    found = lines_of(tmp_path / "out.jsonl")
     if problem == "regression":
         torch.testing.assert_close(torch.tensor([[each["value"]] for each in found]), logits, rtol=1e-4, atol=1e-5)
         return

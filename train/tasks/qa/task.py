@@ -36,7 +36,7 @@ class AnswerTask:
         num_questions: of the training files.
         all_answered: every training and dev question has an answer, as in SQuAD 1.1.
         longest: the most tokens of an answer.
-        dev, test: questions and their windows; ``test`` may be None.
+        splits: questions and their windows, of "dev" and, if there are any, of "test".
     """
 
     machine: Machine
@@ -46,19 +46,13 @@ class AnswerTask:
     all_answered: bool
     longest: int
     train: Examples
-    dev: Split
-    test: Split | None
+    splits: dict[str, Split]
     metric: str
-
-    @property
-    def has_test(self) -> bool:
-        """Whether there are test texts."""
-        return self.test is not None
 
     @property
     def title(self) -> str:
         """See `task.Task`."""
-        return f"qa, {self.num_questions:,} training questions, {len(self.dev[0]):,} dev questions"
+        return f"qa, {self.num_questions:,} training questions, {len(self.splits['dev'][0]):,} dev questions"
 
     def make_model(self, folder: EncoderFolder, trained: bool = False) -> tuple[SpanPredictor, list[str]]:
         """See `task.Task`."""
@@ -66,9 +60,7 @@ class AnswerTask:
 
     def predict(self, model: SpanPredictor, split: str) -> AnswerPredictions:
         """See `task.Task`. On the dev questions it chooses ``model.null_threshold``."""
-        chosen = self.dev if split == "dev" else self.test
-        assert chosen is not None
-        questions, windows = chosen
+        questions, windows = self.splits[split]
         logits, loss = score_windows(model, windows, self.machine, labels_of(windows, questions))
         answers = best_answers(questions, windows, logits, self.longest)
         with_answer, without = (
@@ -110,8 +102,11 @@ def read_answer_task(settings: FinetuneSettings, machine: Machine, folder: Encod
         all_answered=all(each.answers for each in [*train, *dev]),
         longest=settings.max_answer_tokens,
         train=Examples([window.text for window in windows], labels_of(windows, train)),
-        dev=(dev, tokenizer(dev)),
-        test=None if test is None else (test, tokenizer(test)),
+        splits={
+            name: (questions, tokenizer(questions))
+            for name, questions in (("dev", dev), ("test", test))
+            if questions is not None
+        },
         metric=metric,
     )
     say(

@@ -68,7 +68,7 @@ class TagSet:
             if tag not in number:
                 shown = ", ".join(self.names[:8]) + (", …" if len(self.names) > 8 else "")
                 where = sentence.where_is(word)
-                raise UserError(f"{where}: the tag {tag!r} is not in the training files, whose tags are {shown}")
+                raise UserError(f"{where}: the tag {tag!r} is not in the training files, which have {shown}")
         return np.array([number[tag] for tag in sentence.tags or []], dtype=np.int64)
 
     def decode(self, logits: np.ndarray) -> list[str | None]:

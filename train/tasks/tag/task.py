@@ -31,7 +31,7 @@ class TagTask:
         folder: of the model to start from.
         tokenizer: the tokenizer's files.
         num_sentences: of the training files.
-        dev, test: sentences and their windows; ``test`` may be None.
+        splits: sentences and their windows, of "dev" and, if there are any, of "test".
     """
 
     machine: Machine
@@ -40,19 +40,13 @@ class TagTask:
     tokenizer: dict[str, bytes]
     num_sentences: int
     train: TagExamples
-    dev: Split
-    test: Split | None
+    splits: dict[str, Split]
     metric: str
-
-    @property
-    def has_test(self) -> bool:
-        """Whether there are test texts."""
-        return self.test is not None
 
     @property
     def title(self) -> str:
         """See `task.Task`."""
-        return f"tag, {self.num_sentences:,} training sentences, {len(self.dev[0]):,} dev sentences"
+        return f"tag, {self.num_sentences:,} training sentences, {len(self.splits['dev'][0]):,} dev sentences"
 
     def make_model(self, folder: EncoderFolder, trained: bool = False) -> tuple[TokenClassifier, list[str]]:
         """See `task.Task`."""
@@ -60,9 +54,7 @@ class TagTask:
 
     def predict(self, model: TokenClassifier, split: str) -> TagPredictions:
         """See `task.Task`."""
-        chosen = self.dev if split == "dev" else self.test
-        assert chosen is not None
-        sentences, windows = chosen
+        sentences, windows = self.splits[split]
         logits = predict_words(model, windows, [len(each.words) for each in sentences], self.machine)
         return TagPredictions(self.tags, sentences, logits)
 
@@ -106,8 +98,11 @@ def read_tag_task(settings: FinetuneSettings, machine: Machine, folder: EncoderF
         tokenizer=tokenizer.files(),
         num_sentences=len(train),
         train=examples,
-        dev=encode(dev, "--dev"),
-        test=None if test is None else encode(test, "--test"),
+        splits={
+            name: encode(sentences, f"--{name}")
+            for name, sentences in (("dev", dev), ("test", test))
+            if sentences is not None
+        },
         metric=metric,
     )
     say(

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs import lines_of
 from stopped_runs import StopAfter
 
 from fusebert.model.hf.encoders import open_encoder
@@ -20,10 +21,6 @@ from fusebert.train.tasks.qa.windows import QuestionTokenizer
 from fusebert.train.tasks.settings import FinetuneSettings
 
 Fusebert = Callable[..., int]
-
-
-def lines_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def settings_of(place: Path, out: str) -> FinetuneSettings:

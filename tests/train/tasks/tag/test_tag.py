@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs import lines_of
 from stopped_runs import StopAfter
 
 from fusebert.train.run.signals import Interrupted, StopSignal
@@ -16,10 +17,6 @@ from fusebert.train.tasks.settings import FinetuneSettings
 from fusebert.train.tasks.tag.sentences import TagColumns, read_sentences
 
 Fusebert = Callable[..., int]
-
-
-def lines_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def settings_of(place: Path, out: str) -> FinetuneSettings:
