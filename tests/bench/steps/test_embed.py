@@ -4,17 +4,12 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from oracle import DEVICE
-from small_corpus import make_corpus
 from typer.testing import CliRunner
+from untrained import untrained_model
 
 from fusebert.bench.cli import app
 from fusebert.bench.steps import embed as bench
-from fusebert.model.config import BertConfig
-from fusebert.model.hf import save_hf
-from fusebert.model.pretraining import BertForPreTraining
-from fusebert.train.corpus.reader import Corpus
 
 pytest.importorskip("sentence_transformers")
 NAMES = ["fusebert", "sentence-transformers, sorted", "sentence-transformers, unsorted"]
@@ -29,10 +24,7 @@ def invoke(*args):
 def place(tmp_path_factory):
     """model/ (random weights) and texts.txt."""
     place = tmp_path_factory.mktemp("embed")
-    corpus = Corpus.open(make_corpus(place))
-    torch.manual_seed(0)
-    model = BertForPreTraining(BertConfig.preset("tiny", corpus.vocab_size, pad_token_id=corpus.special.pad))
-    save_hf(model, place / "model", corpus.tokenizer_path)
+    untrained_model(place)
     (place / "texts.txt").write_text("\n".join(TEXTS) + "\n")
     return place
 

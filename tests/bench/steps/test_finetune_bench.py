@@ -5,15 +5,11 @@ import json
 import pytest
 import torch
 from oracle import DEVICE
-from small_corpus import make_corpus
 from typer.testing import CliRunner
+from untrained import untrained_model
 
 from fusebert.bench.cli import app
 from fusebert.bench.steps import finetune as bench
-from fusebert.model.config import BertConfig
-from fusebert.model.hf import save_hf
-from fusebert.model.pretraining import BertForPreTraining
-from fusebert.train.corpus.reader import Corpus
 
 pytest.importorskip("transformers", minversion="5")
 NAMES = ["fusebert", "transformers, dynamic", "transformers, max_length"]
@@ -27,10 +23,7 @@ def invoke(*args):
 def quick(tmp_path_factory):
     """The command on a model of random weights and nine texts, in steps of two."""
     place = tmp_path_factory.mktemp("finetune")
-    corpus = Corpus.open(make_corpus(place))
-    torch.manual_seed(0)
-    model = BertForPreTraining(BertConfig.preset("tiny", corpus.vocab_size, pad_token_id=corpus.special.pad))
-    save_hf(model, place / "model", corpus.tokenizer_path)
+    untrained_model(place)
     texts = [" ".join(["The fox lives in the forest."] * count) for count in (1, 9, 2, 5, 1, 3, 7, 2, 4)]
     (place / "texts.txt").write_text("\n".join(texts) + "\n")
     words = ["finetune", "--quick", "--model", place / "model", "--texts", place / "texts.txt", "--device", DEVICE]

@@ -7,14 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from small_corpus import ANIMALS, FOODS, PLACES, make_corpus
+from small_corpus import ANIMALS, FOODS, PLACES
+from untrained import untrained_model
 
-from fusebert.model.config import BertConfig
-from fusebert.model.hf import save_hf
-from fusebert.model.pretraining import BertForPreTraining
 from fusebert.train import cli
-from fusebert.train.corpus.reader import Corpus
 
 TEXTS = [
     f"The {animal} lives in the {place} and eats {food}."
@@ -92,10 +88,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import pyarrow.parquet
 
     place = tmp_path_factory.mktemp("tasks")
-    corpus = Corpus.open(make_corpus(place))
-    torch.manual_seed(0)
-    model = BertForPreTraining(BertConfig.preset("tiny", corpus.vocab_size, pad_token_id=corpus.special.pad))
-    save_hf(model, place / "model", corpus.tokenizer_path)
+    untrained_model(place)
     (place / "texts.txt").write_text("\n".join(TEXTS) + "\n")
     (place / "texts.tsv").write_text("".join(f"{i}\t{text}\n" for i, text in [("id", "said"), *enumerate(TEXTS)]))
     (place / "texts.csv").write_text("text,n\n" + "".join(f'"{text}",{i}\n' for i, text in enumerate(TEXTS)))
