@@ -73,6 +73,7 @@ TRITON_CHECKED := tests/kernels/attn/test_short.py tests/kernels/attn/test_sched
 triton-versions: build/triton-3.6.0/numpy build/triton-3.9.0/triton $(VENV)/.gpu-check  ## short tests with the oldest and the newest Triton
 	for version in 3.6.0 3.9.0; do \
 		PYTHONPATH=build/triton-$$version OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(TRITON_CHECKED) || exit 1; \
+		PYTHONPATH=build/triton-$$version $(BIN)/python -m fusebert.bench.aot --only 'layernorm H=' --jobs 1 || exit 1; \
 	done
 	PYTHONPATH=build/triton-3.9.0 $(GPU_CHECK) -q -m gpu_check_quick tests/kernels/attn/test_schedule.py tests/gpu/test_training_step.py
 

@@ -90,7 +90,7 @@ def layernorm_backward(
 
     A row wider than BLOCK_H is shared by BLOCKS programs, one for each block of columns, along the grid's second axis.
     """
-    BLOCKS: tl.constexpr = tl.cdiv(H, BLOCK_H)
+    BLOCKS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H  # with Triton 3.6 tl.cdiv gives no constant
     first = 0 if BLOCKS == 1 else tl.program_id(1) * BLOCK_H
     columns = first + tl.arange(0, BLOCK_H)  # [BLOCK_H]
     if weight_ptr is not None:
