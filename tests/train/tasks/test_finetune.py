@@ -1,6 +1,5 @@
 """Fine-tuning learns, is Transformers' to 1e-4, continues to the bit, and exports what Transformers loads."""
 
-import itertools
 import json
 import math
 import shutil
@@ -10,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hf_families import DROPOUTS, TEXT
 from runs import lines_of
 from safetensors.torch import load_file
 from stopped_runs import StopAfter
@@ -20,18 +18,15 @@ from fusebert.model.heads import SequenceClassifier
 from fusebert.model.hf.encoders import open_encoder
 from fusebert.model.hf.save_classifier import copied_tokenizer, save_classifier
 from fusebert.train.run.signals import Interrupted, StopSignal
-from fusebert.train.step.optim import learning_rate, make_optimizer, set_learning_rate
-from fusebert.train.step.step import TrainingStep
+from fusebert.train.step.optim import make_optimizer, set_learning_rate
 from fusebert.train.tasks.class_report import LabelPredictions
 from fusebert.train.tasks.classifier import make_classifier
-from fusebert.train.tasks.examples import EpochBatches, Examples
 from fusebert.train.tasks.finetune import finetune
 from fusebert.train.tasks.finetune_report import write_report
 from fusebert.train.tasks.labels import Labels
 from fusebert.train.tasks.rows import Row
 from fusebert.train.tasks.scores import goodness, scores
 from fusebert.train.tasks.settings import FinetuneSettings
-from fusebert.train.tasks.tokens import EncodedText
 
 Fusebert = Callable[..., int]
 CLASSIFY = ["--task", "classify", "--train", "train.tsv", "--dev", "dev.tsv", "--batch-size", "8"]
@@ -165,71 +160,6 @@ def test_a_continued_run_has_the_same_bits(topics: Path, place: Path, steps: int
         [r for r in lines_of(out / "seed-0" / "log.jsonl") if r["kind"] == "dev"] for out in (topics, settings.out)
     )
     assert before == after
-
-
-@pytest.mark.parametrize("family", ["Bert", "Roberta"])
-def test_the_loss_is_transformers_in_the_first_20_steps(family: str, tmp_path: Path) -> None:
-    import transformers
-
-    kind = getattr(transformers, f"{family}ForSequenceClassification")
-    torch.manual_seed(0)
-    config = kind.config_class(**TEXT, **dict.fromkeys(DROPOUTS, 0.0), num_labels=3, pad_token_id=1)
-    theirs = kind(config).train()
-    theirs.save_pretrained(tmp_path)
-    rng = np.random.default_rng(0)
-    ids = [rng.integers(3, 61, n) for n in rng.integers(2, 30, 70)]
-    labels = torch.tensor([int(each[0]) % 3 for each in ids])
-    examples = Examples([EncodedText(each, np.zeros_like(each)) for each in ids], labels)
-    ours, notes = make_classifier(open_encoder(tmp_path), Labels("single_label_classification", ("a", "b", "c")))
-    assert notes == []
-    step = TrainingStep(ours, make_optimizer(ours, 1e-3, 0.01), clip=1.0, compute_dtype=torch.float32, losses=1)
-    their_optimizer = make_optimizer(theirs, 1e-3, 0.01)
-    epochs = EpochBatches(examples, 8, 100, seed=0, epochs=3, static=False)
-    windows = itertools.islice(itertools.chain.from_iterable(map(epochs.epoch, range(3))), 20)
-    splits = 0
-    for i, window in enumerate(windows):
-        lr = learning_rate(1e-3, (i + 0.5) / 27, 0.1)
-        splits += len(window) > 1
-        count = sum(batch.num_labels for batch in window)
-        ours.train()
-        loss = float(step(window, lr).sums[0]) / count
-        segments = [
-            batch.input_ids[start:end]
-            for batch in window
-            for start, end in itertools.pairwise(batch.cu_seqlens.tolist())
-        ]
-        padded = torch.nn.utils.rnn.pad_sequence(segments, batch_first=True, padding_value=1)
-        expected = theirs(padded, (padded != 1).long(), labels=torch.cat([batch.labels for batch in window])).loss
-        expected.backward()
-        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
-        for group in their_optimizer.param_groups:
-            group["lr"] = lr
-        their_optimizer.step()
-        their_optimizer.zero_grad()
-        assert loss == pytest.approx(float(expected.detach()), rel=1e-4), i
-    assert splits > 5  # steps of several micro-batches
-
-
-def test_batches_of_one_shape_give_the_same_step(topics: Path) -> None:
-    """As on a GPU, where the last tokens are slack."""
-    folder = open_encoder(topics / "hf")
-    rng = np.random.default_rng(0)
-    ids = [rng.integers(5, 200, n) for n in rng.integers(2, 30, 21)]
-    examples = Examples([EncodedText(each, np.zeros_like(each)) for each in ids], torch.arange(21) % 3)
-    weights = []
-    for static in (False, True):
-        batches = EpochBatches(examples, 8, 100, seed=0, epochs=1, static=static)
-        model, _ = make_classifier(folder, Labels("single_label_classification", ("fox", "hare", "owl")))
-        step = TrainingStep(
-            model, make_optimizer(model, 1e-3, 0.0), clip=1.0, compute_dtype=torch.float32, graph=static, losses=1
-        )
-        model.eval()
-        results = [step(window, 1e-3) for window in batches.epoch(0)]
-        weights.append([*model.parameters(), *(result.sums for result in results)])
-        if static:
-            assert len({batch.input_ids.shape for window in batches.epoch(0) for batch in window}) == 1
-    for one, other in zip(*weights, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
 MISTAKES = {
