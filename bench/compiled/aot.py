@@ -142,11 +142,17 @@ def opcode_counts(sass: str) -> collections.Counter[str]:
 
 
 class Launch(NamedTuple):
-    """A launch that did not happen, and its kernel. ``arguments``: by name; ``signature``: their types."""
+    """A launch that did not happen, and its kernel.
+
+    Attributes:
+        function: the Triton function.
+        arguments: by name, with warps, stages and the compiler's options. signature: their types.
+    """
 
     resources: Resources
     sass: str
     grid: tuple[int, ...]
+    function: Any
     arguments: dict[str, Any]
     signature: dict[str, Any]
 
@@ -176,7 +182,7 @@ def compiled_kernels(
             found.append(seen[id(kernel)][0])
         arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
         shape = grid(arguments) if callable(grid) else grid
-        observe(Launch(*seen[id(kernel)], tuple(shape), arguments, kernel.src.signature))
+        observe(Launch(*seen[id(kernel)], tuple(shape), self, arguments, kernel.src.signature))
         return kernel
 
     def read(self: Any, kernel: Any) -> tuple[Resources, str]:

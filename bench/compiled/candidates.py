@@ -7,8 +7,13 @@ prediction does not see, so none becomes the default before a GPU's clock says s
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
+import functools
+import multiprocessing
+import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -16,21 +21,28 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from ...kernels import backend, use_backend
+from ...kernels import backend
 from ...kernels.attn.config import Config as AttentionConfig
 from ...kernels.attn.launch import NO_WINDOW, Problem, launch_backward, launch_forward, new_output, new_stats
-from ...kernels.backend import triton
 from ...kernels.embedding import launch as embedding
 from ...kernels.norm import launch as norm
 from ...kernels.rows import Config
-from ..measure.gpus import GPUS
-from ..measure.prediction import KernelPrediction
+from ..measure.gpus import GPU, GPUS, named
+from ..measure.machine import environment
+from ..measure.memory import release_memory
+from ..measure.prediction import KernelPrediction, RaceCase, RaceContestant
+from ..measure.result import RaceResult, write_result
+from ..measure.settings import TuneOptions
+from ..measure.statistics import ratio
+from ..measure.timing import Work, interleave
+from ..measure.verify import one_line
 from .aot import Launch, compiled_kernels
 from .speed_of_light import predict
 
-TOKENS, HEADS, HEAD_DIM, SEQLEN, VOCAB = 65536, 12, 64, 128, 30522
+TOKENS, HEADS, HEAD_DIM, VOCAB = 65536, 12, 64, 30522
 P = 0.1
 SAMPLE = 2  # programs
+SECONDS = 0.4  # of a configuration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +52,14 @@ class Race:
     Attributes:
         kernel: the name of the Triton function.
         call: launches it, with what it needs, on the device.
+        per_step: launches in a step of the preset with this shape.
         owner, function: what gives the configuration: an attribute of a module or class.
         others: candidates.
     """
 
     kernel: str
     shape: str
+    per_step: int
     call: Callable[[torch.device, torch.dtype], Callable[[], Any]]
     owner: Any
     function: str
@@ -65,12 +79,12 @@ def _empty(device: torch.device, *shape: int, dtype: torch.dtype = torch.float32
     return x.normal_() if device.type == "cuda" else x
 
 
-def _attention(backward: bool) -> Callable[[torch.device, torch.dtype], Callable[[], Any]]:
+def _attention(seqlen: int, backward: bool) -> Callable[[torch.device, torch.dtype], Callable[[], Any]]:
     def call(device: torch.device, dtype: torch.dtype) -> Callable[[], Any]:
         q, k, v, dout = (_empty(device, TOKENS, HEADS, HEAD_DIM, dtype=dtype) for _ in range(4))
-        bounds = torch.arange(0, TOKENS + 1, SEQLEN, dtype=torch.int32, device=device)
+        bounds = torch.arange(0, TOKENS + 1, seqlen, dtype=torch.int32, device=device)
         seed = torch.zeros(1, dtype=torch.int64, device=device)
-        problem = Problem(q, k, v, bounds, bounds, None, seed, SEQLEN, SEQLEN, HEAD_DIM**-0.5, P, NO_WINDOW)
+        problem = Problem(q, k, v, bounds, bounds, None, seed, seqlen, seqlen, HEAD_DIM**-0.5, P, NO_WINDOW)
         out, stats = new_output(q), new_stats(q)
         if not backward:
             return lambda: launch_forward(problem, out, stats)
@@ -97,7 +111,7 @@ def _layernorm(hidden: int, backward: bool) -> Callable[[torch.device, torch.dty
 def _embedding(hidden: int) -> Callable[[torch.device, torch.dtype], Callable[[], Any]]:
     def call(device: torch.device, dtype: torch.dtype) -> Callable[[], Any]:
         words = torch.randint(0, VOCAB, (TOKENS,), device=device)
-        positions = torch.arange(TOKENS, device=device) % SEQLEN
+        positions = torch.arange(TOKENS, device=device) % 128
         tables = [_empty(device, rows, hidden) for rows in (VOCAB, 2, 512)]
         vectors = [_empty(device, hidden) for _ in range(2)]
         dy, mean, rstd = _empty(device, TOKENS, hidden, dtype=dtype), _empty(device, TOKENS), _empty(device, TOKENS)
@@ -109,62 +123,141 @@ def _embedding(hidden: int) -> Callable[[torch.device, torch.dtype], Callable[[]
 
 
 def races() -> list[Race]:
-    """At BERT's shapes: base and large, 65,536 tokens, segments of 128."""
-    short = f"N={SEQLEN} D={HEAD_DIM}"
-    found = [
-        Race("attn_short_forward", short, _attention(False), Problem, "short_config", (_short(4),)),
-        # The sum is worse (368 bytes spill), but two blocks are resident, which the prediction does not value.
-        Race("attn_short_backward", short, _attention(True), Problem, "short_config", (_short(8, maxnreg=128),)),
-    ]
-    for hidden in (768, 1024):
+    """At BERT's shapes: base and large, 65,536 tokens; of attention also shorter segments."""
+    found = []
+    for seqlen, forward, backward in (
+        (16, [_short(16, 1)], [_short(16, 1)]),
+        (32, [_short(32, 1), _short(32, 2)], [_short(32, 1), _short(32, 2)]),
+        # The backward's sum is worse (368 bytes spill), but it has two resident blocks, which the prediction ignores.
+        (128, [_short(128, 4)], [_short(128, 8, maxnreg=128)]),
+    ):
+        for name, others in (("forward", forward), ("backward", backward)):
+            call = _attention(seqlen, name == "backward")
+            shape = f"N={seqlen} D={HEAD_DIM}"
+            found.append(Race(f"attn_short_{name}", shape, 12, call, Problem, "short_config", tuple(others)))
+    for hidden, layers in ((768, 12), (1024, 24)):
         shape = f"H={hidden}"
         ahead = Config(4, 1024, 2), Config(2, 1024, 1)
-        found.append(Race("layernorm_forward", shape, _layernorm(hidden, False), norm, "forward_config", ahead))
+        found.append(
+            Race("layernorm_forward", shape, 2 * layers, _layernorm(hidden, False), norm, "forward_config", ahead)
+        )
         direct = Config(2, 1024, 8), Config(2, 1024, 4), Config(1, 1024, 4), Config(1, 1024, 2)
-        found.append(Race("layernorm_backward", shape, _layernorm(hidden, True), norm, "backward_config", direct))
-        found.append(Race("embed_layernorm_backward", shape, _embedding(hidden), embedding, "backward_config", direct))
+        found.append(
+            Race("layernorm_backward", shape, 2 * layers, _layernorm(hidden, True), norm, "backward_config", direct)
+        )
+        found.append(
+            Race("embed_layernorm_backward", shape, 1, _embedding(hidden), embedding, "backward_config", direct)
+        )
     return found
 
 
-def _short(num_warps: int, maxnreg: int | None = None) -> AttentionConfig:
-    return AttentionConfig(SEQLEN, SEQLEN, num_warps, 1, maxnreg)
+def _short(seqlen: int, num_warps: int, maxnreg: int | None = None) -> AttentionConfig:
+    return AttentionConfig(seqlen, seqlen, num_warps, 1, maxnreg)
 
 
-def predicted(race: Race, config: Any, arch: int, dtype: torch.dtype) -> KernelPrediction:
-    """The kernel, launched as ``config``, on the first GPU of that architecture in `GPUS`."""
-    gpu = next(gpu for gpu in GPUS.values() if gpu.arch == arch)
+def predicted(race: Race, config: Any, gpu: GPU, dtype: torch.dtype) -> KernelPrediction:
+    """The kernel, launched as ``config``."""
     launches: list[Launch] = []
-    with compiled_kernels(arch, launches.append, gpu.multiprocessors), race.launched_as(config):
+    with compiled_kernels(gpu.arch, launches.append, gpu.multiprocessors), race.launched_as(config):
         race.call(torch.device("cpu"), dtype)()
     launch = next(each for each in launches if each.resources.name == race.kernel)
     return predict(launch, gpu, call=race.shape, sample=SAMPLE)
 
 
-def _milliseconds(race: Race, config: Any, dtype: torch.dtype) -> float:
-    call = race.call(torch.device("cuda"), dtype)
-    with use_backend("triton"), race.launched_as(config):
-        return float(triton.testing.do_bench(call, return_mode="median"))
+def _numbered(numbers: tuple[int, int], gpu: GPU, dtype: torch.dtype) -> KernelPrediction:
+    """`predicted` of a race and a configuration by their numbers; runs in a process of the pool."""
+    race = races()[numbers[0]]
+    return predicted(race, (None, *race.others)[numbers[1]], gpu, dtype)
 
 
-def race(arch: int, dtype: torch.dtype, report: Callable[[str], None]) -> None:
-    """A line for each configuration: resources, predicted times, and on that GPU the time of the launcher.
+def predictions(gpu: GPU, dtype: torch.dtype) -> Iterator[KernelPrediction]:
+    """Of all configurations of all races, in their order. Compiling takes seconds each: a process a core."""
+    numbers = [(i, j) for i, race in enumerate(races()) for j in range(1 + len(race.others))]
+    spawn = multiprocessing.get_context("spawn")  # Triton does not work in a forked process
+    with concurrent.futures.ProcessPoolExecutor(
+        min(len(numbers), len(os.sched_getaffinity(0))), mp_context=spawn
+    ) as pool:
+        yield from pool.map(functools.partial(_numbered, gpu=gpu, dtype=dtype), numbers)
+
+
+def _words(config: Any) -> str:
+    if config is None:
+        return "launched"
+    stages = config.num_stages if isinstance(config, AttentionConfig) else config.stages
+    tile = f"M={config[0]} {'N' if isinstance(config, AttentionConfig) else 'H'}={config[1]}"
+    limit = f" maxnreg={config.maxnreg}" if getattr(config, "maxnreg", None) else ""
+    return f"{tile} warps={config.num_warps} stages={stages}{limit}"
+
+
+def cases(gpu: GPU, dtype: torch.dtype) -> list[tuple[Race, RaceCase]]:
+    """The races with their predictions, the largest expected gain of a step first."""
+    found = predictions(gpu, dtype)
+    pairs = []
+    for race in races():
+        rows = tuple(RaceContestant(_words(config), next(found)) for config in (None, *race.others))
+        pairs.append((race, RaceCase(race.kernel, race.shape, race.per_step, rows)))
+    return sorted(pairs, key=lambda pair: -pair[1].expected_gain_us)
+
+
+def gpu_here(arch: int) -> torch.device | None:
+    """The GPU to measure on; None where there is none of this architecture."""
+    return torch.device("cuda") if torch.cuda.is_available() and backend.architecture() == arch else None
+
+
+def _timed(race: Race, case: RaceCase, dtype: torch.dtype, device: torch.device) -> RaceCase:
+    """``case`` with the time of each configuration; they take turns."""
+    call = race.call(device, dtype)
+    configs = dict(zip((row.config for row in case.contestants), (None, *race.others), strict=True))
+    works: dict[str, Work] = {}
+    failed: dict[str, str] = {}
+    for words, config in configs.items():
+
+        def context(config: Any = config) -> contextlib.AbstractContextManager[None]:
+            return race.launched_as(config)
+
+        try:
+            with context():
+                call()  # compiles
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            works[words] = Work(lambda _: call(), context=context)
+        except Exception as error:  # a candidate may not fit; the others are still timed
+            failed[words] = one_line(error)
+    timings = interleave(works, device, seconds=SECONDS * len(works), device_time=True) if works else {}
+    launched = timings.get(_words(None))
+    rows = []
+    for row in case.contestants:
+        timing = timings.get(row.config)
+        times = None if timing is None or launched is None else ratio(timing.samples_ms, launched.samples_ms)
+        rows.append(dataclasses.replace(row, timing=timing, ratio_to_launched=times, failed=failed.get(row.config)))
+    return dataclasses.replace(case, contestants=tuple(rows))
+
+
+def race(options: TuneOptions, arch: int, dtype: torch.dtype, show: Callable[[Any], None]) -> RaceResult:
+    """Predict all configurations and, on that GPU, time them, race by race; show and return (and write) the result.
 
     Args:
-        report: takes the lines.
+        options: ``minutes``: no race begins after it. ``out``: written after every race.
+        show: takes each record as it is made.
     """
-    timed = torch.cuda.is_available() and backend.architecture() == arch
-    name = next(gpu.name for gpu in GPUS.values() if gpu.arch == arch)
-    report(f"predicted for {name}, {TOKENS:,} tokens: µs if all overlaps, µs if nothing does")
-    for each in races():
-        for config in (None, *each.others):
-            row = predicted(each, config, arch, dtype)
-            words = "launched" if config is None else f"{row.tile} warps={row.warps} stages={config_stages(config)}"
-            times = row.refused or f"{row.bound_us:7.1f} ({row.limiter}) {row.sum_us:7.1f}"
-            measured = f" {_milliseconds(each, config, dtype):.4f} ms" if timed else ""
-            spills = f", spills {row.spill_bytes} bytes" if row.spill_bytes else ""
-            report(f"{each.kernel} {each.shape} {words}: {times}, {row.blocks} blocks{spills}{measured}")
-
-
-def config_stages(config: Any) -> int:
-    """The stages of a configuration of either kind."""
-    return int(config.num_stages if isinstance(config, AttentionConfig) else config.stages)
+    begin = time.monotonic()
+    device = gpu_here(arch)
+    key = named(torch.cuda.get_device_name(device)) if device and device.type == "cuda" else None
+    gpu = GPUS[key] if key else next(gpu for gpu in GPUS.values() if gpu.arch == arch)
+    where = environment(device or torch.device("cpu"))
+    show(where)
+    result = RaceResult(where, gpu.name, str(dtype).removeprefix("torch."), TOKENS)
+    for each, case in cases(gpu, dtype):
+        if device and options.minutes is not None and time.monotonic() - begin > 60 * options.minutes:
+            result.left_out.append(f"{each.kernel} {each.shape}")
+            continue
+        result.races.append(_timed(each, case, dtype, device) if device else case)
+        if device:
+            release_memory(device)
+        show(result.races[-1])
+        if options.out is not None:
+            write_result(options.out, result)
+    result.seconds = time.monotonic() - begin
+    if options.out is not None:
+        write_result(options.out, result)
+    return result

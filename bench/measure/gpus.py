@@ -53,3 +53,9 @@ GPUS = {
     "h200": GPU("H200 SXM", 90, 132, 1.83e9, 128, 4096, 0.63, 5120, 4.3e12, 790e12),
     "b200": GPU("B200", 100, 148, 1.85e9, 128, 8192, 0.5, 5120, 0.9 * 8.0e12, 0.8 * 2250e12),
 }
+
+
+def named(device: str) -> str | None:
+    """The key in `GPUS` of a GPU by PyTorch's name of it, "NVIDIA H100 80GB HBM3"; None where there is none."""
+    words = device.lower().replace("-", " ").split()
+    return next((key for key in GPUS if key in words), None)

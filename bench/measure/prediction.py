@@ -1,4 +1,8 @@
-"""What is predicted of a kernel and of a step: typed rows of `result.PredictResult`. Nothing in them is measured."""
+"""What is predicted of a kernel and of a step, and what a GPU measures beside it: typed rows of result files.
+
+`KernelPrediction`, `OtherCall` and `StepPrediction` hold nothing measured; `KernelCalibration` and `RaceCase` set a
+prediction beside a time.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import dataclasses
 from dataclasses import field
 
 from .serialise import OPTIONAL
+from .statistics import Ratio, Timing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,3 +103,51 @@ class StepPrediction:
     def worst_us(self) -> float:
         """If none of our kernels overlaps any. Not an upper bound of the time: latency is not counted."""
         return self.products_us + self.others_us + self.kernels_sum_us + self.launches_us
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelCalibration:
+    """A predicted launch and its measured time on that GPU.
+
+    Attributes:
+        timing: None where the launch failed, with the reason in ``failed``.
+        over_bound, over_sum: measured over predicted, medians of the rounds with their intervals.
+    """
+
+    prediction: KernelPrediction
+    timing: Timing | None
+    over_bound: Ratio | None = None
+    over_sum: Ratio | None = None
+    failed: str | None = field(default=None, metadata=OPTIONAL)
+
+
+@dataclasses.dataclass(frozen=True)
+class RaceContestant:
+    """A configuration of a kernel. ``ratio_to_launched``: its time over that of what is launched today."""
+
+    config: str
+    prediction: KernelPrediction
+    timing: Timing | None = None
+    ratio_to_launched: Ratio | None = None
+    failed: str | None = field(default=None, metadata=OPTIONAL)
+
+
+@dataclasses.dataclass(frozen=True)
+class RaceCase:
+    """A kernel at a shape: the configuration that is launched today, then candidates.
+
+    Attributes:
+        per_step: launches in a training step of the preset with this shape.
+    """
+
+    kernel: str
+    shape: str
+    per_step: int
+    contestants: tuple[RaceContestant, ...]
+
+    @property
+    def expected_gain_us(self) -> float:
+        """Of a step: predicted sum of what is launched, less the smallest predicted sum of a candidate."""
+        launched, *others = (row.prediction for row in self.contestants)
+        sums = [row.sum_us for row in others if not row.refused]
+        return 0.0 if launched.refused or not sums else self.per_step * (launched.sum_us - min(sums))

@@ -10,6 +10,8 @@ fusebert bench finetune      finetune       FinetuneResult
 fusebert bench quality       quality        QualityResult
 fusebert bench parity        train_parity   ParityResult
 fusebert bench predict       predict        PredictResult
+fusebert bench calibrate     calibrate      CalibrationResult
+fusebert bench tune          race           RaceResult      (--kernels rows)
 fusebert.bench.record        pretrain       PretrainResult
 fusebert.bench.aot           aot            AotResult       (the file does not name its kind)
 bench/campaign.sh            campaign       CampaignResult  (the file does not name its kind)
@@ -31,7 +33,7 @@ from .case import OURS, PEER, Floor, Missing
 from .ceilings import Ceilings, Drift
 from .correctness import Verdict
 from .machine import ClockSummary, Environment
-from .prediction import KernelPrediction, OtherCall, StepPrediction
+from .prediction import KernelCalibration, KernelPrediction, OtherCall, RaceCase, StepPrediction
 from .serialise import FLAT, OPTIONAL, REST, from_json, to_json
 from .settings import (
     EmbedBenchSettings,
@@ -685,6 +687,63 @@ class PredictResult(Result):
 
 
 @dataclasses.dataclass
+class CalibrationResult(Result):
+    """Of ``fusebert bench calibrate``; it grows while the benchmark runs.
+
+    Attributes:
+        ceilings: the rates that the prediction takes from ``about.gpu``, measured here.
+        kernels: those that take most of a step first.
+        left_out: kernels for which there was no time.
+        seconds: None where the run was cut short.
+    """
+
+    kind = "calibrate"
+    environment: Environment
+    about: PredictAbout
+    settings: PredictSettings
+    ceilings: Ceilings
+    kernels: list[KernelCalibration] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    clocks: ClockSummary | None = field(default=None, metadata=OPTIONAL)
+    seconds: float | None = field(default=None, metadata=OPTIONAL)
+    nvidia_smi_after: dict[str, str] | None = None
+
+    @property
+    def problems(self) -> list[str]:
+        return [f"{x.prediction.call}: {x.prediction.kernel}: {x.failed}" for x in self.kernels if x.failed]
+
+
+@dataclasses.dataclass
+class RaceResult(Result):
+    """Of ``fusebert bench tune --kernels rows``; it grows while the benchmark runs.
+
+    Attributes:
+        gpu: that the times are predicted for. tokens: of each call.
+        races: the largest expected gain first.
+        left_out: races for which there was no time.
+        seconds: None where the run was cut short.
+    """
+
+    kind = "race"
+    environment: Environment
+    gpu: str
+    dtype: str
+    tokens: int
+    races: list[RaceCase] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    seconds: float | None = field(default=None, metadata=OPTIONAL)
+
+    @property
+    def problems(self) -> list[str]:
+        return [
+            f"{x.kernel} {x.shape} {row.config}: {row.failed}"
+            for x in self.races
+            for row in x.contestants[:1]
+            if row.failed
+        ]
+
+
+@dataclasses.dataclass
 class CampaignResult(Result):
     """Of bench/campaign.sh. ``gaps``: what could not run, and the reason."""
 
@@ -698,6 +757,7 @@ class CampaignResult(Result):
 
 ALL_KINDS: tuple[type[Result], ...] = (
     AotResult,
+    CalibrationResult,
     CampaignResult,
     EmbedResult,
     FinetuneResult,
@@ -707,6 +767,7 @@ ALL_KINDS: tuple[type[Result], ...] = (
     PredictResult,
     PretrainResult,
     QualityResult,
+    RaceResult,
     StepResult,
     TrainResult,
 )

@@ -277,6 +277,10 @@ class TuneOptions:
     kernels: Annotated[
         str, Option("attention: derive its tables; rows: race candidates of the short attention and the row kernels.")
     ] = "attention"
+    out: Annotated[Path | None, Option("With --kernels rows: write every figure here, as JSON.")] = None
+    minutes: Annotated[float | None, Option("With --kernels rows: time no race that would begin later.", min=0.05)] = (
+        None
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -298,6 +302,14 @@ class PredictSettings:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PredictOptions(PredictSettings):
     out: Annotated[Path | None, Option("Write settings, rates and every figure here, as JSON.")] = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CalibrateOptions(RunOptions, PredictSettings):
+    """Of ``fusebert bench calibrate``; its files hold `PredictSettings`."""
+
+    gpu: Annotated[str, Option("Rates to predict with: auto, a100, h100, h200 or b200.")] = "auto"
+    minutes: Minutes = None
 
 
 Settings = TypeVar("Settings")

@@ -27,20 +27,24 @@ from typing import Any, TypeVar
 from ...model.atomic import replace_file
 from ...train.errors import UserError
 from ..measure.case import PEER
+from ..measure.prediction import RaceCase, RaceContestant
 from ..measure.result import (
     AotResult,
+    CalibrationResult,
     FuseResult,
     KernelsResult,
     ParityResult,
     PredictResult,
     PretrainResult,
     QualityResult,
+    RaceResult,
     Result,
     StepContestant,
     StepResult,
     read_result,
 )
 from .blocks import Table, Text
+from .calibrations import RACE, RACE_MEASURED, calibration_table, calibration_words
 from .columns import RATIO, TOKENS_PER_S, Column, status, table
 from .predictions import SUMMARY
 from .render import markdown_table
@@ -193,6 +197,39 @@ def _predict(files: Files[PredictResult]) -> list[str]:
     return [*_table(table(SUMMARY, [result for _, result in files])), *_paragraph(words)]
 
 
+def _calibrate(files: Files[CalibrationResult]) -> list[str]:
+    """A table a file: predicted against measured, a row a kernel."""
+    lines: list[str] = []
+    for path, result in files:
+        lines += [*_paragraph(calibration_words(result)), *_table(calibration_table(result))]
+        lines += _linked([(path, result)])
+    return lines
+
+
+def _of_contestant(column: Column[RaceContestant]) -> Column[tuple[RaceCase, RaceContestant]]:
+    return Column(column.title, lambda x: column.read(x[1]), column.format, column.words)
+
+
+RACES: tuple[Column[tuple[RaceCase, RaceContestant]], ...] = (
+    Column("kernel", lambda x: f"{x[0].kernel}, {x[0].shape}", words=True),
+    *map(_of_contestant, (*RACE, *RACE_MEASURED)),
+)
+
+
+def _race(files: Files[RaceResult]) -> list[str]:
+    """A table a file: each configuration of each kernel, the largest expected gain first."""
+    lines: list[str] = []
+    for path, result in files:
+        rows = [(case, row) for case in result.races for row in case.contestants]
+        timed = any(row.timing for _, row in rows)
+        columns = RACES if timed else RACES[: 1 + len(RACE)]
+        words = f"{result.dtype}, {result.tokens:,} tokens; predicted for {result.gpu}"
+        words += "." if timed else f", {_link(path)}: nothing is measured."
+        lines += [*_paragraph(words), *_table(table(columns, rows))]
+        lines += _linked([(path, result)]) if timed else []
+    return lines
+
+
 def _fuse(files: Files[FuseResult]) -> list[str]:
     """A row a case."""
     lines: list[str] = []
@@ -224,6 +261,8 @@ VIEWS: dict[str, tuple[type[Result], Callable[[Files[Any]], list[str]]]] = {  # 
     "parity": (ParityResult, _parity),
     "aot": (AotResult, _aot),
     "predict": (PredictResult, _predict),
+    "calibrate": (CalibrationResult, _calibrate),
+    "race": (RaceResult, _race),
 }
 
 

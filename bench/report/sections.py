@@ -11,6 +11,7 @@ from ..measure.ceilings import Ceilings, Drift
 from ..measure.machine import Environment
 from ..measure.result import (
     AotResult,
+    CalibrationResult,
     CampaignResult,
     EmbedResult,
     FinetuneResult,
@@ -23,6 +24,7 @@ from ..measure.result import (
     PretrainResult,
     Profile,
     QualityResult,
+    RaceResult,
     Result,
     StepResult,
     StepTime,
@@ -30,6 +32,7 @@ from ..measure.result import (
 )
 from ..steps.profile import to_do
 from .blocks import Block, Figure, Section, Table, Text
+from .calibrations import calibration_section, races_section
 from .columns import (
     COMPILED,
     GAP,
@@ -463,6 +466,18 @@ def _(result: AotResult, figures: Sequence[Figure] = ()) -> Section:
 @section.register
 def _(result: PredictResult, figures: Sequence[Figure] = ()) -> Section:
     found = prediction_section(result)
+    return dataclasses.replace(found, blocks=(*found.blocks, *figures))
+
+
+@section.register
+def _(result: CalibrationResult, figures: Sequence[Figure] = ()) -> Section:
+    found = calibration_section(result)
+    return dataclasses.replace(found, blocks=(*found.blocks, *figures))
+
+
+@section.register
+def _(result: RaceResult, figures: Sequence[Figure] = ()) -> Section:
+    found = races_section(result)
     return dataclasses.replace(found, blocks=(*found.blocks, *figures))
 
 

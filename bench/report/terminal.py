@@ -8,7 +8,9 @@ from typing import Any
 from ..measure.case import Missing
 from ..measure.ceilings import Ceilings
 from ..measure.machine import Environment
+from ..measure.prediction import KernelCalibration, RaceCase
 from ..measure.result import (
+    CalibrationResult,
     EmbedResult,
     FinetuneResult,
     FuseCase,
@@ -18,10 +20,12 @@ from ..measure.result import (
     PassResult,
     PredictResult,
     QualityResult,
+    RaceResult,
     StepResult,
     TrainResult,
 )
 from .blocks import Text
+from .calibrations import CALIBRATION, race_section
 from .columns import interval
 from .render import terminal
 from .sections import ceiling_texts, drift_text, kernels_gaps, kernels_summary, pass_section, section
@@ -72,6 +76,19 @@ def _(record: FuseCase) -> None:
     print(f"{record.words}, {record.pass_name}: {ours.time.tokens_per_s:,.0f} tokens/s, {ratios}", flush=True)
 
 
+@show.register
+def _(record: KernelCalibration) -> None:
+    print(
+        "; ".join(f"{column.title} {text}" for column in CALIBRATION if (text := column.cell(record).text)), flush=True
+    )
+
+
+@show.register
+def _(record: RaceCase) -> None:
+    terminal([race_section(record)])
+
+
+@show.register(CalibrationResult)
 @show.register(EmbedResult)
 @show.register(FinetuneResult)
 @show.register(FuseResult)
@@ -80,6 +97,7 @@ def _(record: FuseCase) -> None:
 @show.register(TrainResult)
 @show.register(ParityResult)
 @show.register(PredictResult)
+@show.register(RaceResult)
 def _(record: Any) -> None:
     clocks = getattr(record, "clocks", None)
     terminal([section(record), *([Text(clocks.describe())] if clocks else [])])

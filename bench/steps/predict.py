@@ -46,8 +46,8 @@ def _same_launch(operator: str, launch: Launch) -> tuple[Any, ...]:
 class _Kernels:
     """Predicts each launch once and counts how often it occurs."""
 
-    def __init__(self, gpu: GPU, ragged: bool, show: Callable[[Any], None]) -> None:
-        self._gpu, self._ragged, self._show = gpu, ragged, show
+    def __init__(self, gpu: GPU, ragged: bool, show: Callable[[Any], None], keep: Callable[[Launch], None]) -> None:
+        self._gpu, self._ragged, self._show, self._keep = gpu, ragged, show, keep
         self._found: dict[tuple[Any, ...], KernelPrediction] = {}
 
     def observe(self, operator: str, launch: Launch) -> None:
@@ -58,6 +58,7 @@ class _Kernels:
             return
         sample = RAGGED_SAMPLE if self._ragged and "attention" in operator else SAMPLE
         self._found[key] = predict(launch, self._gpu, call=operator, sample=sample)
+        self._keep(launch)
         self._show(f"counted {operator}: {launch.resources.name}")
 
     def rows(self) -> list[KernelPrediction]:
@@ -94,30 +95,30 @@ def _step(
     )
 
 
-def run(options: PredictOptions, *, show: Callable[[Any], None] = print) -> PredictResult:
-    """Predict, show what was found, and return (and write) the result.
+def predicted(
+    options: PredictSettings, gpu: GPU, *, show: Callable[[Any], None], keep: Callable[[Launch], None] = lambda _: None
+) -> PredictResult:
+    """The prediction of a step.
 
     Args:
-        options: ``gpu``, ``dtype``, ``model`` and the batch's shape.
-        show: takes a line for each kernel, then the result.
+        show: takes a line for each kernel.
+        keep: takes the launch of each row of ``kernels``, in their order, when it occurs for the first time.
 
     Raises:
         UserError: an option is not one of those allowed, or the process has Triton's interpreter.
         ValueError: a setting is out of range.
     """
-    if options.gpu not in GPUS:
-        raise UserError(f"--gpu {options.gpu}: choose one of {', '.join(GPUS)}")
     if options.dtype not in ("bf16", "fp16"):
         raise UserError(f"--dtype {options.dtype}: only bf16 and fp16 are predicted")
     if interpreting():
         raise UserError("TRITON_INTERPRET=1 replaces the compiler; unset it")
-    gpu, dtype = GPUS[options.gpu], getattr(torch, DTYPES[options.dtype])
+    dtype = getattr(torch, DTYPES[options.dtype])
     config = preset(options.model, options.vocab_size, seqlen=options.seqlen, dropout=options.dropout)
     (batch,) = random_batches(options.vocab_size, options.tokens, options.seqlen, 1, ragged=options.ragged)
-    kernels = _Kernels(gpu, options.ragged, show)
+    kernels = _Kernels(gpu, options.ragged, show, keep)
     others = _others(dry_step(config, batch, dtype, gpu, kernels.observe), gpu)
     rows = kernels.rows()
-    result = PredictResult(
+    return PredictResult(
         about=PredictAbout(
             date=f"{datetime.date.today()}",
             commit=commit(),
@@ -130,6 +131,21 @@ def run(options: PredictOptions, *, show: Callable[[Any], None] = print) -> Pred
         others=others,
         step=_step(rows, others, gpu, batch.num_tokens, batch_flops(config, batch)),
     )
+
+
+def run(options: PredictOptions, *, show: Callable[[Any], None] = print) -> PredictResult:
+    """Predict, show what was found, and return (and write) the result.
+
+    Args:
+        options: ``gpu``, ``dtype``, ``model`` and the batch's shape.
+        show: takes a line for each kernel, then the result.
+
+    Raises:
+        UserError, ValueError: as `predicted`, or there is no such GPU.
+    """
+    if options.gpu not in GPUS:
+        raise UserError(f"--gpu {options.gpu}: choose one of {', '.join(GPUS)}")
+    result = predicted(options, GPUS[options.gpu], show=show)
     show(result)
     if options.out is not None:
         write_result(options.out, result)

@@ -327,6 +327,54 @@ def predict() -> dict[str, Any]:
     }
 
 
+def calibrate() -> dict[str, Any]:
+    """The kernels of `predict` with their times; one failed."""
+    found = predict()
+    first, _, slow = found["kernels"]
+    timing = to_json(Timing.of([0.006, 0.006, 0.0064], [0.001] * 3, 9))
+    over = [{"median": m, "low": 0.9 * m, "high": 1.1 * m} for m in (1.5, 0.75)]
+    return {
+        "schema": 1,
+        "kind": "calibrate",
+        "environment": environment("cuda"),
+        "about": found["about"],
+        "settings": found["settings"],
+        "ceilings": {"copy_bytes_per_s": 2.5e12, "matmul_flops_per_s": 7e14, "dtype": "bfloat16"},
+        "kernels": [
+            {"prediction": first, "timing": timing, "over_bound": over[0], "over_sum": over[1]},
+            {"prediction": slow, "timing": None, "over_bound": None, "over_sum": None, "failed": "no memory"},
+        ],
+        "left_out": ["layernorm: layernorm_forward"],
+        "seconds": 9.0,
+    }
+
+
+def race() -> dict[str, Any]:
+    """A kernel, and a candidate that is faster than predicted."""
+    first, _, slow = predict()["kernels"]
+    rows = [("launched", slow, 0.012, 1.0), ("M=128 N=128 warps=4 stages=1", first, 0.006, 0.5)]
+    contestants = [
+        {
+            "config": config,
+            "prediction": prediction,
+            "timing": to_json(Timing.of([ms] * 3, [0.001] * 3, 9)),
+            "ratio_to_launched": {"median": times, "low": 0.9 * times, "high": 1.1 * times},
+        }
+        for config, prediction, ms, times in rows
+    ]
+    return {
+        "schema": 1,
+        "kind": "race",
+        "environment": environment("cuda"),
+        "gpu": "H100 SXM",
+        "dtype": "bfloat16",
+        "tokens": 65536,
+        "races": [{"kernel": "attn_short_backward", "shape": "N=128", "per_step": 12, "contestants": contestants}],
+        "left_out": ["layernorm_forward H=768"],
+        "seconds": 9.0,
+    }
+
+
 def campaign() -> dict[str, Any]:
     stages = [
         {"stage": "tests", "exit_status": 0, "seconds": 9},

@@ -15,8 +15,11 @@ pytest.importorskip("triton")
 from compiled import environment
 
 from fusebert.bench.compiled import aot, attention_cases
+from fusebert.kernels import backend
 from fusebert.kernels.attn import config as attention_config
 from fusebert.kernels.backend import triton
+
+RESULTS = Path(__file__).parents[3] / "bench" / "results"
 
 
 def compile_attention(out: Path, *options: str):
@@ -37,7 +40,7 @@ def compiled(tmp_path_factory):
 
 def committed(arch: int):
     """(about, rows) of the newest table in bench/results."""
-    newest = max((Path(__file__).parents[3] / "bench/results").glob(f"*-aot-sm_{arch}.json"))
+    newest = max(RESULTS.glob(f"*-aot-sm_{arch}.json"))
     table = json.loads(newest.read_text())
     return table["about"], table["kernels"]
 
@@ -79,6 +82,21 @@ def test_the_committed_table_is_whole_clean_and_of_these_kernels(arch):
     rows = [row for row in rows if row["case"].startswith("attention")]
     assert {row["case"] for row in rows} == attention_cases.cases(arch).keys()
     check_rows(arch, rows)
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*-aot-triton_*.json")), ids=lambda path: path.stem[11:])
+def test_the_committed_tables_of_other_tritons_are_of_these_kernels(path, monkeypatch):
+    """What `make aot` writes: whole, of these sources, and without spills up to D = 128."""
+    table = json.loads(path.read_text())
+    about, rows = table["about"], table["kernels"]
+    assert about["attention_sources"] == attention_cases.sources(), (
+        "attention's kernels or tables have changed: make aot"
+    )
+    version = tuple(map(int, about["triton"].split(".")[:2]))
+    monkeypatch.setattr(backend, "triton_version", lambda: version)
+    cases = attention_cases.cases(int(about["arch"].removeprefix("sm_")), heaviest=True)
+    assert {row["case"] for row in rows} == {case for case in cases if "attention bf16" in case}
+    assert [row["case"] for row in rows if row["spill_bytes"] and " D=256 " not in row["case"]] == []
 
 
 @pytest.mark.parametrize("arch", aot.LIMITS)

@@ -34,6 +34,8 @@ def project(tmp_path):
         "2026-01-01-cpu-parity": made.parity(),
         "2026-01-01-aot-sm_90": made.aot(),
         "2026-01-01-predict-h100": made.predict(),
+        "2026-01-01-gpu-calibrate": made.calibrate(),
+        "2026-01-01-gpu-race": made.race(),
         "2026-01-01-cpu-kernels": made.kernels([made.attention(64, step_of(1.6)["contestants"])], "cpu"),
     }.items():
         put(tmp_path, name, result)
