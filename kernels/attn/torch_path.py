@@ -17,8 +17,8 @@ from .. import reference
 from ..checks import segment_lengths
 from .dropout_tile import attention_dropout_mask
 
-# Scores of padding a segment up to which, with dropout, one call for all segments is faster than a call for each: then
-# PyTorch has no fused kernel on a CPU, and a segment costs as much as about 900 scores before its first. Measured.
+# Scores of padding a segment up to which one call for all segments is faster than a call for each. Measured on a CPU,
+# with and without dropout, forward and backward.
 WORTH_PADDING = 500
 
 
@@ -99,7 +99,9 @@ def _segment_by_segment(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float, dropout_p: float
 ) -> Tensor:
     """One call per segment, which on a CPU is faster than padding; a single call for equal or short segments."""
-    lengths_q, lengths_k = segment_lengths(cu_seqlens_q), segment_lengths(cu_seqlens_k)
+    lengths = zip(segment_lengths(cu_seqlens_q), segment_lengths(cu_seqlens_k), strict=True)
+    pairs = [pair for pair in lengths if any(pair)] or [(0, 0)]  # a batch of static shape ends with empty segments
+    lengths_q, lengths_k = ([pair[i] for pair in pairs] for i in range(2))
     rest_q, rest_k = q.shape[0] - sum(lengths_q), k.shape[0] - sum(lengths_k)  # rows after the last segment
     sdpa = functools.partial(
         F.scaled_dot_product_attention, dropout_p=dropout_p, scale=scale, enable_gqa=bool(q.shape[1] != k.shape[1])
@@ -110,10 +112,14 @@ def _segment_by_segment(
 
     longest_q, longest_k = max(lengths_q), max(lengths_k)
     scores = sum(map(operator.mul, lengths_q, lengths_k))
-    if dropout_p > 0.0 and longest_q * longest_k - scores / len(lengths_q) < WORTH_PADDING:
-        real_q, real_k = (_real_slots(x, n) for x, n in ((cu_seqlens_q, longest_q), (cu_seqlens_k, longest_k)))
-        out = sdpa(_spread(q, real_q), _spread(k, real_k), _spread(v, real_k), attn_mask=real_k[:, None, None])
-        out = out.transpose(1, 2).flatten(0, 1).index_select(0, real_q.flatten().nonzero().squeeze(-1))
+    if longest_q * longest_k - scores / len(lengths_q) < WORTH_PADDING and min(lengths_q) and min(lengths_k):
+        rows_q, slots = _padding(tuple(lengths_q), q.device)[:2]
+        rows_k, _, real = _padding(tuple(lengths_k), k.device)
+        out = sdpa(
+            *(_spread(x, rows, len(lengths_q)) for x, rows in ((q, rows_q), (k, rows_k), (v, rows_k))),
+            attn_mask=real[:, None, None],
+        )
+        out = out.transpose(1, 2).flatten(0, 1).index_select(0, slots)
         return torch.cat([out, reference.zeros_of(q[q.shape[0] - rest_q :])]) if rest_q else out
 
     def split(x: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
@@ -131,16 +137,24 @@ def _segment_by_segment(
     return torch.cat([x.transpose(1, 2) for x in outs], dim=1)[0]  # SDPA's memory is [1, n, h, D]
 
 
-def _real_slots(cu_seqlens: Tensor, longest: int) -> Tensor:
-    """bool [S, longest]: the slots of segments, padded to ``longest``, that hold a row."""
-    return torch.arange(longest, device=cu_seqlens.device) < cu_seqlens.diff()[:, None]
+@functools.lru_cache(maxsize=4)  # every layer has the same segments
+def _padding(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Segments, none empty, padded to the longest: the row of each slot [S·longest], the slot of each row [T], and
+    whether a slot holds a row, bool [S, longest].
+
+    A slot of padding repeats the last row of its own segment: NaN in another segment cannot reach it.
+    """
+    with torch.inference_mode(False):  # autograd saves these tensors, also if the first call is without it
+        n = torch.tensor(lengths, device=device)[:, None]  # [S, 1]
+        position = torch.arange(max(lengths), device=device)
+        real = position < n
+        rows = n.cumsum(0) - n + torch.minimum(position, n - 1)
+        return rows.flatten(), real.flatten().nonzero().squeeze(-1), real
 
 
-def _spread(x: Tensor, real: Tensor) -> Tensor:
-    """[S, h, longest, D] from rows [T, h, D]: those of the segments in the slots of ``real`` [S, longest], else 0."""
-    slots = real.flatten().nonzero().squeeze(-1)
-    padded = x.new_zeros(real.numel(), *x.shape[1:]).index_copy(0, slots, x[: len(slots)])
-    return padded.unflatten(0, real.shape).transpose(1, 2)
+def _spread(x: Tensor, rows: Tensor, segments: int) -> Tensor:
+    """[S, h, longest, D]: the ``rows`` of x [T, h, D]."""
+    return x.index_select(0, rows).unflatten(0, (segments, -1)).transpose(1, 2)
 
 
 def _padded_segments(

@@ -16,7 +16,11 @@ def reference_backend():
         yield
 
 
-@pytest.mark.parametrize(("lengths_q", "lengths_k"), [([7, 0, 20, 5], [9, 3, 20, 0]), ([16, 16], [20, 20])])
+# Segment by segment, in one call of equal segments, and in one call with padding.
+@pytest.mark.parametrize(
+    ("lengths_q", "lengths_k"),
+    [([7, 0, 20, 5], [9, 3, 20, 0]), ([16, 16], [20, 20]), ([7, 0, 20, 5, 0], [9, 0, 20, 13, 0])],
+)
 @pytest.mark.parametrize("spare", [0, 2])
 def test_packed(lengths_q, lengths_k, spare, reference_backend):
     cu_q, cu_k = lengths_to_cu(lengths_q), lengths_to_cu(lengths_k)
@@ -64,6 +68,24 @@ def test_packed_with_dropout(lengths_q, lengths_k, spare, reference_backend):
     # Σ of the result over queries and heads is Σ over keys of v times its gradient.
     torch.testing.assert_close(gradient[: sum(lengths_k)].sum(), outs[0].sum())
     assert not gradient[sum(lengths_k) :].any()
+
+
+def test_short_segments_train_after_inference_and_stay_apart(reference_backend):
+    lengths = [9, 4, 14]
+    cu = lengths_to_cu(lengths)
+    qkv = randn(27, 3, 2, 16)
+    with torch.inference_mode():  # what this call keeps must be fit for autograd
+        expected = attention_varlen(qkv, cu, 14)
+    qkv[cu[2] - 1] = float("nan")  # the row that the padding of its segment repeats
+    qkv.requires_grad_()
+    out = attention_varlen(qkv, cu, 14)
+    others = torch.ones(27, dtype=torch.bool, device=DEVICE)
+    others[cu[1] : cu[2]] = False
+    torch.testing.assert_close(out[others], expected[others], rtol=0, atol=0)
+    assert out[~others].isnan().all()
+    (gradient,) = torch.autograd.grad(out[others].sum(), qkv)
+    assert gradient[others].isfinite().all()
+    assert gradient[others].abs().max() > 0
 
 
 def test_a_seed_gives_the_mask_of_the_kernels(reference_backend):
