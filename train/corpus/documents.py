@@ -17,6 +17,17 @@ _PENDING_BYTES = 1 << 20
 _PART_ROWS = 1 << 22  # hashes that are sorted at once: about 200 MB
 
 
+def table_row(digest: bytes, size: int, heldout: bool) -> bytes:
+    """The row of a document.
+
+    Args:
+        digest: 16 bytes: split hash, rank hash.
+        size: bytes of its text, below 2³².
+        heldout: it is from a file of --heldout-files. These come first.
+    """
+    return digest + size.to_bytes(4, "little") + bytes((heldout,))
+
+
 class DocumentTable:
     """One row for each document, in the order of the text. Call `close` after the last `add`.
 
@@ -24,21 +35,21 @@ class DocumentTable:
         path: of the file to write.
     """
 
+    ROW_BYTES = _ROW.itemsize
+
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = open(path, "wb")  # noqa: SIM115
         self._pending = bytearray()
         self._rows = np.empty(0, dtype=_ROW)
 
-    def add(self, digest: bytes, size: int, heldout: bool) -> None:
-        """Appends a document.
+    def add(self, rows: bytes) -> None:
+        """Appends documents.
 
         Args:
-            digest: 16 bytes: split hash, rank hash.
-            size: bytes of its text, below 2³².
-            heldout: it is from a file of --heldout-files. These come first.
+            rows: `table_row` of each, one after another.
         """
-        self._pending += digest + size.to_bytes(4, "little") + bytes((heldout,))
+        self._pending += rows
         if len(self._pending) >= _PENDING_BYTES:
             self._file.write(self._pending)
             self._pending.clear()
@@ -59,6 +70,10 @@ class DocumentTable:
         for start in range(0, len(self._rows), _ROWS_AT_ONCE):
             where = slice(start, start + _ROWS_AT_ONCE)
             yield where, np.asarray(self._rows[where])
+
+    def sizes(self) -> np.ndarray:
+        """uint32 [documents]: bytes of the text. A view of the file."""
+        return self._rows["bytes"]
 
     def heldout(self) -> np.ndarray:
         """bool [documents]: whether it is from a file that is held out."""

@@ -6,6 +6,7 @@ Workers import this module and not the writer, which would load PyTorch in each 
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,36 +31,11 @@ class Block(NamedTuple):
 
     split: str
     tokens: np.ndarray
-    sentence_lengths: list[int]
-    document_lengths: list[int]
+    sentence_lengths: np.ndarray
+    document_lengths: np.ndarray
     weight: float
     unknown: dict[str, int]
     long_words: int
-
-
-class _Encoding(NamedTuple):
-    tokenizer: Tokenizer
-    split_sentences: Splitter
-    dtype: np.dtype[Any]
-    unk: int
-
-
-_encoding: _Encoding  # set once per worker process
-
-
-def start_encoding(tokenizer_file: Path, sentences: str, vocab_size: int) -> None:
-    """Prepares this process for `encode_documents`.
-
-    Args:
-        tokenizer_file: the tokenizer.json to encode with.
-        sentences: the sentence splitter's name.
-        vocab_size: V, which decides the dtype of the tokens.
-    """
-    global _encoding
-    tokenizer = encoder(tokenizer_file)
-    _encoding = _Encoding(
-        tokenizer, sentence_splitter(sentences), token_dtype(vocab_size), special_ids(tokenizer.get_vocab()).unk
-    )
 
 
 class Text(NamedTuple):
@@ -76,22 +52,57 @@ class Text(NamedTuple):
     text: str
 
 
-def encode_documents(documents: list[Text]) -> list[Block]:
-    """The blocks of ``documents``, one for each split and weight. Call `start_encoding` first."""
+class Encoding(NamedTuple):
+    """How text becomes token ids.
+
+    Attributes:
+        tokenizer_file: the tokenizer.json to encode with.
+        sentences: the sentence splitter's name.
+        vocab_size: V, which decides the dtype of the tokens.
+    """
+
+    tokenizer_file: Path
+    sentences: str
+    vocab_size: int
+
+
+class _Loaded(NamedTuple):
+    tokenizer: Tokenizer
+    split_sentences: Splitter
+    dtype: np.dtype[Any]
+    unk: int
+
+
+@functools.lru_cache(maxsize=4)  # a worker of a cluster may serve several runs at once
+def _load(encoding: Encoding) -> _Loaded:
+    tokenizer = encoder(encoding.tokenizer_file)
+    return _Loaded(
+        tokenizer,
+        sentence_splitter(encoding.sentences),
+        token_dtype(encoding.vocab_size),
+        special_ids(tokenizer.get_vocab()).unk,
+    )
+
+
+def encode_documents(documents: list[Text], encoding: Encoding) -> list[Block]:
+    """The blocks of ``documents``, one for each split and weight."""
+    tokenizer, split_sentences, dtype, unk = _load(encoding)
     blocks = []
     for split, weight in sorted({(document.split, document.weight) for document in documents}):
-        texts = [_encoding.split_sentences(each.text) for each in documents if each[:2] == (split, weight)]
+        texts = [split_sentences(each.text) for each in documents if each[:2] == (split, weight)]
         sentences = list(itertools.chain.from_iterable(texts))
-        ids = [e.ids for e in _encoding.tokenizer.encode_batch_fast(sentences, add_special_tokens=False)]
-        tokens = np.fromiter(itertools.chain.from_iterable(ids), _encoding.dtype)
+        ids = [e.ids for e in tokenizer.encode_batch_fast(sentences, add_special_tokens=False)]
+        tokens = np.fromiter(itertools.chain.from_iterable(ids), dtype)
         unknown: collections.Counter[str] = collections.Counter()
         long_words = 0
-        if (tokens == _encoding.unk).any():
+        if (tokens == unk).any():
             for sentence, pieces in zip(sentences, ids, strict=True):
-                if _encoding.unk in pieces:
+                if unk in pieces:
                     unknown.update(sentence)
-                    long_words += words_too_long(sentence, _encoding.tokenizer)
-        blocks.append(
-            Block(split, tokens, list(map(len, ids)), list(map(len, texts)), weight, dict(unknown), long_words)
-        )
+                    long_words += words_too_long(sentence, tokenizer)
+        blocks.append(Block(split, tokens, _lengths(ids), _lengths(texts), weight, dict(unknown), long_words))
     return blocks
+
+
+def _lengths(lists: list[list[Any]]) -> np.ndarray:
+    return np.fromiter(map(len, lists), np.int32, len(lists))

@@ -1,8 +1,11 @@
 """Text to a corpus on disk, in two passes over the text.
 
-1. `survey_documents` chooses the held-out documents and a sample of the others, from which the tokenizer is trained.
+1. A `Surveyor` chooses the held-out documents and a sample of the others, from which the tokenizer is trained.
 2. Worker processes split batches of documents into sentences and encode them (`encode_documents`); this process writes
    the results in order. The corpus does not depend on the number of workers.
+
+With ``--executor dask:ADDRESS`` the workers of a cluster read the text in both passes (`on_cluster`), and the corpus is
+the same.
 
 Input that can be read only once (standard input) or is slow to read (docstrings) is first copied to a file beside the
 corpus. That copy and an unfinished corpus are removed however the run ends; those of a killed run by the next one.
@@ -11,14 +14,13 @@ corpus. That copy and an unfinished corpus are removed however the run ends; tho
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import itertools
+import functools
 import shutil
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -26,10 +28,10 @@ from tqdm import tqdm
 from ..errors import UserError
 from ..text import pydocs
 from ..text.characters import count_characters, needs_marks, scripts
-from ..text.cluster import cluster_map
-from ..text.compression import BLOCK_BYTES, Progress
+from ..text.cluster import Cluster
+from ..text.compression import BLOCK_BYTES
 from ..text.files import find_files
-from ..text.readers import kind_of_start, read_documents
+from ..text.readers import kind_of_start
 from ..text.reading import Reading
 from ..text.sentences import sentence_splitter
 from ..text.subwords import LEARNERS
@@ -44,20 +46,21 @@ from ..text.tokenizer import (
     train_tokenizer,
 )
 from ..text.workers import available_cores, ordered_map
-from .encode import Text, encode_documents, start_encoding
+from .encode import Encoding, encode_documents
 from .format import TOKENIZER
+from .inputs import Inputs
+from .on_cluster import encode_on_cluster, survey_on_cluster
+from .parts import batches_of_parts, cut_parts
 from .reader import Corpus
 from .report import check_heldout, check_skipped, check_unknown, heldout_share, next_command
 from .settings import DASK, PrepareSettings, parse_weight
-from .survey import HELDOUT, LEFT_OUT, TRAIN, Survey, survey_documents
+from .survey import HELDOUT, TRAIN, Survey, Surveyor
 from .tally import tallies
 from .work_folder import WorkFolder, remove_leftovers
 from .writer import CorpusWriter, check_destination
 
 SAMPLE_CHARS = 32 << 20  # enough for a vocabulary of 30,000; training on it takes ten seconds of a core
 _SCRIPT_CHARS = 1 << 20  # enough to name the scripts of the text
-BATCH_CHARS = 1 << 19  # of the documents that a worker encodes at once
-BATCH_DOCUMENTS = 1 << 13  # at most
 _SMALL_INPUT = 4 << 20  # bytes; below this, starting workers takes longer than the work
 
 
@@ -91,6 +94,10 @@ def prepare(settings: PrepareSettings, *, show_progress: bool = False) -> Corpus
         stack.callback(folder.remove)
         scratch = folder.path
 
+        cluster = None
+        if settings.executor != "local":
+            cluster = stack.enter_context(Cluster(settings.executor.removeprefix(DASK), scratch))
+
         source: dict[str, Any] = {"inputs": inputs}
         if settings.corpus == "pydocs":
             copy, found = _copy_docstrings(scratch, settings.workers or available_cores(), max_bytes, show_progress)
@@ -98,19 +105,17 @@ def prepare(settings: PrepareSettings, *, show_progress: bool = False) -> Corpus
         elif "-" in inputs:
             files.append(_copy_stdin(scratch, settings.format, max_bytes))
         reading = Reading(settings.text_field, settings.documents, settings.skip_bad_records)
-        text = _Text(heldout_files, files, reading, max_bytes, weights)
+        text = Inputs(heldout_files, files, reading, max_bytes, weights)
         workers = settings.workers or (1 if text.total_bytes < _SMALL_INPUT else available_cores())
 
         with _bar("reading", text.total_bytes, show_progress) as bar:
-            sample_chars = SAMPLE_CHARS if tokenizer is None else _SCRIPT_CHARS
-            survey = survey_documents(
-                (document[:2] for document in text.documents(bar.update)),
-                settings.heldout,
-                settings.seed,
-                sample_chars,
-                scratch,
-                dedup=settings.dedup,
-            )
+            surveyor = Surveyor(scratch, settings.seed, SAMPLE_CHARS if tokenizer is None else _SCRIPT_CHARS)
+            if cluster is None or max_bytes is not None:  # where the limit lies is found by reading up to there
+                surveyor.add(document[:2] for document in text.documents(bar.update))
+            else:
+                survey_on_cluster(cluster, text, surveyor, settings.seed, bar.update)
+            survey = surveyor.finish(settings.heldout, settings.dedup)
+        parts = cut_parts(text.counts, survey.sizes)
         skipped = {"count": text.skipped, "first": text.reasons}
         _check_survey(survey, text, settings)
 
@@ -140,18 +145,12 @@ def prepare(settings: PrepareSettings, *, show_progress: bool = False) -> Corpus
         }
         writer = stack.enter_context(CorpusWriter(out, tokenizer_file, overwrite=settings.overwrite))
         bar = stack.enter_context(_bar("encoding", text.total_bytes, show_progress))
-        # A text that became longer is found at the end of the file.
-        places = itertools.chain(survey.places, itertools.repeat(TRAIN))
-        batches = _batches(zip(places, text.documents(bar.update), strict=False))
-        start: Any = {
-            "initializer": start_encoding,
-            "initargs": (tokenizer_file.resolve(), settings.sentences, writer.vocab_size),
-        }
-        if settings.executor == "local":
-            encoded = ordered_map(encode_documents, batches, workers=workers, **start)
+        encoding = Encoding(tokenizer_file.resolve(), settings.sentences, writer.vocab_size)
+        if cluster is None:
+            batches = batches_of_parts(text.documents(bar.update), survey.places, parts)
+            encoded = ordered_map(functools.partial(encode_documents, encoding=encoding), batches, workers=workers)
         else:
-            address = settings.executor.removeprefix(DASK)
-            encoded = cluster_map(encode_documents, batches, address=address, **start)
+            encoded = encode_on_cluster(cluster, text, survey.places, parts, encoding, bar.update)
         counts = tallies(writer.special.unk)
         for blocks in stack.enter_context(contextlib.closing(encoded)):
             for block in blocks:
@@ -179,7 +178,7 @@ def prepare(settings: PrepareSettings, *, show_progress: bool = False) -> Corpus
         return writer.finish(source, report)
 
 
-def _check_survey(survey: Survey, text: _Text, settings: PrepareSettings) -> None:
+def _check_survey(survey: Survey, text: Inputs, settings: PrepareSettings) -> None:
     """Raises UserError unless there is text to train on, and text to hold out."""
     if not len(survey.places):
         where = " ".join(settings.inputs or []) or settings.corpus
@@ -216,72 +215,6 @@ def _weights(settings: PrepareSettings, files: list[TextFile]) -> dict[str, floa
     return weights
 
 
-class _Document(NamedTuple):
-    """A document, whether it is from a file that is held out, and how often an epoch has it."""
-
-    text: str
-    heldout: bool
-    weight: float
-
-
-class _Text:
-    """The documents of some files, up to ``max_bytes`` of UTF-8 text; they can be read several times.
-
-    Reading raises UserError if a file has changed since this object was made.
-
-    Args:
-        heldout_files: files whose documents are held out. They are read first.
-        files: the others.
-        reading: how to read them.
-        max_bytes: of text; None: all of it.
-        weights: of files, by their keys; 1 for the others.
-
-    Attributes:
-        skipped, reasons: of the bad records of the last reading.
-        too_long: bytes of the document that would have exceeded ``max_bytes``.
-    """
-
-    def __init__(
-        self,
-        heldout_files: list[TextFile],
-        files: list[TextFile],
-        reading: Reading,
-        max_bytes: int | None,
-        weights: dict[str, float],
-    ) -> None:
-        self._files = [(file, True) for file in heldout_files] + [(file, False) for file in files]
-        self._reading, self._max_bytes, self._weights = reading, max_bytes, weights
-        self._versions = [file.version() for file, _ in self._files]
-        self.total_bytes = sum(size for size, *_ in self._versions)
-        self.skipped, self.reasons = 0, list[str]()
-        self.too_long: int | None = None
-
-    def documents(self, progress: Progress) -> Iterator[_Document]:
-        """Every document, in order."""
-        left = self._max_bytes
-        reading = dataclasses.replace(self._reading, skipped=0, reasons=[])
-        for (file, heldout), version in zip(self._files, self._versions, strict=True):
-            _check_version(file, version)
-            weight = self._weights.get(file.key, 1.0)
-            for document in read_documents(file, reading, progress):
-                if left is not None and (left := left - (size := len(document.encode()))) < 0:
-                    _check_version(file, version)
-                    self.too_long = size
-                    break
-                yield _Document(document, heldout, weight)
-            _check_version(file, version)
-            self.skipped, self.reasons = reading.skipped, reading.reasons
-            if left is not None and left < 0:
-                return
-
-
-def _check_version(file: TextFile, version: tuple[Any, ...]) -> None:
-    if file.version() != version:
-        raise UserError(
-            f"{file.name} has changed while it was read, and the text is read twice: start again when it is complete"
-        )
-
-
 def _copy_stdin(scratch: Path, given_format: str | None, max_bytes: int | None) -> TextFile:
     file = TextFile(scratch / "stdin", "standard input", given_format)
     with open(file.path, "wb") as out:
@@ -289,7 +222,7 @@ def _copy_stdin(scratch: Path, given_format: str | None, max_bytes: int | None) 
         kind = file.kind or kind_of_start(block)
         ends = b" \n" if kind in (".txt", ".md") else b"\n"
         if kind in (".json", ".csv"):
-            max_bytes = None  # their records have no end that can be seen here: `_Text` applies the limit
+            max_bytes = None  # their records have no end that can be seen here: `Inputs` applies the limit
         while block:
             copied += len(block)
             if max_bytes is not None and copied >= max_bytes:
@@ -309,24 +242,6 @@ def _copy_docstrings(
     with _bar("parsing", sum(file.stat().st_size for file in files), show_progress) as bar:
         found = pydocs.collect(path, workers=workers, files=files, max_bytes=max_bytes, progress=bar.update)
     return TextFile(path, "the docstrings"), found
-
-
-def _batches(documents: Iterable[tuple[int, _Document]]) -> Iterator[list[Text]]:
-    """Tasks of `encode_documents`, of each document and its place."""
-    batch: list[Text] = []
-    length = 0
-    for place, document in documents:
-        if place == LEFT_OUT:
-            continue
-        batch.append(
-            Text("heldout", 1.0, document.text) if place == HELDOUT else Text("train", document.weight, document.text)
-        )
-        length += len(document.text)
-        if length >= BATCH_CHARS or len(batch) == BATCH_DOCUMENTS:
-            yield batch
-            batch, length = [], 0
-    if batch:
-        yield batch
 
 
 def _learn_tokenizer(

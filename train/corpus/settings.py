@@ -64,7 +64,7 @@ class PrepareSettings:
         list[str] | None,
         Option(
             "Text: files, folders (searched below too), quoted globs, URLs of these (s3://bucket/*.jsonl.zst, hf://, "
-            "https://, file://), or - for standard input. "
+            "https://, file://; needs fusebert\\[remote]), or - for standard input. "
             "Text in .txt, .md or without a suffix: see --documents. A document each record: .jsonl (an object a "
             "line), .json (an array, or lines), .csv, .tsv. All may be compressed: .gz, .zst, .bz2, .xz. Data sets of "
             "Hugging Face: .parquet, .arrow, and folders with such files.",
@@ -189,8 +189,9 @@ class PrepareSettings:
     executor: Annotated[
         str,
         Option(
-            "Where text is encoded: local, or dask:ADDRESS, the scheduler of a Dask cluster (dask:tcp://host:8786) "
-            "with fusebert on its workers and --out in a folder that they share. The corpus is the same."
+            "Where text is read and encoded: local, or dask:ADDRESS, the scheduler of a Dask cluster "
+            "(dask:tcp://host:8786) with this fusebert on its workers, which must see INPUT (a shared folder under the "
+            "same path, or URLs) and the folder of --out. The corpus is the same. Needs fusebert\\[dask]."
         ),
     ] = "local"
     seed: Annotated[int, Option("Another seed holds out other documents.")] = 0

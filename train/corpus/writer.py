@@ -122,8 +122,8 @@ class CorpusWriter:
         self,
         split: str,
         tokens: np.ndarray,
-        sentence_lengths: Sequence[int],
-        document_lengths: Sequence[int],
+        sentence_lengths: Sequence[int] | np.ndarray,
+        document_lengths: Sequence[int] | np.ndarray,
         weight: float = 1.0,
     ) -> None:
         """Appends many documents at once.

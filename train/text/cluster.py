@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import collections
-import threading
+import contextlib
+import hashlib
+import importlib.metadata
+import os
+import time
 from collections.abc import Callable, Generator, Iterable
+from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeVar
-
-import tokenizers
 
 from ..errors import UserError
 
@@ -15,89 +20,126 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 CONNECT_SECONDS = 30
-_lock = threading.Lock()
-_started: tuple[Any, ...] | None = None  # of this worker process: the initargs that it is prepared for
+_FIRST_TASKS = 8  # in flight at the start
+_COUNT_SECONDS = 10  # between two looks at the number of workers, which may change
+_PACKAGES = ("tokenizers", "blingfire", "regex")  # decide where sentences end and what their tokens are
+_SOURCES = ("text", "corpus")  # folders of train/ that run on the workers
 
 
-def cluster_map(
-    function: Callable[[Task], Result],
-    tasks: Iterable[Task],
-    *,
-    address: str,
-    initializer: Callable[..., None],
-    initargs: tuple[Any, ...],
-) -> Generator[Result, None, None]:
-    """``function`` of each task, in the order of the tasks. The tasks of a worker that dies run again on another.
+class Cluster:
+    """The workers of a Dask cluster; use it as a context manager.
 
     Args:
-        function: must be importable by name on the workers.
-        tasks: read in this process, at most two for each thread of the cluster ahead of the results.
-        address: of the Dask scheduler, such as "tcp://host:8786".
-        initializer, initargs: called once in each worker process. A path must lead to the same file there.
+        address: of the scheduler, such as "tcp://host:8786".
+        folder: of this machine, which the workers must see.
 
     Raises:
-        UserError: the cluster cannot be reached, its workers have another version of the tokenizers, cannot see a file,
-            or died several times of one task.
+        UserError: the cluster cannot be reached, its workers have other versions of fusebert or of what it encodes
+            with, or do not see ``folder``.
     """
-    try:
-        from distributed import Client, KilledWorker
-    except ImportError as error:
-        raise UserError("--executor dask needs a package: pip install 'fusebert[dask]'") from error
-    try:
-        client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
-    except (OSError, ValueError, TimeoutError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"--executor dask:{address}: no scheduler answers there ({reason})") from error
-    with client:
-        _check_versions(client, address)
+
+    def __init__(self, address: str, folder: Path) -> None:
+        try:
+            from distributed import Client
+        except ImportError as error:
+            raise UserError("--executor dask needs a package: pip install 'fusebert[dask]'") from error
+        try:
+            self._client: Any = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
+        except (OSError, ValueError, TimeoutError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"--executor dask:{address}: no scheduler answers there ({reason})") from error
+        try:
+            self._check_workers(address, folder)
+        except BaseException:
+            self._client.close()
+            raise
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._client.close()
+
+    def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Generator[Result, None, None]:
+        """``function`` of each task, in the order of the tasks. The tasks of a worker that dies run again on another.
+
+        Args:
+            function: must be importable by name on the workers. Its errors are raised here.
+            tasks: read in this process, at most two for each thread of the cluster ahead of the results; fewer at the
+                start, so that later tasks can depend on the first results.
+
+        Raises:
+            UserError: workers died several times of one task, or the scheduler has gone.
+        """
+        from distributed import KilledWorker
+
         in_flight: collections.deque[Any] = collections.deque()
-        most = 2 * sum(client.nthreads().values())
+        done, counted, most = 0, 0.0, 0
         try:
             for task in tasks:
-                in_flight.append(client.submit(_run, function, task, initializer, initargs, pure=False))
-                if len(in_flight) > most:
+                in_flight.append(self._client.submit(function, task, pure=False))
+                if time.monotonic() > counted + _COUNT_SECONDS:
+                    most = 2 * sum(self._client.nthreads().values())
+                    counted = time.monotonic()
+                while len(in_flight) > min(most, max(_FIRST_TASKS, done)):
                     yield in_flight.popleft().result()
+                    done += 1
             while in_flight:
                 yield in_flight.popleft().result()
         except KilledWorker as error:
             raise UserError(
-                "workers of the cluster died again and again of one piece of text, most likely because memory ran out: "
-                "give them more, or fewer threads"
+                "workers of the cluster died again and again of one part of the text, most likely because memory ran "
+                "out: give them more, or fewer threads"
             ) from error
-        except FileNotFoundError as error:
-            raise UserError(
-                f"the workers of the cluster do not see {error.filename}: --out must be in a folder that they share"
-            ) from error
+        except asyncio.CancelledError as error:
+            raise UserError("the Dask scheduler has gone: start again when the cluster is up") from error
         finally:
-            client.cancel(list(in_flight), force=True)
+            with contextlib.suppress(asyncio.CancelledError):
+                self._client.cancel(list(in_flight), force=True)
+
+    def _check_workers(self, address: str, folder: Path) -> None:
+        try:
+            found: dict[str, tuple[dict[str, str], bool]] = self._client.run(_look_around, str(folder))
+        except (ImportError, AttributeError) as error:
+            raise UserError(
+                f"--executor dask:{address}: the workers have no fusebert, or another one ({error}): install the same "
+                "everywhere"
+            ) from error
+        if not found:
+            raise UserError(f"--executor dask:{address}: the cluster has no workers")
+        here = versions()
+        for worker, (there, sees_folder) in found.items():
+            for name, version in here.items():
+                if there.get(name) != version:
+                    raise UserError(
+                        f"the worker {worker} has {name} {there.get(name, 'of another version')}, this machine "
+                        f"{version}: install the same, so that all encode alike"
+                    )
+            if not sees_folder:
+                raise UserError(
+                    f"the worker {worker} does not see {folder}: --out must be in a folder that all workers share, "
+                    "under the same path and with the rights of this user"
+                )
 
 
-def _check_versions(client: Any, address: str) -> None:
-    """Raises UserError unless there are workers, and all encode alike."""
-    found: dict[str, str] = client.run(_version)
-    if not found:
-        raise UserError(f"--executor dask:{address}: the cluster has no workers")
-    other = {worker: version for worker, version in found.items() if version != tokenizers.__version__}
-    if other:
-        worker, version = next(iter(other.items()))
-        raise UserError(
-            f"the worker {worker} has tokenizers {version}, this machine {tokenizers.__version__}: install the same, "
-            "so that all encode alike"
-        )
+def versions() -> dict[str, str]:
+    """The versions of what decides how text is encoded. Of fusebert, also a hash of the sources, which tells two
+    commits apart."""
+    root, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
+    for path in sorted(path for folder in _SOURCES for path in (root / folder).glob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    found = {"fusebert": f"{_version('fusebert')} (sources {digest.hexdigest()[:8]})"}
+    return found | {name: _version(name) for name in _PACKAGES}
 
 
-def _version() -> str:
-    return str(tokenizers.__version__)
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
-def _run(
-    function: Callable[[Task], Result], task: Task, initializer: Callable[..., None], initargs: tuple[Any, ...]
-) -> Result:
-    global _started
-    with _lock:  # a worker may have several threads
-        if _started != initargs:
-            if not initargs[0].is_file():
-                raise FileNotFoundError(2, "No such file", str(initargs[0]))
-            initializer(*initargs)
-            _started = initargs
-    return function(task)
+def _look_around(folder: str) -> tuple[dict[str, str], bool]:
+    return versions(), os.access(folder, os.R_OK | os.X_OK)

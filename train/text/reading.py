@@ -33,6 +33,15 @@ class Reading:
     skipped: int = 0
     reasons: list[str] = dataclasses.field(default_factory=list)
 
+    def fresh(self) -> Reading:
+        """The same way of reading, with nothing skipped yet."""
+        return dataclasses.replace(self, skipped=0, reasons=[])
+
+    def add_skipped(self, skipped: int, reasons: list[str]) -> None:
+        """Counts records that another reading, of later files, has skipped."""
+        self.skipped += skipped
+        self.reasons += reasons[: _REASONS - len(self.reasons)]
+
     def bad(self, error: BadRecordError) -> None:
         """Counts a record that cannot be read, or raises ``error``."""
         if not self.skip_bad_records:

@@ -18,7 +18,7 @@ from ..errors import UserError
 from .text_file import ALLOWED, COLUMNAR, SUFFIXES, TextFile, is_text_file
 
 # What stores call the version of a file. Where they say none, a change is seen by the size alone.
-_VERSIONS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created", "sha", "blob_id", "ino")
+_VERSIONS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created", "sha", "blob_id")
 
 
 def is_url(name: str) -> bool:
@@ -55,6 +55,12 @@ class RemoteFile(TextFile):
         if not isinstance(info.get("size"), int):
             raise UserError(f"{self.name}: its store does not say how long it is: download it, and give the file")
         return info["size"], *(str(info[name]) for name in _VERSIONS if info.get(name) is not None)
+
+    def shared_version(self, version: tuple[Any, ...]) -> tuple[Any, ...]:
+        return version
+
+    def absolute(self) -> RemoteFile:
+        return self
 
 
 class _Reader(io.RawIOBase):

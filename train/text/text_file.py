@@ -43,6 +43,15 @@ class TextFile:
         state = os.stat(self.path)
         return state.st_size, state.st_mtime_ns, state.st_dev, state.st_ino
 
+    def shared_version(self, version: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The part of a `version` that every machine sees alike. Machines that share a folder may number its device and
+        its files differently."""
+        return version[:2]
+
+    def absolute(self) -> TextFile:
+        """The same file, for a process that runs in another folder."""
+        return dataclasses.replace(self, path=Path(os.path.abspath(self.path)))
+
     @property
     def compression(self) -> str:
         """ ".gz", ".zst", ".bz2", ".xz" or ""."""

@@ -22,13 +22,14 @@ from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
 from fusebert.train.cli import app
+from fusebert.train.corpus import parts as parts_module
 from fusebert.train.corpus import prepare as prepare_module
 from fusebert.train.corpus import survey as survey_module
 from fusebert.train.corpus.encode import encode_documents
 from fusebert.train.corpus.format import CorpusError
 from fusebert.train.corpus.reader import Corpus
 from fusebert.train.corpus.settings import PrepareSettings, parse_size
-from fusebert.train.corpus.survey import HELDOUT, document_digest, survey_documents
+from fusebert.train.corpus.survey import HELDOUT, Surveyor, document_digest
 from fusebert.train.corpus.writer import CorpusWriter
 from fusebert.train.errors import UserError
 from fusebert.train.text import pydocs
@@ -78,6 +79,12 @@ def folded(documents):
     return [tuple(sentence.lower().replace(" ", "") for sentence in sentences) for sentences in documents]
 
 
+def survey(texts, scratch, heldout, sample_chars):
+    surveyor = Surveyor(scratch, 0, sample_chars)
+    surveyor.add((text, False) for text in texts)
+    return surveyor.finish(heldout)
+
+
 def hashes(directory):
     """Of every file; of the manifest without the command to go on with, which names the folder, and its own hash."""
     content = {path.name: path.read_bytes() for path in directory.iterdir()}
@@ -125,7 +132,7 @@ def test_every_kind_of_input_is_the_same_corpus(tmp_path, monkeypatch):
 
 
 def test_workers_do_not_show(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_module, "BATCH_CHARS", 2000)
+    monkeypatch.setattr(parts_module, "BATCH_CHARS", 2000)
     text = write_text(tmp_path / "a.txt", some_documents(400))
     prepare([text], tmp_path / "one", vocab_size=100, workers=1)
     prepare([text], tmp_path / "two", vocab_size=100, workers=2)
@@ -173,18 +180,18 @@ def test_the_sample_for_the_tokenizer_is_bounded_and_not_held_out(tmp_path):
     documents = [f"Document {i} " + "x" * (i % 7 * 40) for i in range(2000)]
 
     def sampled(texts):
-        return survey_documents(((text, False) for text in texts), 0.2, 0, 20_000, tmp_path)
+        return survey(texts, tmp_path, 0.2, 20_000)
 
-    survey = sampled(documents)
+    whole = sampled(documents)
     by_rank = sorted(documents, key=lambda text: document_digest(text.encode(), 0)[8:][::-1])
     for order in (by_rank, by_rank[::-1], random.Random(0).sample(documents, len(documents))):
-        assert sorted(sampled(order).sample) == sorted(survey.sample)
-    assert 12_000 < sum(map(len, survey.sample)) <= 20_000
-    heldout = {text for text, place in zip(documents, survey.places, strict=True) if place == HELDOUT}
-    assert not heldout & set(survey.sample)
+        assert sorted(sampled(order).sample) == sorted(whole.sample)
+    assert 12_000 < sum(map(len, whole.sample)) <= 20_000
+    heldout = {text for text, place in zip(documents, whole.places, strict=True) if place == HELDOUT}
+    assert not heldout & set(whole.sample)
     assert 350 < len(heldout) < 450
     # Drawn from everywhere, not from the start.
-    assert {int(text.split()[1]) // 500 for text in survey.sample} == {0, 1, 2, 3}
+    assert {int(text.split()[1]) // 500 for text in whole.sample} == {0, 1, 2, 3}
 
 
 def test_special_tokens_in_the_text_are_text(tmp_path):
@@ -410,16 +417,18 @@ def rewrite(path):
 
 
 @pytest.mark.parametrize("change", [append, rewrite, os.utime])
-@pytest.mark.parametrize("moment", ["survey_documents", "train_tokenizer", "encode_documents"])
+@pytest.mark.parametrize("moment", ["cut_parts", "train_tokenizer", "encode_documents"])
 def test_a_text_that_changes_meanwhile_is_an_error(tmp_path, monkeypatch, change, moment):
-    original = getattr(prepare_module, moment)
+    original, changed = getattr(prepare_module, moment), []
 
     def changing(*args, **options):
         made = original(*args, **options)
-        change(tmp_path / "a.txt")
+        if not changed:  # a second file could get the inode of the first
+            change(tmp_path / "a.txt")
+            changed.append(moment)
         return made
 
-    monkeypatch.setattr(prepare_module, "BATCH_CHARS", 500)
+    monkeypatch.setattr(parts_module, "BATCH_CHARS", 500)
     monkeypatch.setattr(prepare_module, moment, changing)
     with pytest.raises(UserError, match=r"a\.txt has changed while it was read.*start again"):
         prepare([write_text(tmp_path / "a.txt", some_documents(50))], tmp_path / "out", vocab_size=100, workers=1)
@@ -430,20 +439,19 @@ def test_many_tiny_documents_take_little_memory(tmp_path, monkeypatch):
     """The lists of documents are bounded in length, not in characters alone."""
     sizes = []
 
-    def encode(documents):
+    def encode(documents, encoding):
         sizes.append(len(documents))
-        return encode_documents(documents)
+        return encode_documents(documents, encoding)
 
     monkeypatch.setattr(prepare_module, "encode_documents", encode)
-    monkeypatch.setattr(prepare_module, "BATCH_DOCUMENTS", 100)
+    monkeypatch.setattr(parts_module, "BATCH_DOCUMENTS", 100)
     monkeypatch.setattr(survey_module, "SAMPLE_DOCUMENTS", 200)
     words = [f"{word}{i}" for i in range(50) for word in WORDS]
     (tmp_path / "a.txt").write_text("\n\n".join(words))
     made = prepare([str(tmp_path / "a.txt")], tmp_path / "out", vocab_size=100, workers=1)
     assert made.split("train").num_documents + made.split("heldout").num_documents == len(words)
     assert max(sizes) == 100
-    orders = ([(word, False) for word in order] for order in (words, words[::-1]))
-    samples = [survey_documents(order, 0.1, 0, 1 << 20, tmp_path).sample for order in orders]
+    samples = [survey(order, tmp_path, 0.1, 1 << 20).sample for order in (words, words[::-1])]
     assert len(samples[0]) <= 200
     assert sorted(samples[0]) == sorted(samples[1])
 
@@ -466,7 +474,7 @@ def test_an_existing_corpus_is_kept_unless_told(tmp_path):
     "error", [KeyboardInterrupt(), RuntimeError("bug"), OSError(errno.ENOSPC, "No space left on device")]
 )
 def test_a_crash_half_way_leaves_nothing(tmp_path, monkeypatch, error):
-    monkeypatch.setattr(prepare_module, "BATCH_CHARS", 500)
+    monkeypatch.setattr(parts_module, "BATCH_CHARS", 500)
     add_block, calls = CorpusWriter.add_block, []
 
     def failing(self, *args):

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from fusebert.train.corpus.documents import COPY, FIRST, DocumentTable
+from fusebert.train.corpus.documents import COPY, FIRST, DocumentTable, table_row
 from fusebert.train.corpus.prepare import prepare
 from fusebert.train.corpus.settings import PrepareSettings
 from fusebert.train.corpus.split import BIN_BITS, choose_heldout
@@ -92,7 +92,7 @@ def test_copies_are_found_in_parts(tmp_path, part_rows):
     drawn = rng.choices(digests, k=100)
     table = DocumentTable(tmp_path / "table")
     for digest in drawn:
-        table.add(digest, 1, False)
+        table.add(table_row(digest, 1, False))
     table.close()
     wanted = [COPY if digest in drawn[:i] else FIRST for i, digest in enumerate(drawn)]
     assert table.copies(part_rows).tolist() == wanted

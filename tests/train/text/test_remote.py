@@ -69,14 +69,14 @@ def test_columns(tmp_path, store):
 def test_a_change_between_the_passes_is_an_error(tmp_path, store, monkeypatch):
     text = write_text(tmp_path / "a.txt", 50).read_bytes()
     store.pipe("/a.txt", text)
-    survey = prepare.__globals__["survey_documents"]
+    cut_parts = prepare.__globals__["cut_parts"]
 
     def change(*args, **kwargs):
-        found = survey(*args, **kwargs)
+        found = cut_parts(*args, **kwargs)
         store.pipe("/a.txt", text.replace(b"fox", b"cat"))  # as long as before
         return found
 
-    monkeypatch.setitem(prepare.__globals__, "survey_documents", change)
+    monkeypatch.setitem(prepare.__globals__, "cut_parts", change)
     with pytest.raises(UserError, match=r"memory:///a.txt has changed while it was read"):
         make(tmp_path / "out", "memory://a.txt")
     assert not (tmp_path / "out").exists()
