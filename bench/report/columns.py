@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -191,6 +192,16 @@ def parity_columns(steps: int) -> list[Column[tuple[str, ParityRun]]]:
         Column("run", lambda run: run[0], words=True),
         *(Column(f"loss at step {i + 1:,}", lambda run, i=i: run[1].losses[i], "{:.4f}") for i in shown),  # type: ignore[misc]
         Column("tokens/s", lambda run: run[1].tokens_per_s, "{:,.0f}"),
+    ]
+
+
+def finetune_parity_columns(seeds: int) -> list[Column[tuple[str, list[float]]]]:
+    """Of the accuracies of runs with ``seeds`` seeds."""
+    return [
+        Column("run", lambda run: run[0], words=True),
+        Column("mean", lambda run: statistics.mean(run[1]), "{:.1%}"),
+        Column("standard deviation", lambda run: statistics.stdev(run[1]), "{:.1%}"),
+        *(Column(f"seed {i}", lambda run, i=i: run[1][i], "{:.1%}") for i in range(seeds)),  # type: ignore[misc]
     ]
 
 

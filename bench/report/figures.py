@@ -31,6 +31,7 @@ from ..measure.prediction import RaceCase, RaceContestant
 from ..measure.result import (
     AotResult,
     CalibrationResult,
+    FinetuneParityResult,
     FuseResult,
     KernelsResult,
     ParityResult,
@@ -49,6 +50,7 @@ from .columns import RATIO, TOKENS_PER_S, Column, status, table
 from .predictions import SUMMARY
 from .render import markdown_table
 from .sections import (
+    finetune_parity_table,
     fuse_table,
     kernels_summary,
     lengths_words,
@@ -242,6 +244,16 @@ def _fuse(files: Files[FuseResult]) -> list[str]:
     return lines
 
 
+def _finetune_parity(files: Files[FinetuneParityResult]) -> list[str]:
+    """Accuracies of ours and Transformers'."""
+    lines: list[str] = []
+    for path, result in files:
+        texts = [block.text for block in section(result).blocks if isinstance(block, Text)]
+        lines += [*(line for text in texts for line in _paragraph(text)), *_table(finetune_parity_table(result))]
+        lines += _linked([(path, result)])
+    return lines
+
+
 def _quality(files: Files[QualityResult]) -> list[str]:
     """A row a recipe."""
     lines: list[str] = []
@@ -259,6 +271,7 @@ VIEWS: dict[str, tuple[type[Result], Callable[[Files[Any]], list[str]]]] = {  # 
     "kernels": (KernelsResult, _kernels),
     "pretrain": (PretrainResult, _pretrain),
     "parity": (ParityResult, _parity),
+    "finetune_parity": (FinetuneParityResult, _finetune_parity),
     "aot": (AotResult, _aot),
     "predict": (PredictResult, _predict),
     "calibrate": (CalibrationResult, _calibrate),

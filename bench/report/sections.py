@@ -14,6 +14,7 @@ from ..measure.result import (
     CalibrationResult,
     CampaignResult,
     EmbedResult,
+    FinetuneParityResult,
     FinetuneResult,
     FuseResult,
     KernelsResult,
@@ -47,6 +48,7 @@ from .columns import (
     Gap,
     NotRight,
     contestants_table,
+    finetune_parity_columns,
     fuse_columns,
     kernel_columns,
     milliseconds,
@@ -337,6 +339,38 @@ def _(result: FinetuneResult, figures: Sequence[Figure] = ()) -> Section:
     ]
     title = f"finetune, {settings.model}, {settings.compute_dtype}, {result.environment.device_name}"
     return Section(title, tuple(blocks))
+
+
+@section.register
+def _(result: FinetuneParityResult, figures: Sequence[Figure] = ()) -> Section:
+    settings, found = result.settings, result.difference
+    within = not result.problems
+    blocks: list[Block] = [
+        Text(
+            f"{result.architecture}, {result.classes} classes; {result.train_texts:,} training texts "
+            f"({settings.train or 'sentences of docstrings of the installed packages'}), {result.mean_tokens:.0f} "
+            f"tokens on average, {settings.epochs} epochs in steps of {settings.batch}, learning rate {settings.lr:g}. "
+            f"Accuracy on {result.dev_texts:,} other texts after the last epoch."
+        ),
+        Text(
+            f"ours − theirs {100 * found.mean:+.2f} points, 95 % interval [{100 * found.low:+.2f}, "
+            f"{100 * found.high:+.2f}]: {'within' if within else 'OUTSIDE'} the noise of a seed.",
+            warning=not within,
+        ),
+        finetune_parity_table(result),
+        *figures,
+    ]
+    title = f"finetune beside Transformers, {settings.model}, {settings.compute_dtype}"
+    return Section(f"{title}, {result.environment.device_name}", tuple(blocks))
+
+
+def finetune_parity_table(result: FinetuneParityResult) -> Table:
+    """A row for ours and one for Transformers'."""
+    return table(
+        finetune_parity_columns(result.settings.seeds),
+        result.accuracy.items(),
+        role=lambda row: "ours" if row[0] == "fusebert" else "peer",
+    )
 
 
 def quality_table(result: QualityResult) -> Table:

@@ -12,6 +12,7 @@ from ..measure.prediction import KernelCalibration, RaceCase
 from ..measure.result import (
     CalibrationResult,
     EmbedResult,
+    FinetuneParityResult,
     FinetuneResult,
     FuseCase,
     FuseResult,
@@ -90,6 +91,7 @@ def _(record: RaceCase) -> None:
 
 @show.register(CalibrationResult)
 @show.register(EmbedResult)
+@show.register(FinetuneParityResult)
 @show.register(FinetuneResult)
 @show.register(FuseResult)
 @show.register(QualityResult)
