@@ -24,6 +24,7 @@ import dataclasses
 import itertools
 import json
 import math
+from collections.abc import Callable
 from dataclasses import field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -79,6 +80,7 @@ class StepTime:
         tokens_per_s: real tokens.
         mfu: model FLOPs over the measured matmul rate.
         peak_bytes: most memory beyond weights and optimiser state; None on a CPU.
+        threads: of PyTorch, on a CPU: the number that suits this contestant best. None: the environment's.
     """
 
     timing: Timing
@@ -87,6 +89,7 @@ class StepTime:
     mfu: float
     micro_batches: int = 1
     peak_bytes: int | None = None
+    threads: int | None = field(default=None, metadata=OPTIONAL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,14 +321,19 @@ class QualityPoint:
 
 @dataclasses.dataclass(frozen=True)
 class QualityRun:
-    """A pretraining run of a recipe."""
+    """A pretraining run of a recipe. ``finetuned_accuracy``: on the test texts of `quality_task`."""
 
     seed: int
     points: tuple[QualityPoint, ...]
+    finetuned_accuracy: float | None = field(default=None, metadata=OPTIONAL)
 
     @property
     def last(self) -> QualityPoint:
         return self.points[-1]
+
+    def at(self, seconds: float) -> QualityPoint:
+        """The last evaluation that is not later."""
+        return max((point for point in self.points if point.seconds <= seconds), key=lambda point: point.seconds)
 
     def reaches(self, loss: float) -> tuple[float, float] | None:
         """(tokens, seconds) at which the held-out loss is first ``loss``, between evaluations by interpolation."""
@@ -643,6 +651,17 @@ class QualityResult(Result):
     def target(self) -> float:
         """The mean of the losses that are to be reached."""
         return self.recipes[0].mean_loss
+
+    def at_equal_time(self, recipe: QualityRecipe, read: Callable[[QualityPoint], float | None]) -> list[float]:
+        """What ``read`` finds of each run less what it finds of the first recipe's run of the same seed, at the last
+        evaluations before the earlier of their ends."""
+        found = []
+        for run, first in zip(recipe.runs, self.recipes[0].runs, strict=False):
+            seconds = min(run.last.seconds, first.last.seconds)
+            ours, theirs = read(run.at(seconds)), read(first.at(seconds))
+            if ours is not None and theirs is not None:
+                found.append(ours - theirs)
+        return found
 
     def cost(self, recipe: QualityRecipe, which: int) -> tuple[float, float, float] | None:
         """Tokens (``which`` 0) or seconds (1) until the last held-out loss of the first recipe's run of the same seed,

@@ -265,6 +265,13 @@ class _Quality:
     seeds: Annotated[int, Option("Runs of each recipe, with seeds 0, 1, …", min=1)] = 3
     steps: Annotated[int, Option("Of each run.", min=1)] = 300
     model: Model = "tiny"
+    finetune: Annotated[
+        bool,
+        Option(
+            "Fine-tune each model on docstrings that are too short for a corpus: which package are they from?",
+            flags="--finetune/--no-finetune",
+        ),
+    ] = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

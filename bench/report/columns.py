@@ -21,6 +21,7 @@ from ..measure.result import (
     ParityRun,
     PassResult,
     ProfiledOperator,
+    QualityPoint,
     QualityRecipe,
     QualityResult,
     QualityRun,
@@ -153,6 +154,7 @@ def kernel_columns(measured: PassResult) -> list[Column[Any]]:
     return [CONTESTANT, VERDICT, ERROR, VERSUS_TORCH, MEDIAN, SPREAD, RATIO, rate, roofline, PEAK_MEMORY]
 
 
+THREADS = _of_time("threads", lambda time: time.threads, "{}")
 STEP = (
     CONTESTANT,
     VERDICT,
@@ -228,15 +230,17 @@ def fuse_columns(cases: Sequence[FuseCase]) -> list[Column[FuseCase]]:
 def quality_columns(result: QualityResult) -> list[Column[QualityRecipe]]:
     """Of recipes: what they cost and reach, as means over the seeds with the least and the most."""
 
-    def over_seeds(read: Callable[[QualityRun], float | None], form: str) -> Callable[[QualityRecipe], Any]:
-        def cell(recipe: QualityRecipe) -> str | None:
-            values = [value for value in map(read, recipe.runs) if value is not None]
-            if not values:
-                return None
-            mean = math.fsum(values) / len(values)
-            return f"{form.format(mean)} [{form.format(min(values))}, {form.format(max(values))}]"
+    def spread(values: Sequence[float], form: str) -> str | None:
+        if not values:
+            return None
+        mean = math.fsum(values) / len(values)
+        return f"{form.format(mean)} [{form.format(min(values))}, {form.format(max(values))}]"
 
-        return cell
+    def over_seeds(read: Callable[[QualityRun], float | None], form: str) -> Callable[[QualityRecipe], Any]:
+        return lambda recipe: spread([value for value in map(read, recipe.runs) if value is not None], form)
+
+    def against(read: Callable[[QualityPoint], float | None], form: str) -> Callable[[QualityRecipe], Any]:
+        return lambda recipe: None if recipe is first else spread(result.at_equal_time(recipe, read), form)
 
     def cost(which: int) -> Callable[[QualityRecipe], Any]:
         def cell(recipe: QualityRecipe) -> str:
@@ -245,6 +249,9 @@ def quality_columns(result: QualityResult) -> list[Column[QualityRecipe]]:
 
         return cell
 
+    first = result.recipes[0]
+    finetuned = any(run.finetuned_accuracy is not None for recipe in result.recipes for run in recipe.runs)
+    accuracy = Column("fine-tuned accuracy", over_seeds(lambda run: run.finetuned_accuracy, "{:.3f}"))
     return [
         Column("recipe", lambda x: x.name, words=True),
         Column("steps", lambda x: x.runs[0].last.step, "{:,}"),
@@ -252,8 +259,11 @@ def quality_columns(result: QualityResult) -> list[Column[QualityRecipe]]:
         Column("seconds", over_seeds(lambda run: run.last.seconds, "{:.0f}")),
         Column("held-out loss", over_seeds(lambda run: run.last.mlm_loss, "{:.3f}")),
         Column("NSP accuracy", over_seeds(lambda run: run.last.nsp_accuracy, "{:.2f}")),
+        *([accuracy] if finetuned else []),
         Column("tokens to target", cost(0)),
         Column("time to target", cost(1)),
+        Column("equal time: loss", against(lambda point: point.mlm_loss, "{:+.3f}")),
+        Column("equal time: NSP", against(lambda point: point.nsp_accuracy, "{:+.2f}")),
     ]
 
 

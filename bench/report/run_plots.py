@@ -126,8 +126,25 @@ def _recipe_losses(result: QualityResult, figure: Figure, theme: Theme) -> None:
     axes.legend(fontsize=8)
 
 
+def _recipe_accuracies(result: QualityResult, figure: Figure, theme: Theme) -> None:
+    axes: Axes = figure.subplots()
+    colours = itertools.cycle([theme.ours, *theme.peers])
+    for row, (recipe, colour) in enumerate(zip(result.recipes, colours, strict=False)):
+        found = [x.finetuned_accuracy for x in recipe.runs if x.finetuned_accuracy is not None]
+        axes.plot(found, [row] * len(found), "o", color=colour, alpha=0.6)
+        if found:
+            axes.plot([math.fsum(found) / len(found)], [row], "|", color=colour, markersize=18)
+    axes.set_yticks(range(len(result.recipes)), [recipe.name for recipe in result.recipes])
+    axes.invert_yaxis()
+    axes.set_xlabel("accuracy after fine-tuning")
+
+
 def quality_plots(result: QualityResult) -> Iterator[Plot]:
-    """The held-out losses of all runs."""
+    """The held-out losses of all runs, and what the models are good for after fine-tuning."""
     if result.recipes:
         caption = "Held-out loss by tokens, a line a seed; dashed: the target."
         yield Plot("recipes", caption, 3.4, functools.partial(_recipe_losses, result))
+    if any(run.finetuned_accuracy is not None for recipe in result.recipes for run in recipe.runs):
+        caption = "Accuracy after fine-tuning, a dot a seed; the line is their mean."
+        height = 0.8 + 0.35 * len(result.recipes)
+        yield Plot("recipes-finetuned", caption, height, functools.partial(_recipe_accuracies, result))

@@ -44,6 +44,7 @@ from .columns import (
     STEP,
     SUMMARY,
     TEXTS,
+    THREADS,
     AnyContestant,
     Gap,
     NotRight,
@@ -246,6 +247,7 @@ def profile_section(profile: Profile) -> Section:
 @section.register
 def _(result: StepResult, figures: Sequence[Figure] = ()) -> Section:
     settings, batch = result.settings, result.batch
+    threads = any(row.time and row.time.threads for row in result.contestants)
     blocks: list[Block] = [
         Text(
             f"Forward, backward, clip and AdamW on {batch.tokens:,.0f} real tokens in {batch.sequences:,.0f} "
@@ -253,7 +255,7 @@ def _(result: StepResult, figures: Sequence[Figure] = ()) -> Section:
             f"{settings.vocab_size:,}. Padded to the longest, as Transformers takes it, "
             f"{100 * batch.padding_for_transformers:.0f} % of the slots would be padding."
         ),
-        contestants_table(STEP, result.contestants),
+        contestants_table((*STEP, THREADS) if threads else STEP, result.contestants),
         *remarks(result.contestants),
         *(Text(f"{name}: left out for want of time") for name in result.left_out),
         *figures,
@@ -389,7 +391,8 @@ def _(result: QualityResult, figures: Sequence[Figure] = ()) -> Section:
             f"{result.unigram_entropy:.3f}), {result.device}. Mean [least, most] of {len(result.recipes[0].runs)} "
             "seeds. Held-out loss in nats, always at 15 % masked. The target is the last held-out loss of "
             f"{result.recipes[0].name} with the same seed; tokens and time until then, without evaluations, are over "
-            "those of that whole run: below 1, the recipe needs less."
+            "those of that whole run: below 1, the recipe needs less. Equal time: less the values of that run when the "
+            "shorter of the two ends."
         ),
         quality_table(result),
         *figures,

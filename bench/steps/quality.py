@@ -2,7 +2,8 @@
 
 A run is ``fusebert pretrain`` in a process of its own, with the recipe's options and a seed, which decides the first
 weights and the order of the text. Recipes take turns, so that changes of the machine's speed affect all of them. The
-held-out loss is always measured with BERT's masking (15 %, 80/10/10), whatever the training masks.
+held-out loss is always measured with BERT's masking (15 %, 80/10/10), whatever the training masks. Then each model is
+fine-tuned on one task (`quality_task`), so that a recipe cannot win by the loss alone.
 """
 
 from __future__ import annotations
@@ -11,11 +12,9 @@ import json
 import os
 import re
 import shlex
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from ..measure.result import (
     write_result,
 )
 from ..measure.settings import QualityOptions, QualitySettings, settings_of
+from .quality_task import finetuned_accuracy, run_command, write_tables
 
 EVALUATIONS = 30  # of a run: the loss at a number of tokens is interpolated between them
 
@@ -85,14 +85,16 @@ def run(options: QualityOptions, device: torch.device, *, show: Callable[[Any], 
     )
     runs: dict[str, list[QualityRun]] = {name: [] for name in recipes}
     with tempfile.TemporaryDirectory(prefix="fusebert-quality-") as place:
+        if options.finetune:
+            write_tables(Path(place))
         for seed in range(options.seeds):
             for number, (name, words) in enumerate(recipes.items()):
                 made, result.device = _pretrain(words, options, seed, device, Path(place) / f"{number}-{seed}")
                 runs[name].append(made)
-                last = made.last
+                last, accuracy = made.last, made.finetuned_accuracy
                 show(
                     f"{name}, seed {seed}: held-out loss {last.mlm_loss:.3f} after {last.tokens:,} tokens in "
-                    f"{last.seconds:.0f} s"
+                    f"{last.seconds:.0f} s" + (f"; accuracy {accuracy:.1%} after fine-tuning" if accuracy else "")
                 )
             result.recipes = [QualityRecipe(n, shlex.join(recipes[n]), tuple(made)) for n, made in runs.items()]
             if options.out is not None:
@@ -121,12 +123,8 @@ def _pretrain(
         f"--log-every={max(1, steps // EVALUATIONS)}",
         "--no-tensorboard",
     ]
-    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
-    command = [sys.executable, "-m", "fusebert.train", "pretrain", *given, *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise UserError(f"{shlex.join(words)}: {lines[-1].removeprefix('fusebert: error: ')}")
+    environment: Mapping[str, str] = {**os.environ, "PYTHONSAFEPATH": "1"}
+    run_command("pretrain", [*given, *words], environment)
     records = read_log(out / "log.jsonl")
     about = json.loads((out / "report.json").read_text(encoding="utf-8"))
     tokens_a_step = about["tokens"] / about["steps"]
@@ -145,4 +143,7 @@ def _pretrain(
                 nsp_accuracy=record["nsp_accuracy"],
             )
         )
-    return QualityRun(seed, tuple(points)), about["device"]
+    accuracy = None
+    if options.finetune:
+        accuracy = finetuned_accuracy(out / "hf", out.parent, about["model"], seed, device.type, environment)
+    return QualityRun(seed, tuple(points), accuracy), about["device"]

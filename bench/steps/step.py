@@ -1,8 +1,9 @@
 """One whole training step, ours against Transformers', on the same examples: forward, backward, clip, AdamW.
 
 All contestants start from the same weights, and only those with a right gradient (`gradients`) are timed. Then steps
-alternate between the contestants (see `timing`). Tokens a second counts real tokens only, for every contestant; so does
-MFU, over the matrix-product rate measured in the same run. At the end our step is profiled operator by operator.
+alternate between the contestants (see `timing`); on a CPU each has the number of threads that suits it best. Tokens a
+second counts real tokens only, for every contestant; so does MFU, over the matrix-product rate measured in the same
+run. At the end our step is profiled operator by operator.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from .transformers_step import padded_examples, transformers_bert
 
 BATCHES = 2  # each burst runs through all of them, so that every burst has the same tokens
 CHECKED_SEQUENCES = 8
+THREAD_TRIALS = 3  # steps with each number of threads
 MOST_SECONDS = 40.0  # of measuring, however much time there is
 
 Step = Callable[[int], Any]  # takes the number of the batch
@@ -129,6 +131,7 @@ class _Entry:
     step: Step | None = None
     micro_batches: int = 1
     peak_bytes: int | None = None
+    threads: int | None = None
 
 
 def _enter(contestant: _Contestant, device: torch.device) -> _Entry:
@@ -139,6 +142,9 @@ def _enter(contestant: _Contestant, device: torch.device) -> _Entry:
         if entry.verdict.may_be_timed:
             step, entry.micro_batches = contestant.prepare()
             step(0)
+            if device.type == "cpu":
+                entry.threads = _best_threads(step)
+                step = functools.partial(_with_threads, entry.threads, step)
             with PeakMemory(device) as memory:
                 step(0)
             entry.step, entry.peak_bytes = step, memory.bytes
@@ -146,6 +152,27 @@ def _enter(contestant: _Contestant, device: torch.device) -> _Entry:
         entry.verdict = Verdict(FAILED, detail=one_line(error))
     release_memory(device)
     return entry
+
+
+def _with_threads(threads: int, step: Step, i: int) -> Any:
+    torch.set_num_threads(threads)
+    return step(i)
+
+
+def _best_threads(step: Step) -> int:
+    """The number of PyTorch's threads with the quickest of a few steps: 1, 2, 4, …, at most as many as it has now."""
+    most, seconds = torch.get_num_threads(), dict[int, float]()
+    for threads in sorted({*(1 << n for n in range(most.bit_length())), most}):
+        torch.set_num_threads(threads)
+        step(0)
+        times = []
+        for _ in range(THREAD_TRIALS):
+            begin = time.perf_counter()
+            step(0)
+            times.append(time.perf_counter() - begin)
+        seconds[threads] = min(times)
+    torch.set_num_threads(most)
+    return min(seconds, key=lambda threads: seconds[threads])
 
 
 def run(options: StepOptions, device: torch.device, *, show: Callable[[Any], None] = print) -> StepResult:
@@ -160,7 +187,7 @@ def run(options: StepOptions, device: torch.device, *, show: Callable[[Any], Non
         ValueError: a setting is out of range.
         UserError: Transformers is not installed.
     """
-    begin = time.monotonic()
+    begin, threads = time.monotonic(), torch.get_num_threads()
     dtype, minutes = getattr(torch, options.compute_dtype), options.minutes
     options, drawn = _draw(options)
     config = preset(options.model, options.vocab_size, seqlen=options.seqlen, dropout=options.dropout)
@@ -196,6 +223,7 @@ def run(options: StepOptions, device: torch.device, *, show: Callable[[Any], Non
     steps = {entry.name: entry.step for entry in entries}
     eager = steps.get("fusebert, no CUDA graph", steps.get("fusebert"))
     profiled = None if eager is None else profile_step(eager, device, limits, steps=BATCHES)
+    torch.set_num_threads(threads)
 
     ours = next((entry.name for entry in entries if entry.role == OURS and entry.name in timings), None)
     rows = []
@@ -210,6 +238,7 @@ def run(options: StepOptions, device: torch.device, *, show: Callable[[Any], Non
                 mfu=flops * per_second / limits.matmul_flops_per_s,
                 micro_batches=entry.micro_batches,
                 peak_bytes=entry.peak_bytes,
+                threads=entry.threads,
             )
         rows.append(StepContestant(entry.name, entry.role, entry.verdict, found))
     result = StepResult(

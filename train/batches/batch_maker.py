@@ -17,7 +17,13 @@ PASSAGE_SEQLENS = 8  # examples per passage, at most: fewer shuffle better, more
 
 
 def fit_shape(
-    split: Split, tokens: int, seqlen: int, *, nsp: bool = True, mlm_probability: float = MLM_PROBABILITY
+    split: Split,
+    tokens: int,
+    seqlen: int,
+    *,
+    nsp: bool = True,
+    sop: bool = False,
+    mlm_probability: float = MLM_PROBABILITY,
 ) -> BatchShape:
     """The shape for ``tokens`` and ``seqlen`` with the S and M that packing the text of ``split`` takes.
 
@@ -29,7 +35,7 @@ def fit_shape(
         split: of a `Corpus`.
         tokens: T.
         seqlen: the longest segment.
-        nsp, mlm_probability: as in `BatchMaker`.
+        nsp, sop, mlm_probability: as in `BatchMaker`.
 
     Raises:
         ValueError: tokens or seqlen is out of range, or the split is empty.
@@ -39,7 +45,7 @@ def fit_shape(
     rng = np.random.default_rng(0)
     text = passages.read(passages.sample(1 << 21, rng), separator=None if nsp else 0)
     no_piece = np.zeros(int(text.tokens.max()) + 1, dtype=bool)
-    examples = sentence_pairs(text, seqlen, rng, no_piece) if nsp else full_sentences(text, seqlen, no_piece)
+    examples = sentence_pairs(text, seqlen, rng, no_piece, sop=sop) if nsp else full_sentences(text, seqlen, no_piece)
     lengths = examples.lengths
     masks = num_to_mask(examples.a_length + examples.b_length, mlm_probability)
     batches = pack_examples(lengths, masks, shuffled_queue(lengths, 66 * tokens, rng), unbounded, 64)
@@ -57,6 +63,7 @@ class BatchMaker:
         split_name: "train" or "heldout".
         shape: of every batch; `fit_shape` finds it.
         nsp: make sentence pairs with labels (half IsNext, half NotNext); False: full sentences without labels.
+        sop: labels of sentence order in place of those (half in order, half exchanged).
         mlm_probability: share of the tokens to predict, in (0, 1).
         whole_word: mask whole words, not single tokens.
 
@@ -75,6 +82,7 @@ class BatchMaker:
         shape: BatchShape,
         *,
         nsp: bool = True,
+        sop: bool = False,
         mlm_probability: float = MLM_PROBABILITY,
         whole_word: bool = False,
     ) -> None:
@@ -89,6 +97,7 @@ class BatchMaker:
         self.shape = shape
         self.split_name = split_name
         self.nsp = nsp
+        self._sop = sop
         self.passages = Passages(corpus.split(split_name), PASSAGE_SEQLENS * shape.seqlen)
         self._mlm_probability = mlm_probability
         self._special = corpus.special
@@ -104,7 +113,8 @@ class BatchMaker:
     def examples(self, passages: np.ndarray, rng: np.random.Generator) -> Examples:
         """The examples of the given passages (numbers), in their order."""
         if self.nsp:
-            return sentence_pairs(self.passages.read(passages), self.shape.seqlen, rng, self._continues_word)
+            text = self.passages.read(passages)
+            return sentence_pairs(text, self.shape.seqlen, rng, self._continues_word, sop=self._sop)
         text = self.passages.read(passages, separator=self._special.sep)
         return full_sentences(text, self.shape.seqlen, self._continues_word)
 

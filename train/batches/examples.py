@@ -18,6 +18,10 @@ sentence is always NotNext, and a random B starts anywhere and adds text of its 
   - Examples without a match stay true pairs with label −100: only the masked language model learns from them. So do
     spans of one token, which have no B.
 
+Sentence order (Lan et al. 2020, ALBERT): the same spans and splits, but a fair coin exchanges A and B of one span,
+label 1, or leaves them, label 0. Both are from one document, so that its subject does not give the label away. A span
+that is split inside a sentence stays as it is, with label −100: its halves do not look like whole sentences.
+
 Full sentences (Liu et al. 2019, FULL-SENTENCES): [CLS] A [SEP]. Sentences are added in order until the next does not
 fit, across document borders, each marked by one more [SEP]. No text is omitted.
 """
@@ -33,6 +37,7 @@ from ...model.batch import IGNORE
 from .passages import Text
 
 IS_NEXT, NOT_NEXT = 0, 1
+IN_ORDER, EXCHANGED = 0, 1
 SHORT_SPAN_PROBABILITY = 0.1  # BERT's short_seq_prob: the model also sees short inputs, which packing makes free
 MIN_SEQLEN = 5  # [CLS] a [SEP] b [SEP]
 
@@ -72,7 +77,9 @@ class Examples:
         return a + running[self.b_start + self.b_length] - running[self.b_start]
 
 
-def sentence_pairs(text: Text, seqlen: int, rng: np.random.Generator, continues_word: np.ndarray) -> Examples:
+def sentence_pairs(
+    text: Text, seqlen: int, rng: np.random.Generator, continues_word: np.ndarray, *, sop: bool = False
+) -> Examples:
     """Pairs of at most ``seqlen`` tokens from every passage of ``text``, in the order of the passages.
 
     Args:
@@ -80,6 +87,7 @@ def sentence_pairs(text: Text, seqlen: int, rng: np.random.Generator, continues_
         seqlen: at least MIN_SEQLEN.
         rng: decides the cuts, the matches and the labels.
         continues_word: bool [vocab_size], True for "##" pieces: no cut before them unless the word exceeds the limit.
+        sop: labels of sentence order, not of next sentences.
     """
     budget = seqlen - 3
     heads = _last_head(text.tokens, continues_word)
@@ -107,7 +115,10 @@ def sentence_pairs(text: Text, seqlen: int, rng: np.random.Generator, continues_
         b_length=end - split,
         labels=np.full(len(start), IGNORE, dtype=np.int64),
     )
-    _draw_labels(examples, at_border, text.documents[passage], rng)
+    if sop:
+        _exchange(examples, at_border, rng)
+    else:
+        _draw_labels(examples, at_border, text.documents[passage], rng)
     return examples
 
 
@@ -178,6 +189,16 @@ def _cut(
         spans.append(len(span_start) - before)
     as_array = [np.array(x, dtype=np.int64) for x in (span_start, span_end)]
     return as_array[0], as_array[1], np.repeat(np.arange(len(spans)), spans)
+
+
+def _exchange(examples: Examples, at_border: np.ndarray, rng: np.random.Generator) -> None:
+    """Exchanges A and B of a fair half of the examples that are split ``at_border``, and labels those; in place."""
+    labelled = at_border & (examples.b_length > 0)
+    swap = labelled & (rng.random(len(examples)) < 0.5)
+    examples.labels[labelled] = IN_ORDER
+    examples.labels[swap] = EXCHANGED
+    for a, b in ((examples.a_start, examples.b_start), (examples.a_length, examples.b_length)):
+        a[swap], b[swap] = b[swap], a[swap]
 
 
 def _draw_labels(examples: Examples, at_border: np.ndarray, documents: np.ndarray, rng: np.random.Generator) -> None:

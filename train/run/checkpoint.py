@@ -1,7 +1,7 @@
 """Checkpoints in safetensors and JSON, written atomically, without pickle.
 
     out/checkpoints/step-00000400/model.safetensors       parameters, under the model's names
-                                  optimizer.safetensors   "{parameter}/{state}": exp_avg, exp_avg_sq, step
+                                  optimizer.safetensors   "{parameter}/{state}": exp_avg, exp_avg_sq, step, average
                                   trainer.json            the rest, size and CRC-32 of the other files, its own CRC-32
 
 Generator states are not saved: batches and dropout are functions of the seed and the number of the micro-batch. A
@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from ...model.atomic import replace_file, sync_directory
 from ...model.hf.format import save_tensors
 from ..errors import UserError
+from ..step.average import KEY as AVERAGE
 from ..step.distributed import Ranks, lost_connection
 from ..step.finite import LARGEST, blown_up
 from ..step.sharding import gather, scatter
@@ -328,6 +329,18 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         if lost_connection(error):
             raise
         raise CheckpointError(f"{path} is of another model ({str(error).splitlines()[0]})") from error
+
+
+def weights_to_export(path: Path) -> dict[str, Tensor]:
+    """The weights in a checkpoint that `read_state` has verified: of a run with --ema, their averages."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    weights, averages = load_file(path / FILES[0]), {}
+    with safe_open(path / FILES[1], framework="pt") as moments:
+        names = set(moments.keys())
+        averages = {name: moments.get_tensor(key) for name in weights if (key := f"{name}/{AVERAGE}") in names}
+    return {**weights, **averages}
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

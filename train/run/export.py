@@ -31,10 +31,9 @@ def export(settings: ExportSettings) -> tuple[Path, int]:
         UserError: there is no good checkpoint at that path, or its run's folder has no tokenizer.
         OSError: for example no space left; the message names the file, and ``out`` is as it was.
     """
-    from safetensors.torch import load_file
-
     from ...model.hf.save import save_hf
     from ...model.pretraining import BertForPreTraining
+    from .checkpoint import weights_to_export
     from .phases import trained_positions
 
     path, state = _find(settings.checkpoint)
@@ -44,7 +43,7 @@ def export(settings: ExportSettings) -> tuple[Path, int]:
         raise UserError(f"{tokenizer} is missing: copy the tokenizer.json of the run's corpus there")
     try:
         model = BertForPreTraining(_config(state.identity["--model"], run))
-        model.load_state_dict(load_file(path / "model.safetensors"))
+        model.load_state_dict(weights_to_export(path))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} is not of a model that this fusebert knows ({str(error).splitlines()[0]})") from error
     positions = trained_positions(state.identity.get("--seqlen", 128), _was_continued(run), model.config)

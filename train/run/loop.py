@@ -159,6 +159,8 @@ def train(run: Run, stop: StopSignal) -> None:
             result = run.step(window, lr, labels=(counts.num_masked, counts.num_pairs), seeds=seeds)
             interval.add(counts, result)
             state.step += 1
+            if run.average is not None:
+                run.average.update(state.step)
             finished = limit.step(Done(state.step, window, seeds, Readback(result.skipped[None])))
             state.batches += micro_batches
             state.tokens += counts.tokens
@@ -292,7 +294,8 @@ def evaluate_and_log(run: Run, stop: StopSignal) -> Evaluation:
         UserError: the loss is not finite.
     """
     started = run.clock.read()
-    result = evaluate(run.model, run.phase.heldout, run.plan.compute_dtype, run.ranks, stop)
+    with run.average.applied() if run.average is not None else contextlib.nullcontext():
+        result = evaluate(run.model, run.phase.heldout, run.plan.compute_dtype, run.ranks, stop)
     if not math.isfinite(result.mlm_loss + (result.nsp_loss or 0.0)):
         raise UserError(
             f"the held-out loss after step {run.state.step} is not finite: the weights have blown up; lower --lr or "

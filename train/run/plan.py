@@ -281,6 +281,12 @@ def _check(settings: PretrainSettings) -> None:
     for name in ("warmup", "dropout"):
         if not 0.0 <= getattr(settings, name) < 1.0:
             raise UserError(f"{_option(name)} must be in [0, 1); got {getattr(settings, name)}")
+    if settings.ema is not None and not 0.0 < settings.ema < 1.0:
+        raise UserError(f"--ema must be between 0 and 1; got {settings.ema}")
+    if settings.ema is not None and settings.parallel == "fsdp":
+        raise UserError("--ema is not possible with --parallel fsdp: give --parallel ddp")
+    if settings.sop and not settings.nsp:
+        raise UserError("--sop predicts the order of sentence pairs: leave out --no-nsp")
     if settings.parallel == "fsdp" and (settings.precision == "fp16" or settings.optimizer != "adamw"):
         raise UserError(
             "--parallel fsdp shards every tensor, but --precision fp16, --optimizer lamb and --optimizer muon need "

@@ -12,14 +12,13 @@ the settings only, not on the number of processes. Rank 0 keeps the clock, write
 from __future__ import annotations
 
 import torch
-from safetensors.torch import load_file
 
 from ...model.hf.save import save_hf
 from ...model.pretraining import BertForPreTraining
 from ..errors import UserError
 from ..step.distributed import LostPeer, Ranks, lost_connection
 from ..step.sharding import unsharded
-from .checkpoint import read_state
+from .checkpoint import read_state, weights_to_export
 from .evaluate import Evaluation
 from .first_model import name_of_model
 from .guesses import guess_masked_words
@@ -94,6 +93,8 @@ def _finish(run: Run, stop: StopSignal) -> Report | None:
     if not complete:
         selected(run, after)
         save(run)
+    if run.average is not None:
+        run.average.apply()
     model = unsharded(run.model, run.ranks)
     if model is None:
         return None
@@ -106,7 +107,7 @@ def _finish(run: Run, stop: StopSignal) -> Report | None:
         path = run.checkpoints / f"step-{model_step:08d}"
         read_state(path)
         model = BertForPreTraining(model.config)
-        model.load_state_dict(load_file(path / "model.safetensors"))
+        model.load_state_dict(weights_to_export(path))
         model.to(run.plan.device)
     positions = trained_positions(settings.seqlen, settings.init_from is not None, model.config)
     save_hf(model, out / "hf", run.inputs.keep(out), model_max_length=positions)

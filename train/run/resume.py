@@ -102,6 +102,8 @@ def run_identity(
         "--seed": settings.seed,
         "--optimizer": settings.optimizer,
         "--nsp": settings.nsp,
+        "--sop": settings.sop or None,  # None, as in checkpoints from before the option
+        "--ema": settings.ema,
         "--whole-word": settings.whole_word,
         "--mlm-probability": settings.mlm_probability,
         "batch shape": dataclasses.asdict(shapes[0]),

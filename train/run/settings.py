@@ -171,6 +171,14 @@ class PretrainSettings:
         bool,
         Option("Sentence pairs with next-sentence prediction (BERT), or full sentences (RoBERTa).", BATCH),
     ] = True
+    sop: Annotated[
+        bool,
+        Option(
+            "Predict of a sentence pair whether it is in order or exchanged (ALBERT), in place of the next sentence.",
+            BATCH,
+            flags="--sop",
+        ),
+    ] = False
     mlm_probability: Annotated[
         float,
         Option("Share of the tokens that are masked and predicted. Held-out text is always masked at 0.15.", BATCH),
@@ -224,6 +232,14 @@ class PretrainSettings:
         float,
         Option("Weight of (log of the softmax's denominator)², added to the training loss; 1e-4 in PaLM.", OPTIMISER),
     ] = 0.0
+    ema: Annotated[
+        float | None,
+        Option(
+            "Decay of an exponential moving average of the weights, such as 0.99, which is evaluated and exported in "
+            "place of them. Default: no average.",
+            OPTIMISER,
+        ),
+    ] = None
     clip: Annotated[
         float, Option("Largest 2-norm of the gradient: a longer gradient is scaled down to it.", OPTIMISER)
     ] = 1.0

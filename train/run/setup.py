@@ -19,6 +19,7 @@ from ..batches.dataset import PackedExamples, heldout_batches
 from ..batches.shape import BatchShape
 from ..corpus.format import file_sha256
 from ..corpus.reader import Corpus
+from ..step.average import WeightAverage
 from ..step.distributed import Ranks
 from ..step.flops import matmul_rate, matmul_words, rate_words
 from ..step.optim import make_optimizer
@@ -70,6 +71,7 @@ class Run:
         phases: one for each length of --seqlen.
         matmul_rate: FLOP/s of all ranks, measured; the denominator of MFU.
         matmul: what was measured, in words.
+        average: of the weights, with --ema: what is evaluated and exported.
         inputs: what the run keeps of the corpus.
         lock: on the run's folder; on rank 0 only.
         log: on rank 0 only, and not in a run that had ended before.
@@ -84,6 +86,7 @@ class Run:
     phases: list[PhaseData]
     model: BertForPreTraining
     optimizer: torch.optim.Optimizer
+    average: WeightAverage | None
     step: TrainingStep
     state: TrainerState
     clock: Clock
@@ -204,7 +207,8 @@ def _set_up(settings: PretrainSettings, resume_command: str, ranks: Ranks, lock:
     set_float32_products(plan.precision)
     if plan.precision == "fp8":
         use_fp8(model)
-    kind: dict[str, Any] = {"nsp": settings.nsp, "mlm_probability": settings.mlm_probability}
+    pairs: dict[str, Any] = {"nsp": settings.nsp, "sop": settings.sop}
+    kind: dict[str, Any] = {**pairs, "mlm_probability": settings.mlm_probability}
     phases: list[PhaseData] = []
     for number, (seqlen, end) in enumerate(parse_phases(settings.seqlen)):
         size = (corpus.split("train"), plan.tokens_per_batch, seqlen)
@@ -212,8 +216,8 @@ def _set_up(settings: PretrainSettings, resume_command: str, ranks: Ranks, lock:
         maker = BatchMaker(corpus, "train", shape, **kind, whole_word=settings.whole_word)
         examples = PackedExamples(maker, seed=settings.seed + number)
         # However the training masks, losses on held-out text are comparable.
-        at_default = shape if settings.mlm_probability == MLM_PROBABILITY else fit_shape(*size, nsp=settings.nsp)
-        maker = BatchMaker(corpus, "heldout", at_default, nsp=settings.nsp)
+        at_default = shape if settings.mlm_probability == MLM_PROBABILITY else fit_shape(*size, **pairs)
+        maker = BatchMaker(corpus, "heldout", at_default, **pairs)
         heldout = heldout_batches(maker, tokens=HELDOUT_TOKENS[plan.device.type])
         phases.append(PhaseData(seqlen, end, shape, examples, heldout))
     called = distribute(model, plan.device, ranks, settings.parallel)
@@ -285,6 +289,7 @@ def _set_up(settings: PretrainSettings, resume_command: str, ranks: Ranks, lock:
         phases=phases,
         model=model,
         optimizer=optimizer,
+        average=None if settings.ema is None else WeightAverage(optimizer, settings.ema),
         step=step,
         state=state,
         clock=clock,

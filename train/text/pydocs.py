@@ -64,8 +64,8 @@ def python_files() -> list[Path]:
     return [Path(path) for path in sorted(found, key=lambda path: (found[path], path))]
 
 
-def docstrings(source: bytes) -> list[str]:
-    """The docstrings longer than `MIN_CHARS` of a Python source file, without indentation, in source order.
+def docstrings(source: bytes, min_chars: int = MIN_CHARS) -> list[str]:
+    """The docstrings longer than ``min_chars`` of a Python source file, without indentation, in source order.
 
     Raises:
         SyntaxError, ValueError, RecursionError, MemoryError: as ``ast.parse``.
@@ -78,7 +78,7 @@ def docstrings(source: bytes) -> list[str]:
         node = stack.pop()
         if isinstance(node, _DOCUMENTED):
             text = ast.get_docstring(node, clean=False)
-            if text is not None and len(text := inspect.cleandoc(text)) > MIN_CHARS:
+            if text is not None and len(text := inspect.cleandoc(text)) > min_chars:
                 found.append(text)
         # Only statement lists contain definitions. Skipping expressions is four times as fast as ast.walk.
         children: list[ast.AST] = []

@@ -1,6 +1,8 @@
 """fusebert bench quality: training recipes, by the tokens until a held-out loss."""
 
 import json
+import re
+import types
 
 import pytest
 from oracle import DEVICE
@@ -8,7 +10,8 @@ from small_corpus import make_corpus
 from typer.testing import CliRunner
 
 from fusebert.bench.cli import app
-from fusebert.bench.measure.result import QualityPoint, QualityResult, QualityRun, read_result
+from fusebert.bench.measure.result import QualityPoint, QualityRecipe, QualityResult, QualityRun, read_result
+from fusebert.bench.steps import quality_task
 from fusebert.bench.steps.quality import parse
 from fusebert.train.errors import UserError
 
@@ -17,7 +20,7 @@ from fusebert.train.errors import UserError
 def measured(tmp_path_factory):
     place = tmp_path_factory.mktemp("quality")
     recipes = "bert, seqlen=32; fast, seqlen=32, steps=3"
-    words = ["quality", "--data", make_corpus(place), "--steps", 4, "--seeds", 1, "--recipes", recipes]
+    words = ["quality", "--data", make_corpus(place), "--steps", 4, "--seeds", 1, "--recipes", recipes, "--no-finetune"]
     return CliRunner().invoke(app, [*map(str, words), "--out", str(place / "q.json"), "--device", DEVICE]), place
 
 
@@ -41,6 +44,52 @@ def test_runs_and_their_costs(measured):
     assert (place / "report" / "q-recipes.png").is_file()
 
 
+@pytest.mark.slow
+def test_the_accuracy_after_fine_tuning(tmp_path):
+    """The task's texts are in no corpus, no file has texts in two tables, and the accuracy reaches every report."""
+    words = ["quality", "--data", make_corpus(tmp_path), "--steps", 2, "--seeds", 1, "--recipes", "bert; fast"]
+    done = CliRunner().invoke(app, [*map(str, words), "--out", str(tmp_path / "q.json"), "--device", DEVICE])
+    assert done.exit_code == 0, done.output
+    result = read_result(tmp_path / "q.json", QualityResult)
+    for recipe in result.recipes:
+        assert 0.05 < recipe.runs[0].finetuned_accuracy < 0.95
+    assert CliRunner().invoke(app, ["report", str(tmp_path / "q.json"), "--out", str(tmp_path / "r")]).exit_code == 0
+    assert "fine-tuned accuracy" in (tmp_path / "r" / "report.md").read_text()
+    assert (tmp_path / "r" / "q-recipes-finetuned.png").is_file()
+
+
+def test_the_tables_of_the_task(tmp_path, monkeypatch):
+    monkeypatch.setattr(quality_task, "PACKAGES", ("json", "email"))
+    for package, names in (("json", 6), ("email", 6)):
+        (tmp_path / "lib" / package).mkdir(parents=True)
+        for number in range(names):
+            fruits = ("apple", "pear", package) if package == "json" else ("plum", "melon", package)
+            texts = [f"About the {word} number {number} of a package." for word in fruits]
+            texts.append("Long " * 30)
+            body = "\n".join(f'def f{i}():\n    """{text}"""\n' for i, text in enumerate(texts))
+            (tmp_path / "lib" / package / f"m{number}.py").write_text(body if number else "def broken(")
+    found = {
+        package: types.SimpleNamespace(submodule_search_locations=[str(tmp_path / "lib" / package)])
+        for package in ("json", "email")
+    }
+    monkeypatch.setattr(quality_task.importlib.util, "find_spec", found.get)
+    quality_task.write_tables(tmp_path)
+    tables = {
+        name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "dev", "test")
+    }
+    files = {name: {(row["label"], re.search(r"\d", row["text"])[0]) for row in rows} for name, rows in tables.items()}
+    assert not files["train"] & files["test"]
+    assert not files["dev"] & files["test"]
+    assert not files["train"] & files["dev"]
+    texts = [row["text"] for rows in tables.values() for row in rows]
+    assert len(texts) == len(set(texts)) > 0
+    assert all(len(x["text"]) <= 80 and x["label"] not in x["text"] for rows in tables.values() for x in rows)
+    monkeypatch.setattr(quality_task, "PACKAGES", ("json", "no_such_package"))
+    with pytest.raises(UserError, match=r"no_such_package is not installed.*--no-finetune"):
+        quality_task.write_tables(tmp_path)
+
+
 def run(*losses):
     return QualityRun(0, tuple(QualityPoint(i, 100 * i, 10.0 * i, loss, None) for i, loss in enumerate(losses)))
 
@@ -57,6 +106,16 @@ def run(*losses):
 )
 def test_where_a_loss_is_reached(losses, target, expected):
     assert run(*losses).reaches(target) == expected
+
+
+def test_at_equal_time():
+    first, other = (QualityRecipe(name, "", (each,)) for name, each in (("a", run(8, 7, 6)), ("b", run(8, 5, 4, 3))))
+    result = object.__new__(QualityResult)
+    result.recipes = [first, other]
+    assert result.at_equal_time(other, lambda point: point.mlm_loss) == [4 - 6]  # not the 3 that comes later
+    shorter = QualityRecipe("c", "", (run(8, 5),))
+    assert result.at_equal_time(shorter, lambda point: point.mlm_loss) == [5 - 7]
+    assert result.at_equal_time(shorter, lambda point: point.nsp_accuracy) == []
 
 
 def test_recipes_in_words():
@@ -76,7 +135,7 @@ def test_recipes_in_words():
 
 def test_a_run_that_fails_is_named(measured):
     words = ["quality", "--data", str(measured[1] / "corpus"), "--seeds", "1", "--recipes", "bert, lr=-1"]
-    done = CliRunner().invoke(app, [*words, "--device", DEVICE])
+    done = CliRunner().invoke(app, [*words, "--no-finetune", "--device", DEVICE])
     assert done.exit_code != 0
     assert "--lr must be positive" in str(done.exception)
     assert json.loads((measured[1] / "q.json").read_text())["kind"] == "quality"

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from numbered_corpus import FIRST, SPECIAL, MemoryCorpus, random_documents
 
 from fusebert.model import IGNORE
-from fusebert.train.batches.examples import IS_NEXT, NOT_NEXT, full_sentences, sentence_pairs
+from fusebert.train.batches.examples import EXCHANGED, IS_NEXT, NOT_NEXT, full_sentences, sentence_pairs
 from fusebert.train.batches.passages import Passages
 
 DOCUMENTS = st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=10), min_size=1, max_size=15)
@@ -197,3 +197,40 @@ def test_full_sentences_are_full():
     next_border = text.borders[np.searchsorted(text.borders, end, side="right")]
     assert (next_border - examples.a_start[:-1] + 2).min() >= 128  # 128 where a separator was dropped in front
     assert examples.lengths.mean() > 100
+
+
+@settings(max_examples=40, deadline=None)
+@given(DOCUMENTS, st.integers(5, 70), st.integers(0, 1000))
+def test_sentence_order(documents, seqlen, seed):
+    corpus = MemoryCorpus(documents)
+    passages = Passages(corpus.split("train"), 8 * seqlen)
+    rng = np.random.default_rng(seed)
+    text = passages.read(rng.permutation(len(passages)))
+    examples = sentence_pairs(text, seqlen, rng, corpus.continues_word, sop=True)
+    assert examples.lengths.max() <= seqlen
+    used = np.zeros(corpus.vocab_size, dtype=int)
+    ends = set(corpus.text.shards[0].sentences.tolist())
+    for e in range(len(examples)):
+        a = examples.tokens[examples.a_start[e] :][: examples.a_length[e]].astype(int)
+        b = examples.tokens[examples.b_start[e] :][: examples.b_length[e]].astype(int)
+        used[a] += 1
+        used[b] += 1
+        if len(b) == 0:
+            assert examples.labels[e] == IGNORE
+            continue
+        first, second = (b, a) if examples.labels[e] == EXCHANGED else (a, b)
+        assert first.tolist() == list(range(first[0], first[0] + len(first)))
+        assert second.tolist() == list(range(first[-1] + 1, first[-1] + 1 + len(second)))
+        assert (examples.labels[e] != IGNORE) == (second[0] - FIRST in ends)
+    assert (used[FIRST:] == 1).all()  # nothing is cut off
+    assert examples.trimmed == 0
+
+
+def test_half_of_the_pairs_are_exchanged():
+    corpus = MemoryCorpus(random_documents(np.random.default_rng(0), 40_000))
+    passages = Passages(corpus.split("train"), 512)
+    text = passages.read(np.arange(len(passages)))
+    labels = sentence_pairs(text, 64, np.random.default_rng(1), corpus.continues_word, sop=True).labels
+    labels = labels[labels != IGNORE]
+    assert len(labels) > 100
+    assert abs((labels == EXCHANGED).mean() - 0.5) < 4 * 0.5 / len(labels) ** 0.5
