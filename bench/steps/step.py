@@ -143,7 +143,7 @@ def _enter(contestant: _Contestant, device: torch.device) -> _Entry:
             step, entry.micro_batches = contestant.prepare()
             step(0)
             if device.type == "cpu":
-                entry.threads = _best_threads(step)
+                entry.threads = best_threads(step)
                 step = functools.partial(_with_threads, entry.threads, step)
             with PeakMemory(device) as memory:
                 step(0)
@@ -159,7 +159,7 @@ def _with_threads(threads: int, step: Step, i: int) -> Any:
     return step(i)
 
 
-def _best_threads(step: Step) -> int:
+def best_threads(step: Step) -> int:
     """The number of PyTorch's threads with the quickest of a few steps: 1, 2, 4, …, at most as many as it has now."""
     most, seconds = torch.get_num_threads(), dict[int, float]()
     for threads in sorted({*(1 << n for n in range(most.bit_length())), most}):

@@ -17,7 +17,7 @@ def test_the_quickest_number_is_found(monkeypatch: pytest.MonkeyPatch, most: int
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     best = tried[-2:][0]
-    assert module._best_threads(lambda i: time.sleep(0.001 if threads[-1] == best else 0.01)) == best
+    assert module.best_threads(lambda i: time.sleep(0.001 if threads[-1] == best else 0.01)) == best
     assert threads[1:] == [*tried, most]
 
 
