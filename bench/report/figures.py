@@ -31,7 +31,9 @@ from ..measure.prediction import RaceCase, RaceContestant
 from ..measure.result import (
     AotResult,
     CalibrationResult,
+    EmbedResult,
     FinetuneParityResult,
+    FinetuneResult,
     FuseResult,
     KernelsResult,
     ParityResult,
@@ -50,7 +52,6 @@ from .columns import RATIO, TOKENS_PER_S, Column, status, table
 from .predictions import SUMMARY
 from .render import markdown_table
 from .sections import (
-    finetune_parity_table,
     fuse_table,
     kernels_summary,
     lengths_words,
@@ -58,7 +59,6 @@ from .sections import (
     parity_words,
     pretrain_table,
     pretrain_words,
-    quality_table,
     section,
 )
 
@@ -244,22 +244,15 @@ def _fuse(files: Files[FuseResult]) -> list[str]:
     return lines
 
 
-def _finetune_parity(files: Files[FinetuneParityResult]) -> list[str]:
-    """Accuracies of ours and Transformers'."""
+def _whole(files: Files[Result]) -> list[str]:
+    """What the report says of a file: its texts and tables."""
     lines: list[str] = []
     for path, result in files:
-        texts = [block.text for block in section(result).blocks if isinstance(block, Text)]
-        lines += [*(line for text in texts for line in _paragraph(text)), *_table(finetune_parity_table(result))]
-        lines += _linked([(path, result)])
-    return lines
-
-
-def _quality(files: Files[QualityResult]) -> list[str]:
-    """A row a recipe."""
-    lines: list[str] = []
-    for path, result in files:
-        texts = [block.text for block in section(result).blocks if isinstance(block, Text)]
-        lines += [*(line for text in texts for line in _paragraph(text)), *_table(quality_table(result))]
+        for block in section(result).blocks:
+            if isinstance(block, Text):
+                lines += _paragraph(block.text)
+            elif isinstance(block, Table):
+                lines += _table(block)
         lines += _linked([(path, result)])
     return lines
 
@@ -267,11 +260,13 @@ def _quality(files: Files[QualityResult]) -> list[str]:
 VIEWS: dict[str, tuple[type[Result], Callable[[Files[Any]], list[str]]]] = {  # view → (its files, what it writes)
     "step": (StepResult, _step),
     "fuse": (FuseResult, _fuse),
-    "quality": (QualityResult, _quality),
+    "quality": (QualityResult, _whole),
+    "embed": (EmbedResult, _whole),
+    "finetune": (FinetuneResult, _whole),
     "kernels": (KernelsResult, _kernels),
     "pretrain": (PretrainResult, _pretrain),
     "parity": (ParityResult, _parity),
-    "finetune_parity": (FinetuneParityResult, _finetune_parity),
+    "finetune_parity": (FinetuneParityResult, _whole),
     "aot": (AotResult, _aot),
     "predict": (PredictResult, _predict),
     "calibrate": (CalibrationResult, _calibrate),
