@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from .format import CONFIG_FILE, json_bytes
 from .save import unstacked, write_folder
 
 TAGGER, SPAN_PREDICTOR = "TokenClassification", "QuestionAnswering"  # ends of Transformers' class names
-REPLACED = ("num_labels", "torch_dtype", "problem_type", "null_threshold")
+READING = ("stride", "max_answer_tokens")  # how long texts are read, which `fusebert predict` takes as its defaults
+REPLACED = ("num_labels", "torch_dtype", "problem_type", "null_threshold", *READING)
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -65,20 +67,35 @@ def save_tagger(
     source: EncoderFolder,
     tag_names: Sequence[str],
     tokenizer: Mapping[str, bytes],
+    reading: Mapping[str, int | None] = MappingProxyType({}),
 ) -> None:
-    """Write a model for AutoModelForTokenClassification. Arguments and errors: as `save_classifier`."""
-    _save(model, directory, source, TAGGER, _labels(tag_names), tokenizer)
+    """Write a model for AutoModelForTokenClassification. Other arguments and errors: as `save_classifier`.
+
+    Args:
+        reading: values of `READING` for config.json; None is left out.
+    """
+    _save(model, directory, source, TAGGER, {**_labels(tag_names), **_given(reading)}, tokenizer)
 
 
 def save_span_predictor(
-    model: SpanPredictor, directory: str | Path, source: EncoderFolder, tokenizer: Mapping[str, bytes]
+    model: SpanPredictor,
+    directory: str | Path,
+    source: EncoderFolder,
+    tokenizer: Mapping[str, bytes],
+    reading: Mapping[str, int | None] = MappingProxyType({}),
 ) -> None:
     """Write a model for AutoModelForQuestionAnswering, its threshold as ``null_threshold`` in config.json.
 
-    Arguments and errors: as `save_classifier`.
+    Arguments and errors: as `save_tagger`.
     """
-    settings = {**_labels(("LABEL_0", "LABEL_1")), "null_threshold": model.null_threshold}
+    settings = {**_labels(("LABEL_0", "LABEL_1")), "null_threshold": model.null_threshold, **_given(reading)}
     _save(model, directory, source, SPAN_PREDICTOR, settings, tokenizer)
+
+
+def reading_of(source: EncoderFolder, name: str) -> int | None:
+    """What config.json says of ``name``, one of `READING`; None if that is nothing, or no count."""
+    value = source.settings.get(name)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
 def is_for(source: EncoderFolder, task: str) -> bool:
@@ -113,6 +130,10 @@ def _save(
     kept = {name: value for name, value in source.settings.items() if name not in REPLACED}
     content = {**kept, "architectures": [f"{source.family.class_name}For{task}"], **settings, "dtype": "float32"}
     write_folder(directory, family_tensors(model, source), {**tokenizer, CONFIG_FILE: json_bytes(content)})
+
+
+def _given(reading: Mapping[str, int | None]) -> dict[str, int]:
+    return {name: value for name, value in reading.items() if value is not None}
 
 
 def _labels(names: Sequence[str]) -> dict[str, Any]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from ...model.heads import SpanPredictor
 from ...model.hf.encoders import EncoderFolder
 from ..errors import UserError
 from ..step.step import TrainingStep
@@ -19,7 +20,7 @@ from .contrast_task import ContrastTask, read_contrast_task
 from .examples import EpochBatches
 from .models import Machine
 from .pairs import PairBatches
-from .qa.task import read_answer_task
+from .qa.task import AnswerTask, read_answer_task
 from .settings import FinetuneSettings
 from .tag.task import read_tag_task
 from .task import Task
@@ -91,6 +92,8 @@ class Job:
         return EpochBatches(self.task.train, settings.batch_size, tokens, seed, settings.epochs, static=self._graph)
 
     def scores(self, model: nn.Module) -> dict[str, float]:
+        if isinstance(self.task, AnswerTask):
+            return self.task.choose_threshold(cast(SpanPredictor, model)).scores()
         return self.task.predict(model, "dev").scores()
 
     def save(self, model: nn.Module, folder: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 from ...model.hf.save_classifier import SPAN_PREDICTOR, TAGGER, is_for
+from ..errors import UserError
 from .models import choose_machine, open_folder
 from .predict import LabelPredictor
 from .qa.predict import AnswerPredictor
@@ -42,4 +43,7 @@ def open_predictor(settings: PredictSettings) -> Predictor:
     machine, folder = choose_machine(settings), open_folder(settings.model)
     if is_for(folder, SPAN_PREDICTOR):
         return AnswerPredictor(settings, machine, folder)
+    for name in ("max_answer_tokens", "n_best"):
+        if getattr(settings, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} is for a model that answers questions, not {settings.model}")
     return (TagPredictor if is_for(folder, TAGGER) else LabelPredictor)(settings, machine, folder)

@@ -80,7 +80,7 @@ class Job(Protocol):
         """The training texts."""
 
     def scores(self, model: Any) -> dict[str, float]:
-        """The scores on the dev texts, "loss" among them."""
+        """The scores on the dev texts, "loss" among them. Sets what is chosen by these texts, such as a threshold."""
 
     def save(self, model: Any, folder: Path) -> None:
         """Writes ``model`` as a folder that others load."""

@@ -12,6 +12,7 @@ from ..options import Option
 
 DATA, MACHINE, OPTIMISER, RUN = "Data", "Machine", "Optimiser", "Run"
 EMBED = "With --task embed"
+MAX_ANSWER_TOKENS = 30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -227,7 +228,9 @@ class FinetuneSettings(ModelSettings):
             DATA,
         ),
     ] = None
-    max_answer_tokens: Annotated[int, Option("The longest answer of --task qa, in tokens.", DATA, min=1)] = 30
+    max_answer_tokens: Annotated[int, Option("The longest answer of --task qa, in tokens.", DATA, min=1)] = (
+        MAX_ANSWER_TOKENS
+    )
 
     epochs: Annotated[int, Option("Passes over the training texts.", OPTIMISER, min=1)] = 3
     batch_size: Annotated[int, Option("Texts of a step.", OPTIMISER, min=1)] = 32
@@ -309,6 +312,17 @@ class PredictSettings(ModelSettings):
     ] = None
     text_pair: Annotated[str | None, Option("Column of the second text of a pair. Default: none.", DATA)] = None
     stride: Annotated[
-        int | None, Option("As in [bold]fusebert finetune[/bold], for a model that tags words.", DATA)
+        int | None,
+        Option(
+            "Tokens that two windows of a long text share, for a model that tags words or answers questions. Default: "
+            "as in its training.",
+            DATA,
+        ),
     ] = None
-    max_answer_tokens: Annotated[int, Option("The longest answer to a question, in tokens.", DATA, min=1)] = 30
+    max_answer_tokens: Annotated[
+        int | None, Option("The longest answer to a question, in tokens. Default: as in the training.", DATA, min=1)
+    ] = None
+    n_best: Annotated[
+        int | None,
+        Option("Also give the best N answers to a question, up to 20, with their probabilities.", DATA, min=1),
+    ] = None

@@ -317,6 +317,7 @@ def test_predictions_of_several_classes_and_of_a_value(problem: str, place: Path
     ("words", "expected"),
     [
         (["--model", "model", "--input", "dev.tsv"], "model has no classification head: fine-tune the model first"),
+        (["--model", "topics/hf", "--input", "dev.tsv", "--n-best", "2"], "--n-best is for a model that answers"),
         (["--model", "topics", "--input", "dev.tsv"], "topics is a run's folder: give the model in it"),
         (["--model", "topics/hf", "--input", "dev.jsonl"], "dev.jsonl:1: no field 'text'"),
     ],

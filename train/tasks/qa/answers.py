@@ -12,59 +12,98 @@ from .questions import Question
 from .windows import Window
 
 NEVER = 1e6  # as a threshold: every question is answered
-N_BEST = 20  # starts and ends of a window that are combined
+N_BEST = 20  # starts and ends of a window that are combined, and the most answers to a question
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
-    """The best span of a context.
+class Span:
+    """A part of a context.
 
     Attributes:
-        text: it; "" if the context has no token.
-        start, end: its characters in the context.
+        start, end: its characters.
         score: sum of the logits of its start and its end.
-        null_score: the lowest such sum of the first token, which stands for "no answer", over the windows.
     """
 
     text: str
     start: int
     end: int
     score: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """The best spans of a context.
+
+    Attributes:
+        spans: with different texts, the best first; none if the context has no token.
+        null_score: the lowest sum of the logits of the first token, which stands for "no answer", over the windows.
+    """
+
+    spans: tuple[Span, ...]
     null_score: float
+
+    @property
+    def text(self) -> str:
+        """The best span; "" if there is none."""
+        return self.spans[0].text if self.spans else ""
 
     @property
     def null_margin(self) -> float:
         """By how much "no answer" is better."""
-        return max(-NEVER, min(NEVER, self.null_score - self.score))
+        best = self.spans[0].score if self.spans else -np.inf
+        return max(-NEVER, min(NEVER, self.null_score - best))
+
+    def probabilities(self, with_null: bool) -> np.ndarray:
+        """float64 [spans + 1]: the softmax of the scores, "no answer" last; without it, its probability is 0."""
+        scores = np.array([*(span.score for span in self.spans), self.null_score if with_null else -np.inf])
+        powers = np.exp(scores - scores.max()) if np.isfinite(scores.max()) else np.zeros_like(scores)
+        shares: np.ndarray = powers / max(powers.sum(), np.finfo(powers.dtype).tiny)
+        return shares
 
 
 def best_answers(
-    questions: Sequence[Question], windows: Sequence[Window], logits: Sequence[np.ndarray], longest: int
+    questions: Sequence[Question], windows: Sequence[Window], logits: Sequence[np.ndarray], longest: int, count: int = 1
 ) -> list[Answer]:
-    """The best answer to each question.
+    """The best answers to each question.
 
     Args:
         windows: of all questions.
         logits: float32 [tokens, 2] of each window, start and end.
         longest: the most tokens of an answer.
+        count: the most spans of an `Answer`, up to `N_BEST`.
     """
-    best = [Answer("", 0, 0, -np.inf, np.inf) for _ in questions]
+    found: list[list[Span]] = [[] for _ in questions]
+    nulls = [np.inf] * len(questions)
     for window, scores in zip(windows, logits, strict=True):
-        number, context = window.number, questions[window.number].context
-        before, null = best[number], float(scores[0].sum())
-        best[number] = before = dataclasses.replace(before, null_score=min(before.null_score, null))
-        if not len(window.offsets):
-            continue
-        own = scores[window.first : window.first + len(window.offsets)]  # [n, 2]
-        starts, ends = (np.argsort(-own[:, side], kind="stable")[:N_BEST] for side in (0, 1))
-        sums = own[starts, 0][:, None] + own[ends, 1][None, :]  # [20, 20]
-        length = ends[None, :] - starts[:, None] + 1
-        sums = np.where((length > 0) & (length <= longest), sums, -np.inf)
-        i, j = np.unravel_index(int(sums.argmax()), sums.shape)
-        if sums[i, j] > before.score:
+        number = window.number
+        nulls[number] = min(nulls[number], float(scores[0].sum()))
+        found[number] += _spans(questions[number].context, window, scores, longest, count)
+    return [Answer(_different(spans, count), null) for spans, null in zip(found, nulls, strict=True)]
+
+
+def _spans(context: str, window: Window, scores: np.ndarray, longest: int, count: int) -> list[Span]:
+    """The ``count`` best spans of a window."""
+    if not len(window.offsets):
+        return []
+    own = scores[window.first : window.first + len(window.offsets)]  # [n, 2]
+    starts, ends = (np.argsort(-own[:, side], kind="stable")[:N_BEST] for side in (0, 1))
+    sums = own[starts, 0][:, None] + own[ends, 1][None, :]  # [20, 20]
+    length = ends[None, :] - starts[:, None] + 1
+    sums = np.where((length > 0) & (length <= longest), sums, -np.inf)
+    spans = []
+    for i, j in zip(*np.unravel_index(np.argsort(-sums, axis=None, kind="stable")[:count], sums.shape), strict=True):
+        if np.isfinite(sums[i, j]):
             start, end = int(window.offsets[starts[i], 0]), int(window.offsets[ends[j], 1])
-            best[number] = Answer(context[start:end], start, end, float(sums[i, j]), before.null_score)
-    return best
+            spans.append(Span(context[start:end], start, end, float(sums[i, j])))
+    return spans
+
+
+def _different(spans: list[Span], count: int) -> tuple[Span, ...]:
+    """The ``count`` best spans; of those with the same text, the best one."""
+    best: dict[str, Span] = {}
+    for span in sorted(spans, key=lambda span: -span.score):
+        best.setdefault(span.text, span)
+    return tuple(best.values())[:count]
 
 
 def exact_and_f1(found: str, question: Question) -> tuple[float, float]:

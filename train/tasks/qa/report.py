@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..finetune_report import EXAMPLES, TRAIN_COLOR, draw_calibration, shortened
-from .answers import Answer
+from .answers import NEVER, Answer, best_threshold
 from .questions import Question
 
 if TYPE_CHECKING:
@@ -24,24 +24,44 @@ class AnswerPredictions:
 
     Attributes:
         answers: the best span for each question.
-        figures: float64 [n, 2], exact match and F1 of what is answered with ``threshold``.
-        threshold: as of `SpanPredictor`.
+        with_answer, without: float64 [n, 2], exact match and F1 of the best span, and of no answer.
         loss: mean over the windows.
+        threshold: as of `SpanPredictor`.
     """
 
     questions: Sequence[Question]
     answers: Sequence[Answer]
-    figures: np.ndarray
-    threshold: float
+    with_answer: np.ndarray
+    without: np.ndarray
     loss: float
+    threshold: float = NEVER
+
+    @property
+    def margins(self) -> np.ndarray:
+        """float64 [n], `Answer.null_margin`."""
+        return np.array([each.null_margin for each in self.answers])
+
+    @property
+    def figures(self) -> np.ndarray:
+        """float64 [n, 2], exact match and F1 of what is answered."""
+        return np.where((self.margins > self.threshold)[:, None], self.without, self.with_answer)
+
+    def best_threshold(self) -> float:
+        """`answers.best_threshold` for these questions."""
+        return best_threshold(self.margins, self.with_answer[:, 1], self.without[:, 1])
+
+    def with_threshold(self, threshold: float) -> AnswerPredictions:
+        """The same with another threshold."""
+        return dataclasses.replace(self, threshold=threshold)
 
     def scores(self) -> dict[str, float]:
         """Exact match and F1, 0 … 1; those of questions with and without an answer, if there are both kinds."""
         answered = np.array([bool(each.answers) for each in self.questions])
-        found = {"f1": float(self.figures[:, 1].mean()), "exact_match": float(self.figures[:, 0].mean())}
+        figures = self.figures
+        found = {"f1": float(figures[:, 1].mean()), "exact_match": float(figures[:, 0].mean())}
         if not answered.all():
             for name, chosen in (("has_answer", answered), ("no_answer", ~answered)):
-                exact, f1 = self.figures[chosen].mean(0) if chosen.any() else (np.nan, np.nan)
+                exact, f1 = figures[chosen].mean(0) if chosen.any() else (np.nan, np.nan)
                 found |= {f"{name}_f1": float(f1), f"{name}_exact": float(exact)}
             found["null_threshold"] = self.threshold
         return {**found, "loss": self.loss}
@@ -56,8 +76,8 @@ class AnswerPredictions:
 
     def sections(self) -> list[dict[str, Any]]:
         """Questions that are answered wrongly and rightly."""
-        order = np.argsort([each.null_margin for each in self.answers], kind="stable")
-        wrong, right = (order[(self.figures[order, 0] > 0) == kind] for kind in (False, True))
+        order, figures = np.argsort(self.margins, kind="stable"), self.figures
+        wrong, right = (order[(figures[order, 0] > 0) == kind] for kind in (False, True))
         sections = []
         for title, numbers in (("Wrong, surest answers first", wrong), ("Right, least sure first", right[::-1])):
             rows = [
@@ -65,7 +85,7 @@ class AnswerPredictions:
                     shortened(self.questions[i].question),
                     " / ".join(dict.fromkeys(text for text, _ in self.questions[i].answers)) or "no answer",
                     self.found(i) or "no answer",
-                    f"{self.figures[i, 1]:.2f}",
+                    f"{figures[i, 1]:.2f}",
                 ]
                 for i in map(int, numbers[:EXAMPLES])
             ]
@@ -78,5 +98,5 @@ class AnswerPredictions:
         middle.set_title("F1 of the answers", loc="left", fontweight="bold")
         middle.set_xlabel("F1")
         middle.set_ylabel("questions")
-        margins = np.clip([each.null_margin for each in self.answers], -50, 50)
+        margins = np.clip(self.margins, -50, 50)
         draw_calibration(right, self.figures[:, 0] > 0, 1 / (1 + np.exp(-np.abs(margins))))

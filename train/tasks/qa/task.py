@@ -17,7 +17,7 @@ from ..models import Machine
 from ..say import say
 from ..scores import choose_metric
 from ..settings import FinetuneSettings
-from .answers import NEVER, best_answers, best_threshold, exact_and_f1
+from .answers import NEVER, best_answers, exact_and_f1
 from .model import make_span_predictor, score_windows
 from .questions import Question, read_questions
 from .report import METRICS, AnswerPredictions
@@ -36,6 +36,7 @@ class AnswerTask:
         num_questions: of the training files.
         all_answered: every training and dev question has an answer, as in SQuAD 1.1.
         longest: the most tokens of an answer.
+        stride: tokens that windows share; None: the default.
         splits: questions and their windows, of "dev" and, if there are any, of "test".
     """
 
@@ -45,6 +46,7 @@ class AnswerTask:
     num_questions: int
     all_answered: bool
     longest: int
+    stride: int | None
     train: Examples
     splits: dict[str, Split]
     metric: str
@@ -59,7 +61,16 @@ class AnswerTask:
         return make_span_predictor(folder, trained)
 
     def predict(self, model: SpanPredictor, split: str) -> AnswerPredictions:
-        """See `task.Task`. On the dev questions it chooses ``model.null_threshold``."""
+        """See `task.Task`. ``model.null_threshold`` decides what is answered."""
+        return self._found(model, split).with_threshold(model.null_threshold)
+
+    def choose_threshold(self, model: SpanPredictor) -> AnswerPredictions:
+        """Sets ``model.null_threshold`` to that of the best F1 on the dev questions; their predictions with it."""
+        found = self._found(model, "dev")
+        model.null_threshold = NEVER if self.all_answered else found.best_threshold()
+        return found.with_threshold(model.null_threshold)
+
+    def _found(self, model: SpanPredictor, split: str) -> AnswerPredictions:
         questions, windows = self.splits[split]
         logits, loss = score_windows(model, windows, self.machine, labels_of(windows, questions))
         answers = best_answers(questions, windows, logits, self.longest)
@@ -67,16 +78,12 @@ class AnswerTask:
             np.array([exact_and_f1(text, each) for text, each in zip(texts, questions, strict=True)])
             for texts in ([each.text for each in answers], [""] * len(answers))
         )
-        margins = np.array([each.null_margin for each in answers])
-        if split == "dev":
-            threshold = NEVER if self.all_answered else best_threshold(margins, with_answer[:, 1], without[:, 1])
-            model.null_threshold = threshold
-        figures = np.where((margins > model.null_threshold)[:, None], without, with_answer)
-        return AnswerPredictions(questions, answers, figures, model.null_threshold, loss / len(windows))
+        return AnswerPredictions(questions, answers, with_answer, without, loss / len(windows))
 
     def save(self, model: SpanPredictor, directory: Path) -> None:
         """See `task.Task`."""
-        save_span_predictor(model, directory, self.folder, self.tokenizer)
+        options = {"max_answer_tokens": self.longest, "stride": self.stride}
+        save_span_predictor(model, directory, self.folder, self.tokenizer, options)
 
 
 def read_answer_task(settings: FinetuneSettings, machine: Machine, folder: EncoderFolder) -> AnswerTask:
@@ -101,6 +108,7 @@ def read_answer_task(settings: FinetuneSettings, machine: Machine, folder: Encod
         num_questions=len(train),
         all_answered=all(each.answers for each in [*train, *dev]),
         longest=settings.max_answer_tokens,
+        stride=settings.stride,
         train=Examples([window.text for window in windows], labels_of(windows, train)),
         splits={
             name: (questions, tokenizer(questions))

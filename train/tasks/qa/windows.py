@@ -74,22 +74,33 @@ class QuestionTokenizer:
             UserError: a question is too long for a window, or the overlap for the context that is left in one.
         """
         windows: list[Window] = []
-        self._tokenizer.no_truncation()
         for block in blocks(enumerate(questions)):
-            asked = self._tokenizer.encode_batch([each.question for _, each in block], add_special_tokens=False)
-            for (number, question), own in zip(block, asked, strict=True):
-                room = self.seqlen - self._special - len(own.ids)
-                overlap = min(OVERLAP, room // 2) if self._overlap is None else self._overlap
-                if not 0 <= overlap < room:
-                    raise UserError(
-                        f"{question.where}: the question has {len(own.ids)} tokens, which leaves {max(room, 0)} of a "
-                        f"window for the context, and windows share {overlap}: raise --seqlen or lower --stride"
-                    )
-                self._tokenizer.enable_truncation(self.seqlen, stride=overlap, strategy="only_second")
-                whole = self._tokenizer.encode(question.question, question.context)
-                self._tokenizer.no_truncation()
-                windows += [self._window(number, each) for each in (whole, *whole.overflowing)]
+            overlaps = self._overlaps([question for _, question in block])
+            encoded: dict[int, Any] = {}
+            for overlap in np.unique(overlaps):  # the tokenizer has one overlap at a time
+                chosen = np.flatnonzero(overlaps == overlap)
+                self._tokenizer.enable_truncation(self.seqlen, stride=int(overlap), strategy="only_second")
+                pairs: Any = [(block[i][1].question, block[i][1].context) for i in chosen]
+                encoded |= dict(zip(chosen, self._tokenizer.encode_batch(pairs), strict=True))
+            for i, (number, _) in enumerate(block):
+                windows += [self._window(number, each) for each in (encoded[i], *encoded[i].overflowing)]
         return windows
+
+    def _overlaps(self, questions: Sequence[Question]) -> np.ndarray:
+        """Tokens that the windows of each question share, int64 [n]."""
+        self._tokenizer.no_truncation()
+        asked = self._tokenizer.encode_batch([each.question for each in questions], add_special_tokens=False)
+        overlaps = []
+        for question, own in zip(questions, asked, strict=True):
+            room = self.seqlen - self._special - len(own.ids)
+            overlap = min(OVERLAP, room // 2) if self._overlap is None else self._overlap
+            if not 0 <= overlap < room:
+                raise UserError(
+                    f"{question.where}: the question has {len(own.ids)} tokens, which leaves {max(room, 0)} of a "
+                    f"window for the context, and windows share {overlap}: raise --seqlen or lower --stride"
+                )
+            overlaps.append(overlap)
+        return np.array(overlaps, dtype=np.int64)
 
     def _window(self, number: int, encoding: Any) -> Window:
         ids = np.array(encoding.ids, dtype=np.int64)

@@ -8,6 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ....model.hf.encoders import EncoderFolder
+from ....model.hf.save_classifier import reading_of
 from ...errors import UserError
 from ..embed import blocks
 from ..models import Machine
@@ -41,7 +42,9 @@ class TagPredictor:
             given = f"{bias.numel()} outputs, but id2label has {len(self._tags.names)}"
             raise UserError(f"{settings.model}: the head has {given}")
         self._settings, self._machine = settings, machine
-        self._tokenizer = WordTokenizer(folder, settings.seqlen, settings.stride)
+        self._tokenizer = WordTokenizer(
+            folder, settings.seqlen, reading_of(folder, "stride") if settings.stride is None else settings.stride
+        )
         model, self.notes = make_tagger(folder, len(self._tags.names), trained=True)
         self._model = model.to(machine.device)
 

@@ -30,6 +30,7 @@ class TagTask:
     Attributes:
         folder: of the model to start from.
         tokenizer: the tokenizer's files.
+        stride: tokens that windows share; None: the default.
         num_sentences: of the training files.
         splits: sentences and their windows, of "dev" and, if there are any, of "test".
     """
@@ -38,6 +39,7 @@ class TagTask:
     folder: EncoderFolder
     tags: TagSet
     tokenizer: dict[str, bytes]
+    stride: int | None
     num_sentences: int
     train: TagExamples
     splits: dict[str, Split]
@@ -60,7 +62,7 @@ class TagTask:
 
     def save(self, model: TokenClassifier, directory: Path) -> None:
         """See `task.Task`."""
-        save_tagger(model, directory, self.folder, self.tags.names, self.tokenizer)
+        save_tagger(model, directory, self.folder, self.tags.names, self.tokenizer, {"stride": self.stride})
 
 
 def read_tag_task(settings: FinetuneSettings, machine: Machine, folder: EncoderFolder) -> TagTask:
@@ -96,6 +98,7 @@ def read_tag_task(settings: FinetuneSettings, machine: Machine, folder: EncoderF
         folder=folder,
         tags=tags,
         tokenizer=tokenizer.files(),
+        stride=settings.stride,
         num_sentences=len(train),
         train=examples,
         splits={

@@ -1,7 +1,9 @@
 """`finetune --task qa` learns, continues to the bit, exports what Transformers loads, and predicts as in training."""
 
 import dataclasses
+import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +17,10 @@ from fusebert.model.hf.encoders import open_encoder
 from fusebert.train.errors import UserError
 from fusebert.train.run.signals import Interrupted, StopSignal
 from fusebert.train.tasks.finetune import finetune
+from fusebert.train.tasks.models import choose_machine
 from fusebert.train.tasks.qa.answers import best_answers, best_threshold, exact_and_f1
 from fusebert.train.tasks.qa.questions import Question, read_questions
+from fusebert.train.tasks.qa.task import read_answer_task
 from fusebert.train.tasks.qa.windows import QuestionTokenizer
 from fusebert.train.tasks.settings import FinetuneSettings
 
@@ -83,6 +87,48 @@ def test_jsonl_and_long_contexts(run: Path, fusebert: Fusebert, tmp_path: Path) 
     first, empty = lines_of(out)
     assert (first["id"], empty["id"]) == ("1", "2")
     assert (empty["answer"], empty["start"], empty["score"]) == ("", None, None)
+
+
+def test_n_best_and_how_texts_were_read_in_training(run: Path, place: Path, fusebert: Fusebert, tmp_path: Path) -> None:
+    """A folder that names stride and longest answer gives what the options give."""
+    shutil.copytree(run / "hf", tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["max_answer_tokens"] == 30
+    assert "stride" not in config
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "max_answer_tokens": 1, "stride": 3}))
+    tokenizer = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "model_max_length": 20}))
+    row = {"question": "owl?", "context": "The fox is in the tower. " * 6}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({**row, "context": ""}) + "\n")
+    given = ["--input", tmp_path / "a.jsonl", "--n-best", "4"]
+    options = ["--max-answer-tokens", "1", "--stride", "3", "--seqlen", "20"]
+    assert fusebert("predict", "--model", run / "hf", *given, *options, "--out", tmp_path / "one.jsonl") == 0
+    assert fusebert("predict", "--model", tmp_path / "hf", *given, "--out", tmp_path / "two.jsonl") == 0
+    assert fusebert("predict", "--model", run / "hf", *given, "--out", tmp_path / "three.jsonl") == 0
+    one, two, three = (lines_of(tmp_path / f"{name}.jsonl") for name in ("one", "two", "three"))
+    assert one == two
+    assert one != three
+    first, empty = one
+    best = first["n_best"]
+    assert len(best) == 4
+    assert (best[0]["score"], best[0]["answer"]) == (first["score"], row["context"][best[0]["start"] : best[0]["end"]])
+    assert all(a["probability"] >= b["probability"] for a, b in itertools.pairwise(best))
+    assert sum(each["probability"] for each in best) + first["null_probability"] < 1.0 + 1e-9
+    assert (empty["n_best"], empty["null_probability"]) == ([], 1.0)
+    assert fusebert("predict", "--model", run / "hf", "--input", tmp_path / "a.jsonl", "--n-best", "21") == 2
+
+
+def test_only_the_dev_texts_choose_the_threshold(run: Path, place: Path) -> None:
+    settings = settings_of(place, "chosen")
+    machine, folder = choose_machine(settings), open_encoder(run / "hf")
+    task = read_answer_task(settings, machine, folder)
+    model, _ = task.make_model(folder, trained=True)
+    saved = model.null_threshold
+    chosen = task.choose_threshold(model)
+    assert model.null_threshold == pytest.approx(saved)
+    model.null_threshold = 1e6
+    assert task.predict(model, "dev").scores()["f1"] < chosen.scores()["f1"]
+    assert model.null_threshold == 1e6
 
 
 @pytest.mark.parametrize("steps", [4, 60])  # of 60 in an epoch
@@ -163,7 +209,47 @@ def test_the_best_span_is_in_order_and_not_too_long(place: Path) -> None:
     starts[0], starts[2], ends[1], ends[3], logits[0] = 5.0, 6.0, 4.0, 2.5, 1.0
     assert best_answers([asked], windows, [logits], 30)[0].text == "fox owl"  # 9.0; tower before owl has 10
     (best,) = best_answers([asked], windows, [logits], 1)
-    assert (best.text, best.score, best.null_score) == ("tower", 6.0, 2.0)
+    assert (best.text, best.spans[0].score, best.null_score) == ("tower", 6.0, 2.0)
+
+
+def test_the_n_best_are_all_spans_sorted_with_each_text_once(place: Path) -> None:
+    """Against a list of every span, in windows that overlap and have a text twice."""
+    asked = question("fox owl tower owl forest fox", "owl", 4)
+    tokenizer = QuestionTokenizer(open_encoder(place / "model"), 9, 1)
+    windows = tokenizer([asked])
+    assert len(windows) > 1
+    rng = np.random.default_rng(0)
+    logits = [rng.normal(size=(len(window.text), 2)).astype(np.float32) for window in windows]
+    every: dict[str, float] = {}
+    for window, scores in zip(windows, logits, strict=True):
+        for i, (start, _) in enumerate(window.offsets):
+            for j, (_, end) in enumerate(window.offsets[i : i + 3], i):
+                score = float(scores[window.first + i, 0] + scores[window.first + j, 1])
+                text = asked.context[start:end]
+                every[text] = max(score, every.get(text, -np.inf))
+    expected = sorted(every.items(), key=lambda item: -item[1])[:5]
+    (found,) = best_answers([asked], windows, logits, 3, count=20)
+    assert [span.text for span in found.spans[:5]] == [text for text, _ in expected]
+    assert [span.score for span in found.spans[:5]] == pytest.approx([score for _, score in expected])
+    assert found.null_score == pytest.approx(min(float(scores[0].sum()) for scores in logits))
+    scores = torch.tensor([*(span.score for span in found.spans), found.null_score])
+    np.testing.assert_allclose(found.probabilities(with_null=True), scores.softmax(0), rtol=1e-5)
+    assert found.probabilities(with_null=False)[-1] == 0.0
+
+
+def test_windows_of_many_questions_are_those_of_each(place: Path) -> None:
+    """Long questions leave less room, so that the default overlap differs."""
+    asked = [question("The fox is in the tower. " * n, "fox", 4) for n in (1, 9, 3)]
+    asked += [dataclasses.replace(each, question="owl " * n) for n, each in zip((2, 7, 12), asked, strict=True)]
+    for overlap in (None, 5):
+        tokenizer = QuestionTokenizer(open_encoder(place / "model"), 24, overlap)
+        alone = [dataclasses.replace(each, number=i) for i, one in enumerate(asked) for each in tokenizer([one])]
+        together = tokenizer(asked)
+        assert len(together) > 2 * len(asked)
+        for one, other in zip(alone, together, strict=True):
+            assert (one.number, one.first) == (other.number, other.first)
+            assert one.text.ids.tolist() == other.text.ids.tolist()
+            assert one.offsets.tolist() == other.offsets.tolist()
 
 
 def test_the_threshold_gives_the_highest_f1() -> None:

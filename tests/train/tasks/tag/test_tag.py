@@ -121,7 +121,8 @@ def test_tags_without_spans_and_frozen_layers(place: Path, fusebert: Fusebert, t
     assert report["scores"]["accuracy"]["mean"] == pytest.approx(1 - 40 / words)  # all but the 40 without a token
     assert report["scores"]["macro_f1"]["mean"] == pytest.approx(6 / 7)
     found = tmp_path / "found.jsonl"
-    given = ["--input", tmp_path / "dev.jsonl", "--text", "words", "--out", found, "--stride", "2"]
+    assert json.loads((out / "hf" / "config.json").read_text())["stride"] == 2
+    given = ["--input", tmp_path / "dev.jsonl", "--text", "words", "--out", found]  # --seqlen, --stride as in training
     assert fusebert("predict", "--model", out / "hf", *given) == 0
     expected = lines_of(tmp_path / "dev.jsonl")
     for one, other in zip(lines_of(found), expected, strict=True):
