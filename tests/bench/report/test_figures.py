@@ -178,7 +178,7 @@ def test_an_indented_marker_is_an_example(project):
         (f"{END}\n", "without a beginning"),
         (
             f"{marker('poem', 'cpu-step-*')}\n{END}\n",
-            "choose one of step, fuse, quality, kernels",
+            "choose one of step, fuse, quality, embed",
         ),
         (f"{marker('step', 'cpu-parity')}\n{END}\n", "of kind 'train_parity'"),
         (f"<!-- figures step bench/results/undated.json -->\n{END}\n", "call it DATE-NAME.json"),

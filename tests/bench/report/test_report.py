@@ -280,8 +280,8 @@ def test_files_of_one_name_keep_apart(tmp_path):
         ('{"a": 1}', "not a result file"),
         (
             '{"kind": "poem", "schema": 1}',
-            "of kind 'poem'; this command takes aot, calibrate, campaign, embed, finetune, fuse, kernels, predict, "
-            "pretrain, quality, race, step, train",
+            "of kind 'poem'; this command takes aot, calibrate, campaign, embed, finetune, finetune_parity, fuse, "
+            "kernels, predict, pretrain, quality, race, step, train",
         ),
         ('{"kind": "step", "schema": 99}', "version 99 of the result files; this fusebert reads version 1"),
         ('{"kind": "step", "schema": 1}', "not a whole step result"),
