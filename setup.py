@@ -47,7 +47,7 @@ TASKS = [
 REMOTE = ["fsspec>=2024.2"]
 # `convert --tf` reads TensorFlow's checkpoints with the library that defines them.
 TENSORFLOW = ["tensorflow-cpu>=2.15; platform_machine == 'x86_64'", "tensorflow>=2.15; platform_machine != 'x86_64'"]
-# `prepare --executor dask:ADDRESS` encodes on a cluster; Dask runs a lost worker's tasks again.
+# `prepare --executor dask:ADDRESS` reads and encodes on a cluster; Dask runs a lost worker's tasks again.
 DASK = ["distributed>=2024.8"]
 BENCH = [
     *TRAIN,

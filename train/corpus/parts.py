@@ -17,7 +17,7 @@ from .inputs import Document
 from .survey import HELDOUT, LEFT_OUT
 
 PART_BYTES = 64 << 20  # half a minute of a core
-_MOST_CUTS = 32  # a worker reads a file from its start: up to here that costs less than a third of the encoding
+_MOST_CUTS = 32  # a worker reads a file from its start: up to here that costs about a fifth of the encoding
 LARGEST_PART_BYTES = 256 << 20  # its token ids, which a worker keeps until they are fetched, take half as much
 _DOCUMENT_BYTES = 64  # a document counts as so many more, so that parts of tiny documents stay small
 BATCH_CHARS = 1 << 19  # of the documents that a worker encodes at once

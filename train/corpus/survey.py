@@ -69,8 +69,8 @@ def document_digest(text: bytes, seed: int) -> bytes:
 class _Sample:
     """The documents with the smallest rank hashes, as many as fit: a uniform sample of the text.
 
-    Copies have one rank hash; of these the first ones fit. So the sample does not depend on the order in which
-    documents are offered, and the sample of a text is that of the samples of its parts.
+    Copies have one rank hash; the first ones of these fit. So the sample of a text does not depend on its order, and is
+    that of the samples of its parts. Offer documents in the order of the text.
 
     Args:
         chars: of all documents, at most.
@@ -91,7 +91,7 @@ class _Sample:
         while self._left < 0 or len(self._heap) > SAMPLE_DOCUMENTS:
             dropped, _, text = heapq.heappop(self._heap)
             self._left += len(text)
-            self.rank_below = 1 - dropped  # what is dropped once stays out; later copies of it are dropped in turn
+            self.rank_below = -dropped  # a smaller document must not take the place of one that was dropped
 
     def documents(self) -> list[tuple[int, int, str]]:
         """(rank hash, number, text) of each, sorted."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import collections
-import contextlib
 import hashlib
 import importlib.metadata
 import os
 import time
 from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import CancelledError
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -93,10 +92,10 @@ class Cluster:
                 "workers of the cluster died again and again of one part of the text, most likely because memory ran "
                 "out: give them more, or fewer threads"
             ) from error
-        except asyncio.CancelledError as error:
+        except CancelledError as error:
             raise UserError("the Dask scheduler has gone: start again when the cluster is up") from error
         finally:
-            with contextlib.suppress(asyncio.CancelledError):
+            if self._client.status == "running":
                 self._client.cancel(list(in_flight), force=True)
 
     def _check_workers(self, address: str, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import json
@@ -41,7 +42,7 @@ def address():
     with (
         dask.config.set({"distributed.comm.timeouts.connect": "2s"}),  # not 30 s for each worker that has died
         distributed.LocalCluster(
-            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=50
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", silence_logs=50
         ) as workers,
     ):
         yield workers.scheduler_address
@@ -170,6 +171,27 @@ def test_a_worker_that_dies_costs_its_task(text, tmp_path, address, monkeypatch,
     assert content(theirs) == content(make(text, tmp_path / "local"))
 
 
+@pytest.mark.usefixtures("small_tasks")
+def test_the_progress_bars_move_and_reach_their_ends(text, tmp_path, address, monkeypatch):
+    bars = []
+
+    class Bar(contextlib.nullcontext):
+        def __init__(self, description, total, show):
+            super().__init__(self)
+            self.total, self.updates = total, []
+            bars.append(self)
+
+        def update(self, size):
+            self.updates.append(size)
+
+    monkeypatch.setattr(prepare_module, "_bar", Bar)
+    make(text, tmp_path / "out", f"dask:{address}")
+    assert len(bars) == 2
+    for bar in bars:
+        assert len(bar.updates) > 5
+        assert sum(bar.updates) == bar.total == sum(path.stat().st_size for path in text.iterdir())
+
+
 def append(path: Path) -> None:
     with open(path, "a") as file:
         file.write("\n\nOne more document.")
@@ -264,6 +286,25 @@ def test_a_stopped_run_leaves_nothing(text, tmp_path, address, monkeypatch):
         while left := client.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.tasks)):
             assert time.monotonic() < deadline, left
             time.sleep(0.05)
+
+
+@pytest.mark.usefixtures("small_tasks")
+def test_a_scheduler_that_dies(text, tmp_path, monkeypatch):
+    original = cluster.Cluster.map
+    with dask.config.set({"distributed.comm.timeouts.connect": "1s"}):
+        workers = distributed.LocalCluster(
+            n_workers=1, threads_per_worker=1, processes=False, protocol="tcp", dashboard_address=":0", silence_logs=50
+        )
+
+        def with_a_death(self, function, tasks):
+            for result in original(self, function, tasks):
+                workers.close()
+                yield result
+
+        monkeypatch.setattr(cluster.Cluster, "map", with_a_death)
+        with pytest.raises(UserError, match="the Dask scheduler has gone: start again"):
+            make(text, tmp_path / "out", f"dask:{workers.scheduler_address}")
+    assert os.listdir(tmp_path) == ["text"]
 
 
 @pytest.mark.parametrize("executor", ["dask", "dask:", "ray:x"])
