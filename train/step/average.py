@@ -30,7 +30,9 @@ class WeightAverage:
 
     def update(self, step: int) -> None:
         """Call it after each step, with the number of the steps done. Does not synchronise with the device."""
-        state = self._optimizer.state  # has an entry of every weight only after the first step
+        state = self._optimizer.state
+        if not state:  # until the first step that was not skipped: in fp16 that takes a few
+            return
         if any(KEY not in each for each in state.values()):
             for weight, each in state.items():
                 each[KEY] = weight.detach().clone()
