@@ -150,12 +150,16 @@ class SequenceClassifier(nn.Module):
         self.register_buffer("class_weights", weights, persistent=False)
         initialise(self, config)
 
-    def logits(self, batch: TextBatch) -> Tensor:
-        """float32 [S, C]. The rows of slack and of empty segments mean nothing."""
+    def features(self, batch: TextBatch) -> Tensor:
+        """[S, H], what the last linear reads. The rows of slack and of empty segments mean nothing."""
         x = first_tokens(self.encoder, batch)  # [S, H]
         if self.input_dropout:
             x = F.dropout(x, self.head_dropout, self.training)
-        x = self.activation(self.dense(x))
+        return self.activation(self.dense(x))
+
+    def logits(self, batch: TextBatch) -> Tensor:
+        """float32 [S, C]. The rows of slack and of empty segments mean nothing."""
+        x = self.features(batch)
         return self.out(F.dropout(x, self.head_dropout, self.training)).float()
 
     def forward(self, batch: TextBatch) -> ClassifierOutput:

@@ -7,22 +7,33 @@ The plots show what was predicted against what was right, and how often predicti
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from ...model.heads import MULTI, REGRESSION, SINGLE
-from .finetune_report import DEV_COLOR, EXAMPLES, INK, TRAIN_COLOR, draw_calibration, draw_f1, shortened, words
+from .finetune_report import EXAMPLES, shortened, words
 from .labels import Labels
+from .plots import (
+    DEV_COLOR,
+    INK,
+    MOST_CLASSES,
+    TRAIN_COLOR,
+    draw_calibration,
+    draw_classes,
+    draw_confusion,
+    draw_f1,
+    draw_values,
+)
 from .rows import Row
 from .scores import decisions, probabilities, scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-MOST_CLASSES = 30  # of a confusion matrix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +44,14 @@ class LabelPredictions:
         rows: n texts.
         truth: of `Labels.encode`.
         logits: float32 [n, C].
+        vectors: float32 [m, H], what the last layer reads of the first m texts, for the embedding map.
     """
 
     labels: Labels
     rows: Sequence[Row]
     truth: torch.Tensor
     logits: np.ndarray
+    vectors: np.ndarray = field(default_factory=lambda: np.empty((0, 2), dtype=np.float32))
 
     @property
     def found(self) -> np.ndarray:
@@ -78,24 +91,28 @@ class LabelPredictions:
         """The classes; the texts that are wrong and right, or have the largest and smallest errors."""
         return _sections(self)
 
-    def draw(self, middle: Axes, right: Axes) -> None:
-        """The confusion matrix or F1, and the calibration; or predicted against given values, and the errors."""
+    def plots(self) -> list[Callable[[Axes], None]]:
+        """The confusion matrix or F1, and the calibration; or predicted against given values, and the errors. The map
+        of the texts."""
+        shown = len(self.vectors)
+        truth, found, names = self.truth.numpy(), self.found, self.labels.names
         if self.labels.problem == REGRESSION:
-            _draw_values(middle, self)
-            right.hist(self.found - self.truth.numpy(), bins=30, color=TRAIN_COLOR)
-            right.set_title("Errors", loc="left", fontweight="bold")
-            right.set_xlabel("predicted − given")
-            right.set_ylabel("texts")
-            return
+            drawn: list[Callable[[Axes], None]] = [partial(_draw_values, best=self), partial(_draw_errors, best=self)]
+            return [*drawn, *([partial(draw_values, vectors=self.vectors, values=truth[:shown])] if shown else [])]
         if self.labels.problem == SINGLE:
             is_right, p = self.right(), self.confidence
+            given = [names[i] for i in truth[:shown]]
         else:
-            is_right, p = self.truth.numpy().ravel() > 0, probabilities(MULTI, self.logits).ravel()
-        if self.labels.problem == SINGLE and len(self.labels.names) <= MOST_CLASSES:
-            _draw_confusion(middle, self)
+            is_right, p = truth.ravel() > 0, probabilities(MULTI, self.logits).ravel()
+            given = [", ".join(np.array(names)[row > 0]) or "none" for row in truth[:shown]]
+        if self.labels.problem == SINGLE and len(names) <= MOST_CLASSES:
+            drawn = [partial(draw_confusion, names=names, truth=truth, found=found)]
         else:
-            draw_f1(middle, {each["class"]: (each["f1"], each["texts"]) for each in self.per_class()}, MOST_CLASSES)
-        draw_calibration(right, is_right, p)
+            classes = {each["class"]: (each["f1"], each["texts"]) for each in self.per_class()}
+            drawn = [partial(draw_f1, classes=classes, most=MOST_CLASSES)]
+        drawn.append(partial(draw_calibration, right=is_right, p=p))
+        right = self.right()[:shown]
+        return [*drawn, *([partial(draw_classes, vectors=self.vectors, names=given, right=right)] if shown else [])]
 
 
 def _sections(best: LabelPredictions) -> list[dict[str, Any]]:
@@ -141,19 +158,8 @@ def _draw_values(axes: Axes, best: LabelPredictions) -> None:
     axes.set_ylabel("predicted")
 
 
-def _draw_confusion(axes: Axes, best: LabelPredictions) -> None:
-    from sklearn.metrics import confusion_matrix
-
-    names = best.labels.names
-    counts = confusion_matrix(best.truth.numpy(), best.found, labels=range(len(names)))
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    shown = [name if len(name) <= 18 else name[:17] + "…" for name in names]
-    axes.set_xticks(range(len(names)), shown, rotation=90)
-    axes.set_yticks(range(len(names)), shown)
-    if len(names) <= 15:
-        for (i, j), count in np.ndenumerate(counts):
-            axes.text(j, i, str(count), ha="center", va="center", color="white" if shares[i, j] > 0.5 else INK)
-    axes.set_title("Confusion matrix", loc="left", fontweight="bold")
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("given")
+def _draw_errors(axes: Axes, best: LabelPredictions) -> None:
+    axes.hist(best.found - best.truth.numpy(), bins=30, color=TRAIN_COLOR)
+    axes.set_title("Errors", loc="left", fontweight="bold")
+    axes.set_xlabel("predicted − given")
+    axes.set_ylabel("texts")

@@ -46,12 +46,22 @@ def make_classifier(
 
 
 @torch.no_grad()
-def predict_logits(model: SequenceClassifier, texts: Sequence[EncodedText], machine: Machine) -> np.ndarray:
-    """float32 [n, C], in the order of ``texts``, which are packed by length. Leaves the model in evaluation mode."""
+def predict_texts(
+    model: SequenceClassifier, texts: Sequence[EncodedText], machine: Machine, keep: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """The logits of all texts, float32 [n, C], and `SequenceClassifier.features` of the first ``keep``, float32 [m, H].
+
+    Both are in the order of ``texts``, which are packed by length. Leaves the model in evaluation mode.
+    """
     model.eval()
+    keep = min(keep, len(texts))
     logits = np.empty((len(texts), model.out.out_features), dtype=np.float32)
+    vectors = np.empty((keep, model.out.in_features), dtype=np.float32)
     for chosen in token_budget([len(text) for text in texts], machine.tokens_per_batch):
         batch = pack_texts([texts[i] for i in chosen]).to(machine.device, non_blocking=True)
         with autocast(machine.device, machine.compute_dtype):
-            logits[chosen] = model.logits(batch).cpu().numpy()
-    return logits
+            features = model.features(batch)  # [S, H]
+            logits[chosen] = model.out(features).float().cpu().numpy()
+        kept = np.flatnonzero(chosen < keep)
+        vectors[chosen[kept]] = features[torch.from_numpy(kept).to(features.device)].float().cpu().numpy()
+    return logits, vectors

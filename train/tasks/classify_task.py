@@ -12,10 +12,11 @@ from ...model.hf.encoders import EncoderFolder
 from ...model.hf.save_classifier import copied_tokenizer, save_classifier
 from ..errors import UserError
 from .class_report import LabelPredictions
-from .classifier import make_classifier, predict_logits
+from .classifier import make_classifier, predict_texts
 from .examples import Examples, encode_rows, read_all
 from .labels import Labels
 from .models import Machine
+from .plots import MOST_POINTS
 from .rows import Columns, Row
 from .say import say
 from .scores import METRICS, choose_metric
@@ -56,7 +57,8 @@ class ClassifyTask:
     def predict(self, model: SequenceClassifier, split: str) -> LabelPredictions:
         """See `task.Task`."""
         rows, examples = self.splits[split]
-        return LabelPredictions(self.labels, rows, examples.labels, predict_logits(model, examples.texts, self.machine))
+        logits, vectors = predict_texts(model, examples.texts, self.machine, keep=MOST_POINTS)
+        return LabelPredictions(self.labels, rows, examples.labels, logits, vectors)
 
     def save(self, model: SequenceClassifier, directory: Path) -> None:
         """See `task.Task`."""

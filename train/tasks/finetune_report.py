@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import base64
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ...model.atomic import replace_file
 from ..run.log import read_log
+from .plots import DEV_COLOR, INK, TRAIN_COLOR
 from .task import Predictions
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 EXAMPLES = 10  # right ones, and as many wrong ones
 LONGEST_TEXT = 400  # characters of an example
-BINS = 10  # of the calibration plot
-TRAIN_COLOR, DEV_COLOR, INK = "#9db8d2", "#c0392b", "#333333"
 
 
 def write_report(
@@ -40,8 +38,8 @@ def write_report(
 
     image, no_image = "", ""
     try:
-        with replace_file(out / "report.png") as partial:
-            _draw(sorted(out.glob("seed-*/log.jsonl")), best, partial)
+        with replace_file(out / "report.png") as unfinished:
+            _draw(sorted(out.glob("seed-*/log.jsonl")), best, unfinished)
         image = base64.b64encode((out / "report.png").read_bytes()).decode()
     except ModuleNotFoundError:
         no_image = "The plots need matplotlib: pip install matplotlib"
@@ -55,8 +53,8 @@ def write_report(
         no_image=no_image,
         sections=best.sections(),
     )
-    with replace_file(out / "report.html") as partial:
-        partial.write_text(text, encoding="utf-8")
+    with replace_file(out / "report.html") as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def words(value: str | float | None) -> str:
@@ -80,12 +78,15 @@ def _draw(logs: Sequence[Path], best: Predictions, path: Path) -> None:
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore", UserWarning)  # a character that the font lacks is drawn as a box
-        figure = Figure(figsize=(15, 4.6), dpi=110, layout="constrained")
-        loss, middle, right = figure.subplots(1, 3)
-        _draw_loss(loss, [read_log(log) for log in logs])
-        best.draw(middle, right)
-        for axes in (loss, right):
-            axes.spines[["top", "right"]].set_visible(False)
+        plots: list[Callable[[Axes], None]] = [partial(_draw_loss, logs=[read_log(log) for log in logs]), *best.plots()]
+        columns = 3 if len(plots) == 3 else 2
+        rows = -(-len(plots) // columns)
+        figure = Figure(figsize=(5 * columns, 4.6 * rows), dpi=110, layout="constrained")
+        for number, plot in enumerate(plots, 1):
+            axes = figure.add_subplot(rows, columns, number)
+            plot(axes)
+            if not axes.images:
+                axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(path, format="png")
 
 
@@ -102,34 +103,3 @@ def _draw_loss(axes: Axes, logs: Sequence[list[dict[str, Any]]]) -> None:
     axes.set_xlabel("step")
     if axes.lines:
         axes.legend(frameon=False)
-
-
-def draw_f1(axes: Axes, classes: Mapping[str, tuple[float, float]], most: int) -> None:
-    """Bars of F1.
-
-    Args:
-        classes: name → (F1, how often it is right); the ``most`` frequent are drawn.
-    """
-    chosen = sorted(classes.items(), key=lambda item: -item[1][1])[:most]
-    axes.barh(range(len(chosen)), [f1 for _, (f1, _) in chosen], color=TRAIN_COLOR)
-    axes.set_yticks(range(len(chosen)), [name[:18] for name, _ in chosen])
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1)
-    axes.set_title("F1 of the most frequent classes", loc="left", fontweight="bold")
-
-
-def draw_calibration(axes: Axes, right: np.ndarray, p: np.ndarray) -> None:
-    """The share of right predictions by the model's probability.
-
-    Args:
-        right: bool [n].
-        p: float [n], the probability of each.
-    """
-    from sklearn.calibration import calibration_curve
-
-    shares, predicted = calibration_curve(right, np.clip(p, 0, 1), n_bins=BINS)
-    axes.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle="--")
-    axes.plot(predicted, shares, color=DEV_COLOR, marker="o")
-    axes.set_title("Calibration", loc="left", fontweight="bold")
-    axes.set_xlabel("probability of the model")
-    axes.set_ylabel("share that is right")

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from ...model.heads import MULTI, PROBLEMS, REGRESSION, SINGLE
 from ...model.hf.encoders import EncoderFolder
 from ..errors import UserError
-from .classifier import make_classifier, predict_logits
+from .classifier import make_classifier, predict_texts
 from .embed import blocks
 from .examples import pairs_of
 from .labels import Labels
@@ -67,7 +67,7 @@ class LabelPredictor:
         with tqdm(unit=" texts", dynamic_ncols=True, disable=None) as bar:
             for block in blocks(rows):
                 encoded = self._tokenizer([row.text for row in block], pairs_of(block))
-                yield from self._described(predict_logits(self._model, encoded, self._machine))
+                yield from self._described(predict_texts(self._model, encoded, self._machine)[0])
                 bar.update(len(block))
 
     def warnings(self) -> list[str]:

@@ -71,7 +71,7 @@ def scores(labels: Labels, logits: np.ndarray, truth: torch.Tensor) -> dict[str,
             return {
                 "pearson": float(stats.pearsonr(found, given)[0]) if several else math.nan,
                 "spearman": float(stats.spearmanr(found, given)[0]) if several else math.nan,
-                "rmse": math.sqrt(error),
+                "rmse": float(metrics.root_mean_squared_error(given, found)),
                 "loss": error,
             }
         macro = float(metrics.f1_score(given, found, average="macro", zero_division=0))

@@ -6,7 +6,7 @@ A task holds its texts and labels, makes and exports its model, and turns dev an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -43,8 +43,8 @@ class Predictions(Protocol):
     def sections(self) -> list[dict[str, Any]]:
         """Tables of report.html: title, header, rows."""
 
-    def draw(self, middle: Axes, right: Axes) -> None:
-        """The second and the third plot of report.png."""
+    def plots(self) -> Sequence[Callable[[Axes], None]]:
+        """The plots of report.png besides the loss, each given axes to draw on."""
 
 
 class Task(Protocol):

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import label_ranking_average_precision_score
 from torch import nn
+from torchmetrics.functional.retrieval import retrieval_recall
 
 from fusebert.model.config import BertConfig
 from fusebert.model.contrastive import Compared
@@ -17,11 +19,12 @@ from fusebert.model.heads import CachedGradientEncoder
 from fusebert.train.run.signals import Interrupted, StopSignal
 from fusebert.train.step.optim import make_optimizer
 from fusebert.train.step.step import TrainingStep
-from fusebert.train.tasks.contrast_scores import ranks
+from fusebert.train.tasks.contrast_scores import PairPredictions, rank_positives
 from fusebert.train.tasks.contrast_step import Comparison, ContrastiveStep
 from fusebert.train.tasks.embed import Embedder
 from fusebert.train.tasks.finetune import finetune
 from fusebert.train.tasks.pairs import PairBatches, Pairs
+from fusebert.train.tasks.rows import Row
 from fusebert.train.tasks.settings import FinetuneSettings, ModelSettings
 from fusebert.train.tasks.tokens import EncodedText
 
@@ -142,13 +145,44 @@ def test_ranks_by_hand() -> None:
     units = torch.stack([angles.cos(), angles.sin()], 1)
     parts = np.array([[0, 2, 5], [1, 3, -1], [0, 3, -1]])
     # Row 0: 2 is behind 5 (3 is a positive of 0 too). Row 1: 3 is nearest. Row 2: 3 is behind 5 only (2 is a positive).
-    found, nearest = ranks(units, parts)
+    found, nearest, similarities = rank_positives(units, parts)
     assert found.tolist() == [2, 1, 2]
     assert nearest.tolist() == [5, 2, 5]
-    alone, none = ranks(units, np.array([[0, 2]]))
+    np.testing.assert_allclose(similarities[0, :2], np.cos(np.deg2rad([10, 5])), rtol=1e-6)
+    assert (similarities[0, 2:] == -2.0).all()
+    alone, none, _ = rank_positives(units, np.array([[0, 2]]))
     assert (alone.tolist(), none.tolist()) == ([1], [-1])
-    same, _ = ranks(torch.ones(6, 1), parts)  # a tie is no success
+    same, _, _ = rank_positives(torch.ones(6, 1), parts)  # a tie is no success
     assert same.tolist() == [2, 3, 2]
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_scores_are_the_libraries(equal: bool) -> None:
+    """scikit-learn ranks all candidates of all rows at once; with ``equal`` texts, ties."""
+    rng = np.random.default_rng(0)
+    count = 60
+    vectors = rng.normal(size=(2 * count, 3)).astype(np.float32)
+    vectors[count:] += 2.0 * vectors[:count]
+    if equal:
+        vectors = np.sign(vectors)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    parts = np.stack([np.arange(count), np.arange(count, 2 * count)], 1)
+    rows = [Row("", "", "") for _ in parts]
+    found = PairPredictions(rows, Pairs([], parts, None), vectors, 16, 0.05).scores()
+    similarity = torch.from_numpy(vectors[:count]) @ torch.from_numpy(vectors[count:]).T
+    mrr = label_ranking_average_precision_score(np.eye(count, dtype=bool), similarity.numpy())
+    assert found["mrr"] == pytest.approx(mrr)
+    own = similarity.diagonal()[:, None]
+    ranks = (similarity >= own).sum(1)  # a tie is no success
+    for k in (1, 10):
+        assert found[f"recall_at_{k}"] == pytest.approx(float((ranks <= k).float().mean()))
+    if not equal:
+        assert 0.1 < found["recall_at_1"] < found["recall_at_10"] < 1.0
+        each = [
+            [float(retrieval_recall(similarity[i], torch.arange(count) == i, top_k=k)) for i in range(count)]
+            for k in (1, 10)
+        ]
+        assert (found["recall_at_1"], found["recall_at_10"]) == pytest.approx(tuple(np.mean(each, 1)))
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +221,7 @@ def untrained_mrr(place: Path) -> float:
     texts = list(dict.fromkeys(text for row in rows for text in row if text))
     number = {text: i for i, text in enumerate(texts)}
     vectors = torch.from_numpy(Embedder(ModelSettings(model=place / "model"), normalize=True)(texts))
-    found, _ = ranks(vectors, np.array([[number.get(text, -1) for text in row] for row in rows]))
+    found, _, _ = rank_positives(vectors, np.array([[number.get(text, -1) for text in row] for row in rows]))
     return float((1 / found).mean())
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..finetune_report import EXAMPLES, TRAIN_COLOR, draw_calibration, shortened
+from ..finetune_report import EXAMPLES, shortened
+from ..plots import TRAIN_COLOR, draw_calibration, draw_confusion
 from .answers import NEVER, Answer, best_threshold
 from .questions import Question
 
@@ -92,11 +94,23 @@ class AnswerPredictions:
             sections.append({"title": title, "header": ["question", "answers", "predicted", "F1"], "rows": rows})
         return sections
 
-    def draw(self, middle: Axes, right: Axes) -> None:
-        """How many questions have which F1, and the calibration of answer against no answer."""
-        middle.hist(self.figures[:, 1], bins=20, range=(0, 1), color=TRAIN_COLOR)
-        middle.set_title("F1 of the answers", loc="left", fontweight="bold")
-        middle.set_xlabel("F1")
-        middle.set_ylabel("questions")
+    def plots(self) -> list[Callable[[Axes], None]]:
+        """How many questions have which F1, the calibration of answer against no answer, and how often which is given
+        and predicted, if both are."""
         margins = np.clip(self.margins, -50, 50)
-        draw_calibration(right, self.figures[:, 0] > 0, 1 / (1 + np.exp(-np.abs(margins))))
+        drawn: list[Callable[[Axes], None]] = [
+            self._draw_f1,
+            partial(draw_calibration, right=self.figures[:, 0] > 0, p=1 / (1 + np.exp(-np.abs(margins)))),
+        ]
+        none = np.array([not each.answers for each in self.questions])
+        if none.any():
+            predicted = np.array([not self.found(i) for i in range(len(none))])
+            names = ("answer", "no answer")
+            drawn.append(partial(draw_confusion, names=names, truth=none.astype(int), found=predicted.astype(int)))
+        return drawn
+
+    def _draw_f1(self, axes: Axes) -> None:
+        axes.hist(self.figures[:, 1], bins=20, range=(0, 1), color=TRAIN_COLOR)
+        axes.set_title("F1 of the answers", loc="left", fontweight="bold")
+        axes.set_xlabel("F1")
+        axes.set_ylabel("questions")

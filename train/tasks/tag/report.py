@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..finetune_report import EXAMPLES, draw_calibration, draw_f1, shortened, words
+from ..finetune_report import EXAMPLES, shortened, words
+from ..plots import MOST_CLASSES, draw_calibration, draw_confusion, draw_f1
 from .sentences import Sentence
 from .tags import TagSet, entities, entity_scores, entity_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-MOST_TYPES = 30  # in the plot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,10 +114,14 @@ class TagPredictions:
             shown[each["end"] - 1] += f"]{each['type']}"
         return " ".join(shown)
 
-    def draw(self, middle: Axes, right: Axes) -> None:
-        """F1 of the types, and the calibration of the words' probabilities."""
-        table = self.per_class()
-        draw_f1(middle, {each["class"]: (each["f1"], list(each.values())[-1]) for each in table}, MOST_TYPES)
+    def plots(self) -> list[Callable[[Axes], None]]:
+        """The confusion matrix of the words' tags, or F1 of many types, and the calibration of the words."""
         logits, classes = self._words()
         p = torch.from_numpy(logits).softmax(1).numpy()
-        draw_calibration(right, p.argmax(1) == classes, p.max(1))
+        found = p.argmax(1)
+        if len(self.tags.names) <= MOST_CLASSES:
+            first: Callable[[Axes], None] = partial(draw_confusion, names=self.tags.names, truth=classes, found=found)
+        else:
+            table = {each["class"]: (each["f1"], list(each.values())[-1]) for each in self.per_class()}
+            first = partial(draw_f1, classes=table, most=MOST_CLASSES)
+        return [first, partial(draw_calibration, right=found == classes, p=p.max(1))]
