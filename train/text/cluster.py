@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import collections
+import functools
 import hashlib
 import importlib.metadata
 import os
+import socket
 import time
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import CancelledError
@@ -47,6 +49,7 @@ class Cluster:
         except (OSError, ValueError, TimeoutError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"--executor dask:{address}: no scheduler answers there ({reason})") from error
+        self._versions = versions()
         try:
             self._check_workers(address, folder)
         except BaseException:
@@ -75,10 +78,10 @@ class Cluster:
         from distributed import KilledWorker
 
         in_flight: collections.deque[Any] = collections.deque()
-        done, counted, most = 0, 0.0, 0
+        done, counted, most = 0, float("-inf"), 0
         try:
             for task in tasks:
-                in_flight.append(self._client.submit(function, task, pure=False))
+                in_flight.append(self._client.submit(_run, function, task, self._versions, pure=False))
                 if time.monotonic() > counted + _COUNT_SECONDS:
                     most = 2 * sum(self._client.nthreads().values())
                     counted = time.monotonic()
@@ -101,21 +104,15 @@ class Cluster:
     def _check_workers(self, address: str, folder: Path) -> None:
         try:
             found: dict[str, tuple[dict[str, str], bool]] = self._client.run(_look_around, str(folder))
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # Dask raises a plain Exception if a worker cannot import what is to run
             raise UserError(
                 f"--executor dask:{address}: the workers have no fusebert, or another one ({error}): install the same "
                 "everywhere"
             ) from error
         if not found:
             raise UserError(f"--executor dask:{address}: the cluster has no workers")
-        here = versions()
         for worker, (there, sees_folder) in found.items():
-            for name, version in here.items():
-                if there.get(name) != version:
-                    raise UserError(
-                        f"the worker {worker} has {name} {there.get(name, 'of another version')}, this machine "
-                        f"{version}: install the same, so that all encode alike"
-                    )
+            _check_versions(worker, there, self._versions)
             if not sees_folder:
                 raise UserError(
                     f"the worker {worker} does not see {folder}: --out must be in a folder that all workers share, "
@@ -123,6 +120,16 @@ class Cluster:
                 )
 
 
+def _check_versions(worker: str, there: dict[str, str], here: dict[str, str]) -> None:
+    for name, version in here.items():
+        if there.get(name) != version:
+            raise UserError(
+                f"the worker {worker} has {name} {there.get(name, 'of another version')}, and prepare runs with "
+                f"{version}: install the same, so that all encode alike"
+            )
+
+
+@functools.cache
 def versions() -> dict[str, str]:
     """The versions of what decides how text is encoded. Of fusebert, also a hash of the sources, which tells two
     commits apart."""
@@ -138,6 +145,11 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "none"
+
+
+def _run(function: Callable[[Task], Result], task: Task, here: dict[str, str]) -> Result:
+    _check_versions(socket.gethostname(), versions(), here)  # a worker may have joined after the start
+    return function(task)
 
 
 def _look_around(folder: str) -> tuple[dict[str, str], bool]:

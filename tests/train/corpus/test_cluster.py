@@ -250,7 +250,12 @@ def test_a_worker_that_does_not_see_an_input(text, tmp_path, address, monkeypatc
 def test_workers_of_another_version_are_refused(text, tmp_path, address, monkeypatch, package):
     other = {**cluster.versions(), package: "0.0.1"}
     monkeypatch.setattr(cluster, "versions", lambda: other)
-    with pytest.raises(UserError, match=rf"has {package} \S.*, this machine 0.0.1: install the same"):
+    message = rf"^the worker \S+ has {package} \S.*, and prepare runs with 0.0.1: install the same"
+    with pytest.raises(UserError, match=message):
+        make(text, tmp_path / "out", f"dask:{address}")
+    # Also those that join later.
+    monkeypatch.setattr(cluster.Cluster, "_check_workers", lambda *args: None)
+    with pytest.raises(UserError, match=message):
         make(text, tmp_path / "out", f"dask:{address}")
     assert os.listdir(tmp_path) == ["text"]
 
