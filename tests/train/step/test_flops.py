@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import pytest
 import torch
 from bert_cases import MICRO, with_slack
 from steps import random_batch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from fusebert.kernels.attn import torch_path
 from fusebert.model.batch import PackedBatch
 from fusebert.model.config import BertConfig
 from fusebert.model.pretraining import BertForPreTraining
@@ -21,10 +23,11 @@ def example() -> PackedBatch:
     return random_batch(torch.Generator().manual_seed(0), [20, 7, 32, 1], masked=5, pairs=4, slots=5)
 
 
-def test_formula_is_what_pytorch_counts() -> None:
+def test_formula_is_what_pytorch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without slack and spare rows the model computes exactly what the formula counts.
 
-    With plain attention, because PyTorch's fused attention recomputes in its backward."""
+    With plain attention, because PyTorch's fused attention recomputes in its backward, and without padding."""
+    monkeypatch.setattr(torch_path, "WORTH_PADDING", 0)
     model = BertForPreTraining(CONFIG)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         out = model(example())
