@@ -22,7 +22,7 @@ def values_are_readable(x: Tensor) -> bool:
 
 
 def check_tensor(name: str, x: Tensor) -> None:
-    """x is a tensor whose elements have strides: no list or array, and not sparse."""
+    """x is a tensor with strides: no list or array, and not sparse."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
     if x.layout != torch.strided:

@@ -534,7 +534,7 @@ class FuseResult(Result):
     Attributes:
         architecture: class, layers and width of the model.
         fused: what `model.fuse` reported.
-        left_out: cases for which there was no time, or whose batch is larger than ``--tokens``.
+        left_out: cases for which there was no time, or with a batch larger than ``--tokens``.
     """
 
     kind = "fuse"

@@ -27,7 +27,7 @@ from .contestants import our_step
 from .profile import bytes_of, is_view, label_of
 
 NO_KERNEL = ("aten::_local_scalar_dense", "aten::scalar_tensor", "aten::promote_types")  # on a GPU: of the CPU alone
-MOST_INTEGERS = 1 << 24  # elements of an integer tensor whose operations run
+MOST_INTEGERS = 1 << 24  # elements of an integer tensor up to which its operations run
 
 
 @dataclasses.dataclass

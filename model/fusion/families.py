@@ -96,7 +96,7 @@ def register_family(
     interface, and every other part must compute each row [H] alone: `fuse` checks the first, the caller the second.
 
     Args:
-        encoder: class of the module whose forward takes hidden states [B, N, H] first and a padding mask second or as
+        encoder: class of the module; its forward takes hidden states [B, N, H] first and a padding mask second or as
             ``attention_mask``, and returns an output with ``last_hidden_state``, or a tuple that starts with it.
             Positions are added to the hidden states before, or passed as ``position_embeddings``.
         model: class of a model without such a module. Its forward takes ``input_ids`` or ``inputs_embeds``,

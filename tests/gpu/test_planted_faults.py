@@ -195,7 +195,7 @@ def verdict(operator: str) -> str:
                 out = call(*leaves)
                 gradients = torch.autograd.grad(out, leaves, torch.linspace(-1, 1, out.numel()).view_as(out).to(out))
         except Exception as error:
-            # The program is __main__ and not the module ttsem.sanitize, whose class this is.
+            # The program is __main__ and not the module ttsem.sanitize, which has this class.
             if type(error).__name__ != "KernelFault":
                 raise
             return error.fault.kind

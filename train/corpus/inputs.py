@@ -72,7 +72,7 @@ class Inputs:
     """The documents of some files, up to ``max_bytes`` of UTF-8 text; they can be read several times.
 
     Args:
-        heldout_files: files whose documents are held out. They are read first.
+        heldout_files: files of which all documents are held out. They are read first.
         files: the others.
         reading: how to read them.
         max_bytes: of text; None: all of it.

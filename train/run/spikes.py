@@ -1,4 +1,4 @@
-"""Finds log lines whose training loss is far above its recent level."""
+"""Finds log lines with a training loss far above its recent level."""
 
 from __future__ import annotations
 

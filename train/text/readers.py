@@ -53,7 +53,7 @@ def read_documents(file: TextFile, reading: Reading | None = None, progress: Pro
 
 
 def kind_of_start(head: bytes) -> str:
-    """The kind of a file whose name does not say it, from its first bytes: JSON is never read as prose."""
+    """The kind of a file, if its name does not say it, from its first bytes: JSON is never read as prose."""
     text = head[:_HEAD_BYTES].decode("utf-8", "replace")
     return looks_like_json(text, whole=len(head) < _HEAD_BYTES) or ".txt"
 

@@ -185,7 +185,7 @@ class _Buffer:
 
 
 def _table_rows(file: TextFile, kind: str, chunks: Iterator[tuple[int, str]], reading: Reading) -> Iterator[str]:
-    """The texts of a column, which the first row names, or whose number from 1 is given."""
+    """The texts of a column, which the first row names, or which is given by its number from 1."""
     csv.field_size_limit(LONGEST_RECORD)
     dialect: dict[str, Any] = {"delimiter": ",", "strict": True}
     if kind == ".tsv":

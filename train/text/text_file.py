@@ -22,7 +22,7 @@ class TextFile:
     Attributes:
         path: where it is.
         name: what messages call it.
-        given_format: one of `FORMATS` for a file whose name has no suffix; None: what its first characters look like.
+        given_format: one of `FORMATS` for a file name without a suffix; None: what its first characters look like.
     """
 
     path: PurePath

@@ -134,7 +134,7 @@ def test_a_vocabulary_that_is_padded_to_a_multiple(corpus: Path, tmp_path: Path)
 
 
 def test_added_tokens_get_rows(corpus: Path, first: Path, tmp_path: Path) -> None:
-    """A corpus whose tokenizer is the model's with three tokens more."""
+    """A corpus with the model's tokenizer and three tokens more."""
     tokenizer = Tokenizer.from_file(str(first / "hf" / "tokenizer.json"))
     tokenizer.add_tokens(["harbour", "meadowland", "foxglove"])  # the first is there already
     tokenizer.save(str(tmp_path / "more.json"))

@@ -62,7 +62,7 @@ def test_the_manifest_has_everything(made: tuple[Path, Path]) -> None:
 
 
 def changed(made: tuple[Path, Path], place: Path, **values: Any) -> Path:
-    """A copy of the run whose second session had other settings."""
+    """A copy of the run; its second session had other settings."""
     out = shutil.copytree(made[1], place / "copy")
     content = json.loads((out / "run.json").read_text())
     content["sessions"][1]["settings"].update(values)

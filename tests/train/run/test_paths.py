@@ -158,7 +158,7 @@ PRETRAIN, PREPARE = range(1, 41, 5), range(1, 11, 2)  # the file event from whic
 
 @pytest.fixture(scope="module")
 def full(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Ended]:
-    """Runs and preparations whose disk becomes full at a moment, by their folder."""
+    """Runs and preparations with a disk that becomes full at a moment, by their folder."""
     place = tmp_path_factory.mktemp("full")
     text = write_text(place / "text.txt")
     jobs = {place / f"run{at}": pretrain_job(corpus, place / f"run{at}", at) for at in PRETRAIN}
