@@ -24,7 +24,7 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -461,6 +461,16 @@ class Result:
         return []
 
 
+class ContestantsResult(Result):
+    """A result of one case, with its contestants."""
+
+    contestants: Sequence[FuseContestant | StepContestant | TrainContestant]
+
+    @property
+    def problems(self) -> list[str]:
+        return [row.problem for row in self.contestants if row.problem]
+
+
 @dataclasses.dataclass
 class KernelsResult(Result):
     """Of ``fusebert bench kernels``; it grows while the benchmark runs.
@@ -490,7 +500,7 @@ class KernelsResult(Result):
 
 
 @dataclasses.dataclass
-class StepResult(Result):
+class StepResult(ContestantsResult):
     """Of ``fusebert bench step``. ``left_out``: contestants for which there was no time."""
 
     kind = "step"
@@ -504,13 +514,9 @@ class StepResult(Result):
     profile: Profile | None = None
     nvidia_smi_after: dict[str, str] | None = None
 
-    @property
-    def problems(self) -> list[str]:
-        return [row.problem for row in self.contestants if row.problem]
-
 
 @dataclasses.dataclass
-class TrainResult(Result):
+class TrainResult(ContestantsResult):
     """Of ``fusebert bench train``. ``unigram_entropy``: of the corpus, in nats."""
 
     kind = "train"
@@ -521,10 +527,6 @@ class TrainResult(Result):
     seconds: float
     clocks: ClockSummary | None = None
     nvidia_smi_after: dict[str, str] | None = None
-
-    @property
-    def problems(self) -> list[str]:
-        return [row.problem for row in self.contestants if row.problem]
 
 
 @dataclasses.dataclass
@@ -555,7 +557,7 @@ class FuseResult(Result):
 
 
 @dataclasses.dataclass
-class EmbedResult(Result):
+class EmbedResult(ContestantsResult):
     """Of ``fusebert bench embed``: all texts to vectors, ours first.
 
     Attributes:
@@ -575,13 +577,9 @@ class EmbedResult(Result):
     seconds: float
     nvidia_smi_after: dict[str, str] | None = None
 
-    @property
-    def problems(self) -> list[str]:
-        return [x.problem for x in self.contestants if x.problem]
-
 
 @dataclasses.dataclass
-class FinetuneResult(Result):
+class FinetuneResult(ContestantsResult):
     """Of ``fusebert bench finetune``: steps, ours first.
 
     Attributes:
@@ -598,10 +596,6 @@ class FinetuneResult(Result):
     contestants: tuple[FuseContestant, ...]
     seconds: float
     nvidia_smi_after: dict[str, str] | None = None
-
-    @property
-    def problems(self) -> list[str]:
-        return [x.problem for x in self.contestants if x.problem]
 
 
 @dataclasses.dataclass
