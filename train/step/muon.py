@@ -9,7 +9,7 @@ For a matrix W (rows × columns) with gradient G:
 The factor 0.2·√max gives the update the root mean square that AdamW's has (Liu et al. 2025, arXiv 2502.16982), so that
 both share one learning rate and λ. `orthogonalize` runs five Newton-Schulz iterations. PyTorch's Muon runs them in
 bf16, which a CPU multiplies slowly, one matrix at a time, and takes no other parameters. Here matrices of one shape are
-one batched product, in the dtype of the step.
+one batched product, in the dtype of the step, and a CPU iterates on the smaller Gram matrix where that is less work.
 
 A parameter may hold several matrices one below another, as ``qkv`` does: each is made orthogonal by itself.
 """
@@ -37,7 +37,13 @@ EPS = 1e-7  # of the norm that the first iteration divides by
 def orthogonalize(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The matrices UVᵀ of the singular value decompositions UΣVᵀ of ``matrices``, to about 30 %.
 
-        X ← X/‖X‖;  five times: A = XXᵀ,  X ← aX + (bA + cA²)X
+        X ← X/‖X‖;  five times: A = XXᵀ,  P = aI + bA + cA²,  X ← PX
+
+    Every P is a polynomial of the first A, so they commute, and X need not be multiplied five times: A ← PAP, at the
+    end X ← P₅P₄P₃P₂P₁X ("Gram Newton-Schulz", Zhang, Amsel, Chen & Dao 2026). For m × rm matrices this takes 2r + 17
+    products of m × m instead of 10r + 5: 25 instead of 45 for a feed-forward layer. A rounding error of the first A
+    grows by a² an iteration, to eps · a⁸: 1e-3 in float32. So 16 bits do not use it, nor GPUs, which may multiply in
+    TF32.
 
     Args:
         matrices: [count, rows, columns].
@@ -51,10 +57,28 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     x = matrices.to(dtype or matrices.dtype)
     x = x.mT if tall else x  # so that XXᵀ is the smaller of the two products
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + EPS)
-    for _ in range(ITERATIONS):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    exact = x.dtype in (torch.float32, torch.float64) and x.device.type == "cpu"
+    if exact and x.shape[2] >= 2 * x.shape[1]:
+        x = _product_of_polynomials(x @ x.mT) @ x
+    else:
+        for _ in range(ITERATIONS):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrices.dtype)
+
+
+def _product_of_polynomials(gram: Tensor) -> Tensor:
+    """P₅P₄P₃P₂P₁ of `orthogonalize`, [count, m, m], for A of the first iteration."""
+    a, b, c = COEFFICIENTS
+    product = None
+    for iteration in range(ITERATIONS):
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal(dim1=1, dim2=2).add_(a)
+        product = polynomial if product is None else polynomial @ product
+        if iteration < ITERATIONS - 1:
+            gram = polynomial @ gram @ polynomial
+    assert product is not None
+    return product
 
 
 class Muon(DeviceOptimizer):

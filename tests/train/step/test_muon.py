@@ -85,6 +85,39 @@ def test_singular_values_become_about_one(shape: tuple[int, int], dtype: torch.d
     assert 0.3 < float(values.min()) <= float(values.max()) < 1.3
 
 
+@pytest.mark.parametrize("shape", [(16, 32), (16, 64), (64, 16)])
+@pytest.mark.parametrize("decades", [1, 4, 8])  # of the singular values
+def test_the_gram_form_is_the_papers_iteration(shape: tuple[int, int], decades: int) -> None:
+    """It takes the place of the iteration from an aspect ratio of 2 on; the bound is the one of its docstring."""
+    generator = torch.Generator().manual_seed(decades)
+    draw = lambda *size: torch.linalg.qr(torch.randn(3, *size, generator=generator, dtype=torch.float64)).Q  # noqa: E731
+    small, large = min(shape), max(shape)
+    matrices = draw(small, small) * torch.logspace(0, -decades, small, dtype=torch.float64) @ draw(large, small).mT
+    matrices = matrices if shape[0] == small else matrices.mT
+    expected = torch.from_numpy(np.stack([newton_schulz(m) for m in matrices.numpy()]))
+    scale = expected.abs().max()
+    for dtype in (torch.float64, torch.float32):
+        error = (orthogonalize(matrices.to(dtype)).double() - expected).abs().max()
+        assert error <= torch.finfo(dtype).eps * 3.4445**8 * scale
+
+
+def test_pytorchs_muon_takes_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda x: x)  # its iteration, in float64
+    generator = torch.Generator().manual_seed(3)
+    for shape in ((4, 4), (4, 16), (16, 4), (4, 6)):
+        ours = torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))
+        theirs = torch.nn.Parameter(ours.detach().clone())
+        options = {"lr": LR, "weight_decay": DECAY, "momentum": MOMENTUM}
+        one = Muon([{"params": [ours], "muon": True}], **options)
+        other = torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **options)
+        for _ in range(3):
+            ours.grad = torch.randn(shape, generator=generator, dtype=torch.float64)
+            theirs.grad = ours.grad.clone()
+            one.step()
+            other.step()
+        torch.testing.assert_close(ours, theirs, rtol=0.0, atol=1e-7)  # it divides by max(norm, 1e-7), not norm + 1e-7
+
+
 def test_a_matrix_of_zeros_and_a_step_that_was_skipped_change_nothing() -> None:
     assert not orthogonalize(torch.zeros(1, 4, 4)).any()
     optimizer, params, (first, second, *_) = make(torch.float32)
