@@ -10,23 +10,25 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from . import warps
 from .integers import EVALUATE, MASK, U32, Value, high, low, signed, u64
 from .operands import REGISTER, TERM, TO_SHARED, registers, split, written
 from .operands import needed as needed_for_path
-from .sass import WARP, Graph, Instruction, Loop
+from .sass import WARP, Graph, Instruction, Loop, described_shape
+from .shared_memory import SYSTEM_BYTES, SharedMemory
 from .traffic import SECTOR, Region, Traffic, bank_cycles, fresh_sectors
 
-SHARED_SIZE = 1 << 18  # bytes, more than a block can have
 MOST_BLOCKS = 1_000_000  # executed basic blocks, after which a loop counts as endless
 
 _NUMBER = re.compile(r"^-?(0x[0-9a-f]+|\d+)$")
-_CONSTANT = re.compile(r"^(?P<sign>[-~]?)c\[0x0\]\[(?P<offset>0x[0-9a-f]+)\]$")
+_CONSTANT = re.compile(r"^(?P<sign>[-~]?)c\[(?P<bank>0x[0-9a-f]+)\]\[(?P<offset>0x[0-9a-f]+)\]$")
 _ADDRESS = re.compile(r"\[(?P<terms>[^\[\]]*)\]$")
 
 
@@ -36,19 +38,33 @@ class Unknown(RuntimeError):
 
 @dataclasses.dataclass
 class Counts:
-    """One program. ``executed``: warps by instruction, in the order of the code; ``entries``: of each basic block."""
+    """One program.
+
+    Attributes:
+        executed: warps by instruction, in the order of the code. entries: warps that entered each basic block.
+        sectors: (tensor, whether written) → sectors.
+        from_outside: loop header → warps that entered it from outside.
+        products: (instruction, (M, N, K)) → executions of a matrix instruction with its shape in a register.
+    """
 
     code: Sequence[Instruction]
     graph: Graph
     executed: list[int]
     entries: list[int]
     traffic: dict[int, Traffic]
-    sectors: dict[tuple[str, bool], int]  # (tensor, whether written) → sectors
-    from_outside: collections.Counter[int]  # loop header → warps that entered it from outside
+    sectors: dict[tuple[str, bool], int]
+    from_outside: collections.Counter[int]
+    products: collections.Counter[tuple[int, tuple[int, int, int]]]
 
     def total(self, read: Callable[[Instruction], float]) -> float:
         """The sum of a property of the instructions over their executions."""
         return sum(n * read(x) for n, x in zip(self.executed, self.code, strict=True) if n)
+
+    @property
+    def flops(self) -> float:
+        """Of matrix instructions."""
+        described = sum(2 * n * math.prod(shape) for (_, shape), n in self.products.items())
+        return described + self.total(lambda x: x.matrix_flops)
 
     def trips(self, loop: Loop) -> float:
         """Mean number of trips of a loop each time that a warp enters it; 0 where none does."""
@@ -60,13 +76,13 @@ class Emulator:
     """Executes the control flow of one kernel's programs.
 
     Args:
-        constants: the kernel's constant bank: launch dimensions and arguments at their offsets.
+        constants: the banks by number. 0: launch dimensions and arguments at their offsets; the others: literals.
         threads: of a block.
         regions: the launch's tensors, at the addresses that the arguments hold.
     """
 
     def __init__(
-        self, code: Sequence[Instruction], constants: bytes, threads: int, regions: Sequence[Region] = ()
+        self, code: Sequence[Instruction], constants: Mapping[int, bytes], threads: int, regions: Sequence[Region] = ()
     ) -> None:
         self.code, self.graph = code, Graph(code)
         self._constants, self._threads = constants, threads
@@ -75,6 +91,8 @@ class Emulator:
         self._needed = needed_for_path(code)
         self._lanes = np.arange(threads)
         self._block_of = {block.first: b for b, block in enumerate(self.graph.blocks)}
+        self._returns = any(x.words[0] == "RET" for x in code)
+        self._has_tensor_memory = any(x.words[0] == "UTCATOMSWS" for x in code)
         self._entry_of = {code[block.first].address: b for b, block in enumerate(self.graph.blocks)}
 
     def run(self, program: tuple[int, int, int]) -> Counts:
@@ -84,15 +102,13 @@ class Emulator:
             Unknown: a branch depends on an unknown value, or a loop does not end.
         """
         self._state: dict[str, Value] = {}
+        self._unknown: dict[str, np.ndarray] = {}  # register → the threads for which its value is not known
         self._alive = np.ones(self._threads, bool)
         self._program = program
         self._steps = 0
-        self._shared = np.zeros(SHARED_SIZE, np.uint8)
-        self._shared_known = np.zeros(SHARED_SIZE, bool)
-        blocks = len(self.graph.blocks)
-        self._counts = Counts(
-            self.code, self.graph, [0] * len(self.code), [0] * blocks, {}, collections.Counter(), collections.Counter()
-        )
+        self._shared = SharedMemory(zeros=SYSTEM_BYTES if self._has_tensor_memory else 0)
+        executed, entries = [0] * len(self.code), [0] * len(self.graph.blocks)
+        self._counts = Counts(self.code, self.graph, executed, entries, {}, *(collections.Counter() for _ in range(3)))
         self._loop_of = {loop.header: loop for loop in self.graph.loops}
         self._run(0, self._alive.copy(), None, None)
         for b, block in enumerate(self.graph.blocks):
@@ -106,11 +122,11 @@ class Emulator:
             self._steps += 1
             if self._steps > MOST_BLOCKS:
                 raise Unknown(f"no end after {MOST_BLOCKS:,} basic blocks")
-            block = self.graph.blocks[b]
-            warps = int(active.reshape(-1, WARP).any(axis=1).sum())
-            self._counts.entries[b] += warps
+            block, self._active = self.graph.blocks[b], active
+            entering = int(active.reshape(-1, WARP).any(axis=1).sum())
+            self._counts.entries[b] += entering
             if b in self._loop_of and (came_from is None or came_from not in self._loop_of[b].blocks):
-                self._counts.from_outside[b] += warps
+                self._counts.from_outside[b] += entering
             for i in range(block.first, block.end):
                 self._execute(i, active)
             last = self.code[block.end - 1]
@@ -134,7 +150,8 @@ class Emulator:
                 came_from, b, active = b, join, active & self._alive
 
     def _target(self, x: Instruction) -> int:
-        if x.target is None or x.words[0] == "CALL":
+        # Without a return in the code a call is a jump: that is how ptxas ends some loops for sm_80.
+        if x.target is None or (x.words[0] == "CALL" and self._returns):
             raise Unknown(f"{x}: calls and computed branches are not followed")
         return self._entry_of[x.target]
 
@@ -163,10 +180,10 @@ class Emulator:
             if name in ("RZ", "URZ"):
                 value: Value = np.uint64(0)
             elif wide and "R" in name:
-                lower, upper = (self._state.get(part, np.uint64(0)) for part in registers(name, 2))
+                lower, upper = (self._register(part) for part in registers(name, 2))
                 value = None if lower is None or upper is None else u64(lower) | (u64(upper) << U32)
             else:
-                value = self._state.get(name, np.bool_(False) if "P" in name else np.uint64(0))
+                value = self._register(name)
             if value is not None and register["abs"]:
                 value = low(np.abs(signed(value)))
         elif _NUMBER.match(operand):
@@ -177,9 +194,10 @@ class Emulator:
                 return None
             offset, sign = int(constant["offset"], 16), constant["sign"]
             size = 8 if wide else 4
-            if offset + size > len(self._constants):
+            bank = self._constants.get(int(constant["bank"], 16), b"")
+            if offset + size > len(bank):
                 return None
-            value = np.uint64(int.from_bytes(self._constants[offset : offset + size], "little"))
+            value = np.uint64(int.from_bytes(bank[offset : offset + size], "little"))
         if value is None or not sign:
             return value
         if sign == "!":
@@ -193,12 +211,13 @@ class Emulator:
         x = self.code[i]
         if x.access_bytes and x.pipe in ("global", "shared"):
             self._account(i, x, active)
+        if x.shape_is_described:
+            self._multiply(i, x, active)
         if not self._needed[i]:
             return
         guard = self._value(x.guard) if x.guard else np.bool_(True)
         if x.words[0] in TO_SHARED:
             self._to_shared(x, None if guard is None else active & guard)
-            return
         names = written(x)
         if not names:
             return
@@ -209,16 +228,28 @@ class Emulator:
         for name in names[len(values) :]:
             self._store(name, None, mask)
 
+    def _register(self, name: str) -> Value:
+        """A register's value, if it is known for all active threads."""
+        unknown = self._unknown.get(name)
+        if unknown is not None and (unknown & self._active).any():
+            return None
+        return self._state.get(name, np.bool_(False) if "P" in name else np.uint64(0))
+
     def _store(self, name: str, value: Value, mask: np.ndarray | None) -> None:
         if mask is not None and not mask.any():
             return
-        if value is None or mask is None:
-            self._state[name] = None
-        elif not (self._alive & ~mask).any():
-            self._state[name] = value
-        else:
-            old = self._state.get(name, np.bool_(False) if "P" in name else np.uint64(0))
-            self._state[name] = None if old is None else np.where(mask, value, old)
+        if mask is None or not (self._alive & ~mask).any():
+            self._state[name] = None if mask is None else value
+            self._unknown.pop(name, None)
+            return
+        zero = np.bool_(False) if "P" in name else np.uint64(0)
+        old = self._state.get(name, zero)
+        unknown = self._unknown.get(name, np.zeros(self._threads, bool)) if old is not None else ~mask
+        unknown = unknown & ~mask if value is not None else unknown | mask
+        self._unknown.pop(name, None)
+        if unknown.any():
+            self._unknown[name] = unknown
+        self._state[name] = np.where(mask, zero if value is None else value, zero if old is None else old)
 
     def _results(self, x: Instruction, active: np.ndarray) -> Sequence[Value]:
         """The values of the destinations, in the order of `_written`."""
@@ -233,8 +264,9 @@ class Emulator:
             return self._load(x, active)
         if name == "LDS":
             return self._from_shared(x, active)
-        if name == "REDUX":
-            return (self._reduced(x, sources[0], active),)
+        if name in ("REDUX", "CREDUX"):
+            kind = x.words[1] if len(x.words) > 1 else "AND"
+            return (warps.reduce(kind, self._value(sources[0]), active, "S32" in x.words),)
         if name == "SYNCS":
             return (np.bool_(True),)  # a wait has ended
         if name == "ELECT":
@@ -245,7 +277,9 @@ class Emulator:
             bits = self._value(sources[0])
             return [None if bits is None else u64(bits) >> np.uint64(int(d[1:])) & 1 != 0 for d in destinations]
         if name in ("VOTE", "VOTEU"):
-            return [None] * len(destinations)
+            return self._voted(x, destinations, sources[0], active)
+        if name == "UTCATOMSWS":  # columns of tensor memory: the first ones are free
+            return [np.bool_(True) if "P" in d else np.uint64(0) for d in destinations if registers(d)]
         evaluate = EVALUATE.get(name) or (EVALUATE.get(name[1:]) if name[0] == "U" else None)
         if evaluate is None:
             return ()
@@ -321,27 +355,23 @@ class Emulator:
         return total if global_memory else low(total)
 
     def _to_shared(self, x: Instruction, mask: np.ndarray | None) -> None:
-        """STS and LDGSTS: what is stored, where it is known; a store to an unknown place makes everything unknown."""
-        to = self._address(x.operands[0], False)
+        """STS, ATOMS and LDGSTS: what is stored, where it is known."""
+        to = self._address(next(text for text in x.operands if "[" in text), False)
         size = x.access_bytes
         if to is None or mask is None or x.words[0] == "STSM":
-            self._shared_known[:] = False
+            self._shared.forget()
+        elif not mask.any():
             return
-        if not mask.any():
-            return
-        if x.words[0] == "STS":
-            found: Sequence[Value] = [self._value(name) for name in registers(x.operands[1], max(1, size // 4))]
-            found = found or [np.uint64(0)]  # RZ
+        elif x.words[0] == "ATOMS":
+            self._shared.combine(x.words[1], to, mask, self._value(x.operands[-1]))
+        elif x.words[0] == "STS":
+            found = [self._value(name) for name in registers(x.operands[1], max(1, size // 4))]
+            self._shared.store(to, mask, found or [np.uint64(0)], size)  # RZ
         else:
             copied = self._value(x.operands[-1]) if re.fullmatch(r"!?P\w", x.operands[-1]) else np.bool_(True)
-            found = () if copied is None else self._read_global(x, self._address(x.operands[1], True), mask & copied)
-        where = ((to[mask] & np.uint64(0xFFFFFF)) % np.uint64(SHARED_SIZE - 16)).astype(np.int64)
-        for byte in range(size):
-            value = found[byte // 4] if byte // 4 < len(found) else None
-            self._shared_known[where + byte] = value is not None
-            if value is not None:
-                bits = np.broadcast_to(u64(value), self._threads)[mask] >> np.uint64(8 * (byte % 4))
-                self._shared[where + byte] = (bits & np.uint64(0xFF)).astype(np.uint8)
+            source = self._address(x.operands[1], True)
+            words = () if copied is None else self._read_global(x, source, mask & copied)
+            self._shared.store(to, mask, words, size)
 
     def _from_shared(self, x: Instruction, active: np.ndarray) -> Sequence[Value]:
         """LDS; unknown where a byte is."""
@@ -349,34 +379,24 @@ class Emulator:
         guard = self._value(x.guard) if x.guard else np.bool_(True)
         if source is None or guard is None:
             return ()
-        mask, size = active & guard, x.access_bytes
-        where = ((source & np.uint64(0xFFFFFF)) % np.uint64(SHARED_SIZE - 16)).astype(np.int64)
-        values: list[Value] = []
-        for part in range(0, max(size, 4), 4):
-            bytes_of = [where + part + k for k in range(min(4, size))]
-            if all(self._shared_known[each[mask]].all() for each in bytes_of):
-                parts = [u64(self._shared[each]) << np.uint64(8 * k) for k, each in enumerate(bytes_of)]
-                values.append(sum(parts[1:], parts[0]))
-            else:
-                values.append(None)
-        return values
+        return self._shared.load(source, active & guard, x.access_bytes)
 
-    def _reduced(self, x: Instruction, operand: str, active: np.ndarray) -> Value:
-        """REDUX: over the active threads of each warp."""
+    def _voted(self, x: Instruction, destinations: Sequence[str], operand: str, active: np.ndarray) -> Sequence[Value]:
         value = self._value(operand)
         if value is None:
-            return None
-        combine = {"MIN": np.minimum, "MAX": np.maximum, "SUM": np.add, "OR": np.bitwise_or, "AND": np.bitwise_and}.get(
-            x.words[1]
-        )
-        if combine is None:
-            return None
-        whole = np.broadcast_to(signed(value) if "S32" in x.words else u64(value).astype(np.int64), self._threads)
-        rows = [
-            combine.reduce(row[used]) if used.any() else 0
-            for row, used in zip(whole.reshape(-1, WARP), active.reshape(-1, WARP), strict=True)
-        ]
-        return low(np.repeat(np.array(rows, np.int64), WARP))
+            return ()
+        ballot, found = warps.vote(x.words[1], value, active)
+        return [found if "P" in name else ballot for name in destinations if registers(name)]
+
+    def _multiply(self, i: int, x: Instruction, active: np.ndarray) -> None:
+        """Counts a matrix instruction with its shape in a register; one warp's threads issue one product."""
+        guard = self._value(x.guard) if x.guard else np.bool_(True)
+        descriptor = self._value(registers(x.operands[-2])[0])
+        if guard is None or descriptor is None:
+            raise Unknown(f"{x}: the product depends on data")
+        for warp in np.flatnonzero((active & guard).reshape(-1, WARP).any(axis=1)):
+            shape = described_shape(int(np.broadcast_to(descriptor, self._threads)[WARP * warp]))
+            self._counts.products[i, shape] += 1
 
     def _load(self, x: Instruction, active: np.ndarray) -> Sequence[Value]:
         """LDG."""

@@ -239,6 +239,14 @@ def _first_lane(x: Instruction, a: Value, *_: Value) -> tuple[Value, ...]:
     return (np.repeat(a.reshape(-1, 32)[:, 0], 32) if a.size >= 32 else a,)
 
 
+def _leading_one(x: Instruction, a: Value) -> tuple[Value, ...]:
+    """FLO: the position of the highest bit; all ones if there is none."""
+    if x.words[1:] != ("U32",):
+        return (None,)
+    a = u64(a)
+    return (np.where(a == 0, MASK, np.floor(np.log2(np.maximum(a, 1).astype(np.float64))).astype(np.uint64)),)
+
+
 def _shuffle(x: Instruction, a: Value, lane: Value, _: Value) -> tuple[Value, ...]:
     a = u64(a)
     if a.size < 32:
@@ -273,6 +281,7 @@ EVALUATE: dict[str, Callable[..., Sequence[Value]]] = {
     "MUFU": _reciprocal,
     "F2I": _to_integer,
     "HFMA2": _half_constant,
+    "FLO": _leading_one,
     "R2UR": _first_lane,
     "SHFL": _shuffle,
 }

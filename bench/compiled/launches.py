@@ -14,7 +14,7 @@ import torch
 
 from .aot import Launch
 from .emulate import Counts, Emulator
-from .sass import WARP, Instruction, parse
+from .sass import WARP, Instruction, literals, parse
 from .traffic import SECTOR, Region
 
 # Architecture → (offset of the arguments, offset of the block's and grid's dimensions) in constant bank 0.
@@ -114,7 +114,8 @@ def work(launch: Launch, sample: int) -> Work:
     """
     code = _parse(launch.sass)
     there = regions(launch)
-    emulator = Emulator(code, constant_bank(launch), launch.resources.num_warps * WARP, there)
+    constants = {0: constant_bank(launch), **literals(launch.sass)}
+    emulator = Emulator(code, constants, launch.resources.num_warps * WARP, there)
     x, y, z = (*launch.grid, 1, 1)[:3]
     programs = x * y * z
     chance = random.Random(0)

@@ -9,7 +9,7 @@ from .sass import WARP, Instruction
 
 REGISTER = re.compile(r"^(?P<sign>[-~!]?)(?P<abs>\|?)(?P<name>U?[RP](?:\d+|Z|T))(?:\.\w+)*\|?$")
 TERM = re.compile(r"(?P<name>U?R(?:\d+|Z))(?:\.(?P<scale>X\d+))?(?P<wide>\.64)?|(?P<offset>-?0x[0-9a-f]+)")
-TO_SHARED = ("STS", "STSM", "LDGSTS")  # instructions that write shared memory
+TO_SHARED = ("STS", "STSM", "LDGSTS", "ATOMS")  # instructions that write shared memory
 NEVER = ("RZ", "URZ", "PT", "UPT", "SRZ")
 
 
@@ -17,8 +17,12 @@ def split(x: Instruction) -> tuple[list[str], list[str]]:
     """(destinations, sources): names of the operands as printed, in order. Memory and branches have no destinations
     but loads'."""
     name, operands = x.words[0], list(x.operands)
+    if name == "SYNCS" and "[" not in operands[0]:
+        return operands[:1], operands[1:]
+    if name in ("VOTE", "VOTEU"):  # [ballot,] predicate, what is voted on
+        return operands[:-1], operands[-1:]
     if x.pipe in ("branch", "barrier") or name in ("STG", "STS", "STL", "STSM", "LDGSTS", "RED", "NOP"):
-        return (operands[:1], operands[1:]) if name == "SYNCS" else ([], operands)
+        return [], operands
     if name == "R2P":
         return [f"P{i}" for i in range(7) if int(operands[2], 16) >> i & 1], operands[1:]
     if name.endswith(("SETP", "PLOP3")):
@@ -28,9 +32,11 @@ def split(x: Instruction) -> tuple[list[str], list[str]]:
         end += 1
     if end < len(operands):
         end += 1  # the register
-        if name.removeprefix("U") in ("IADD3", "LEA", "IMAD"):
+        if name.removeprefix("U") in ("IADD3", "LEA", "IMAD", "VIMNMX"):
             while end < len(operands) and re.fullmatch(r"U?P(\d|T)", operands[end]):
                 end += 1
+    if any("[" in text for text in operands[:end]):  # tensor memory or a descriptor, which is only read
+        return [], operands
     return operands[:end], operands[end:]
 
 
@@ -42,6 +48,10 @@ def _width(x: Instruction) -> int:
         return max(2, m * n // (4 * WARP if name.endswith("GMMA") else WARP))
     if name in ("LDG", "LDS", "LDSM", "LDL", "LD"):
         return max(1, x.access_bytes // 4)
+    if name == "LDTM":  # tensor memory: x64 columns
+        return next(int(word[1:]) for word in x.words if re.fullmatch(r"x\d+", word))
+    if name in ("FADD2", "FMUL2", "FFMA2"):
+        return 2
     if name == "CS2R":
         return 1 if "32" in x.words else 2
     if "WIDE" in x.words or (name in ("LDC", "LDCU", "IADD3", "MOV") and "64" in x.words) or name.startswith("D"):
@@ -89,6 +99,8 @@ def needed(code: Sequence[Instruction]) -> list[bool]:
             for operand in x.operands:
                 if "[" in operand or operand.lstrip("!").startswith(("P", "UP")):
                     names.update(registers(operand))
+        elif x.shape_is_described:
+            names.update(registers(x.operands[-2]) + (registers(x.guard) if x.guard else []))
     writes = [written(x) for x in code]
     while True:
         wanted = [not names.isdisjoint(w) for w in writes]

@@ -18,6 +18,8 @@ _LABEL = re.compile(r"^(\.L\w+):")
 _LINE = re.compile(
     r"^\s+/\*(?P<address>[0-9a-f]+)\*/\s+(?:@(?P<guard>!?U?P\w+)\s+)?(?P<opcode>[A-Z][A-Za-z0-9_.]*)\s*(?P<rest>.*?)\s*;"
 )
+_SECTION = re.compile(r"^\s*\.section\s+(?:\.nv\.constant(?P<bank>\d+)\.)?")
+_DATA = re.compile(r"\.(?P<unit>byte|short|word|dword)\s+(?P<numbers>0x.*)$")
 _TARGET = re.compile(r"`\((\.\w+)\)")
 _MATRIX_SHAPE = re.compile(r"^(?P<kind>[A-Z]*GMMA)\.(?P<m>\d+)x(?P<n>\d+)x(?P<k>\d+)|^[HI]MMA\.(?P<packed>\d+)")
 PACKED_SHAPES = {"16816": (16, 8, 16), "1688": (16, 8, 8), "1684": (16, 8, 4)}  # M, N, K of HMMA's mnemonics
@@ -25,10 +27,11 @@ PACKED_SHAPES = {"16816": (16, 8, 16), "1688": (16, 8, 8), "1684": (16, 8, 4)}  
 PIPES = {
     "xu": ("MUFU", "I2F", "F2I", "F2F", "I2I", "FRND", "POPC", "FLO", "BREV"),
     "fma": ("FFMA", "FMUL", "FADD", "FFMA32I", "FADD32I", "FMUL32I", "FSWZADD"),
+    "fma2": ("FFMA2", "FMUL2", "FADD2"),  # two in one, since sm_100
     "imad": ("IMAD",),
     "half": ("HFMA2", "HADD2", "HMUL2", "HSET2", "HSETP2", "HMNMX2"),
     "fp64": ("DFMA", "DADD", "DMUL", "DSETP"),
-    "shared": ("LDS", "STS", "LDSM", "STSM", "ATOMS", "SHFL", "REDUX"),
+    "shared": ("LDS", "STS", "LDSM", "STSM", "ATOMS", "SHFL", "REDUX", "CREDUX"),
     "global": ("LDG", "STG", "LDGSTS", "ATOMG", "ATOM", "RED", "LD", "ST", "UBLKCP", "UTMALDG", "UTMASTG", "UBLKRED"),
     "spill": ("LDL", "STL"),
     "barrier": (
@@ -81,7 +84,7 @@ class Instruction:
     @functools.cached_property
     def access_bytes(self) -> int:
         """Bytes that a thread of a memory instruction reads or writes; 0 for other instructions."""
-        if self.pipe not in ("shared", "global", "spill") or self.words[0] in ("SHFL", "REDUX"):
+        if self.pipe not in ("shared", "global", "spill") or self.words[0] in ("SHFL", "REDUX", "CREDUX"):
             return 0
         if self.words[0] in ("LDSM", "STSM"):  # matrices of 8 × 8 elements of 16 bits, 4 bytes a thread each
             return 4 * next((int(word) for word in self.words[2:] if word in ("2", "4")), 1)
@@ -98,14 +101,19 @@ class Instruction:
             return PACKED_SHAPES.get(found["packed"])
         return int(found["m"]), int(found["n"]), int(found["k"])
 
+    @property
+    def shape_is_described(self) -> bool:
+        """The shape is in a register (see `described_shape`): 16-bit and tf32 products in tensor memory (sm_100)."""
+        return self.words[0] == "UTCHMMA"
+
     @functools.cached_property
     def matrix_flops(self) -> float:
-        """FLOPs of a warp. Four warps share one warp-group instruction (HGMMA).
+        """FLOPs of a warp. Four warps share one warp-group instruction (HGMMA). 0 where `shape_is_described`.
 
         Raises:
-            ValueError: the mnemonic of a matrix instruction does not say its shape.
+            ValueError: the shape of a matrix instruction is not known.
         """
-        if self.pipe != "tensor":
+        if self.pipe != "tensor" or self.shape_is_described:
             return 0
         if self.matrix_shape is None:
             raise ValueError(f"{self}: a matrix instruction of unknown shape")
@@ -119,6 +127,18 @@ class Instruction:
     @property
     def branches(self) -> bool:
         return self.words[0] in ("BRA", "JMP", "BRX", "CALL")
+
+
+def described_shape(descriptor: int) -> tuple[int, int, int]:
+    """(M, N, K) in the instruction descriptor of UTCHMMA (PTX ISA, tcgen05, "Instruction descriptor").
+
+    Raises:
+        ValueError: it is of a sparse product.
+    """
+    if descriptor >> 2 & 1:
+        raise ValueError(f"descriptor {descriptor:#x}: a sparse product")
+    tf32 = descriptor >> 7 & 7 == 2
+    return (descriptor >> 24 & 31) << 4, (descriptor >> 17 & 63) << 3, 8 if tf32 else 16
 
 
 def parse(text: str) -> list[Instruction]:
@@ -152,6 +172,21 @@ def parse(text: str) -> list[Instruction]:
     if missing:
         raise ValueError(f"branches to unknown labels: {', '.join(sorted(missing))}")
     return [dataclasses.replace(x, target=labels[name]) if name else x for x, name in found]
+
+
+def literals(text: str) -> dict[int, bytes]:
+    """The constant banks that the compiler fills, by number, in nvdisasm's text."""
+    banks: dict[int, bytearray] = {}
+    bank = 0
+    for line in text.splitlines():
+        section = _SECTION.match(line)
+        if section:
+            bank = int(section["bank"] or 0)
+        elif bank and (data := _DATA.search(line)):
+            numbers = [int(part, 0) for part in data["numbers"].split(",")]
+            size = {"byte": 1, "short": 2, "word": 4, "dword": 8}[data["unit"]]
+            banks.setdefault(bank, bytearray()).extend(b"".join(n.to_bytes(size, "little") for n in numbers))
+    return {number: bytes(found) for number, found in banks.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +230,7 @@ class Graph:
         for b, (start, end) in enumerate(zip(first, [*first[1:], len(code)], strict=True)):
             last = code[end - 1]
             goes_on = not (last.branches or last.ends_thread) or last.guard is not None or len(last.operands) > 1
+            goes_on |= last.words[0] == "CALL" and last.target is None  # a function of ptxas, which returns
             follow = [number[index[last.target]]] if last.target is not None else []
             if goes_on and b + 1 < len(first):
                 follow.append(b + 1)

@@ -3,12 +3,13 @@
     issue     warp instructions / 4 schedulers                        fma     fp32 at 128 or 64 lanes, and integer
     alu       integers, logic, comparisons: 64 lanes                          multiply-adds, on half of them: 64 lanes
     special   special functions and conversions: 16 lanes             tensor  FLOPs at the matrix instruction's rate
-    shared    128 bytes a clock, with bank conflicts; shuffles; the operands that HGMMA reads; L1: 4 sectors a clock
+    shared    128 bytes a clock, with bank conflicts; shuffles; the operands that HGMMA and UTCHMMA read; L1: 4 sectors
     l2        sectors that L1 does not keep, 64 bytes a clock and multiprocessor and l2_bytes in all
     hbm       each tensor once, at the copy rate
 
 All but l2 and hbm are times of the multiprocessor with the most programs. Latency, barriers and the start of a program
-are not counted, so a kernel with few resident warps can be slower than even the sum.
+are not counted, so a kernel with few resident warps can be slower than even the sum. Moves between registers and tensor
+memory (sm_100) cost their issue slots only: NVIDIA publishes no rate.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def _warps(counts: Counts, *pipes: str) -> float:
 def _fma_cycles(counts: Counts, gpu: GPU) -> float:
     """Integer multiply-adds run on half of Hopper's fp32 lanes, at 64 lanes on all GPUs."""
     integer = _warps(counts, "imad") * WARP / INTEGER_LANES
-    floating = _warps(counts, "fma", "half") * WARP / gpu.fp32_lanes
+    floating = (_warps(counts, "fma", "half") + 2 * _warps(counts, "fma2")) * WARP / gpu.fp32_lanes
     return max(integer, floating + integer * INTEGER_LANES / gpu.fp32_lanes)
 
 
@@ -46,7 +47,8 @@ def _tensor_cycles(counts: Counts, gpu: GPU) -> float:
         share = 1.0 if x.words[0].endswith("GMMA") else gpu.mma_sync
         return x.matrix_flops / (gpu.tensor_flops * share)
 
-    return counts.total(cycles)
+    described = sum(2 * math.prod(shape) * n for (_, shape), n in counts.products.items())
+    return counts.total(cycles) + described / gpu.tensor_flops
 
 
 def _operand_bytes(x: Instruction) -> float:
@@ -59,9 +61,18 @@ def _operand_bytes(x: Instruction) -> float:
     return size * k * (n + (m if a_too else 0)) / 4
 
 
+def _described_bytes(counts: Counts) -> float:
+    """As `_operand_bytes`, of all UTCHMMA: B, and A unless it is in tensor memory; K is 32 bytes of each."""
+    total = 0
+    for (i, (m, n, _)), products in counts.products.items():
+        a_too = counts.code[i].operands[0].startswith("gdesc")
+        total += products * 32 * (n + (m if a_too else 0))
+    return total
+
+
 def _shared_cycles(counts: Counts) -> float:
-    cycles = counts.total(_operand_bytes) / SHARED_BYTES
-    cycles += counts.total(lambda x: x.words[0] in ("SHFL", "REDUX")) * WARP / SHUFFLE_LANES
+    cycles = (counts.total(_operand_bytes) + _described_bytes(counts)) / SHARED_BYTES
+    cycles += counts.total(lambda x: x.words[0] in ("SHFL", "REDUX", "CREDUX")) * WARP / SHUFFLE_LANES
     for i, traffic in counts.traffic.items():
         x = counts.code[i]
         if x.pipe == "shared":
@@ -120,7 +131,7 @@ def predict(launch: Launch, gpu: GPU, *, call: str, sample: int) -> KernelPredic
         found = work(launch, sample)
         us = times(found, gpu)
         slots = programs * found.mean(lambda counts: sum(counts.executed))
-        flops = programs * found.mean(lambda counts: counts.total(lambda x: x.matrix_flops))
+        flops = programs * found.mean(lambda counts: counts.flops)
         hbm = found.read_bytes + found.written_bytes
     except (Unknown, ValueError) as error:
         us, refused = {}, str(error)

@@ -1,6 +1,7 @@
-"""Triton kernels with known counts, compiled for a GPU that is not here; prints the counts as JSON."""
+"""Triton kernels with known counts, compiled for the architecture named; prints the counts as JSON."""
 
 import json
+import sys
 
 import torch
 import triton
@@ -69,7 +70,7 @@ def calls():
     yield "multiply_adds 32", 1, lambda: multiply_adds[(1,)](x, y, 32, BLOCK=1024, num_warps=4)
     rows = torch.empty(3, 1056)
     yield "exponentials", 1, lambda: sum_of_exponentials[(3,)](rows, y, 1056, BLOCK=256, num_warps=4)
-    for m, n, k in ((64, 64, 256), (16, 32, 512)):
+    for m, n, k in ((64, 64, 256), (16, 32, 512), (128, 128, 256)):
         a, b = torch.empty(m, k, dtype=torch.bfloat16), torch.empty(k, n, dtype=torch.bfloat16)
         c = torch.empty(m, n)
         yield (
@@ -83,10 +84,14 @@ def calls():
     yield "data", 1, lambda: depends_on_data[(1,)](x, y)
 
 
+def matrix_instructions(counts):
+    return {x.words[0] for x, n in zip(counts.code, counts.executed, strict=True) if n and x.pipe == "tensor"}
+
+
 def main() -> None:
     launched: list[Launch] = []
     found = {}
-    with compiled_kernels(90, launched.append):
+    with compiled_kernels(int(sys.argv[1]), launched.append):
         for name, sample, call in calls():
             call()
             try:
@@ -96,10 +101,11 @@ def main() -> None:
                 continue
             found[name] = [
                 {
+                    "matrix": sorted(matrix_instructions(counts)),
                     "issued": sum(counts.executed),
-                    "FFMA": counts.total(lambda x: x.words[0] == "FFMA"),
+                    "multiply-adds": counts.total(lambda x: {"FFMA": 1, "FFMA2": 2}.get(x.words[0], 0)),
                     "MUFU": counts.total(lambda x: x.opcode == "MUFU.EX2"),
-                    "flops": counts.total(lambda x: x.matrix_flops),
+                    "flops": counts.flops,
                     "bytes": {f"{tensor} {written}": 32 * n for (tensor, written), n in counts.sectors.items()},
                     "trips": list(loop_trips(counts).values()),
                 }

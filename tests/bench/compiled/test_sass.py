@@ -2,7 +2,7 @@
 
 import pytest
 
-from fusebert.bench.compiled.sass import Graph, parse
+from fusebert.bench.compiled.sass import Graph, described_shape, parse
 
 # for (a) { if (b) continue; for (c) {} }  with a trap after the end, as ptxas emits it
 NESTED = """
@@ -84,9 +84,23 @@ def test_flops_of_a_warp(opcode, flops):
 
 
 def test_a_matrix_instruction_of_unknown_shape_is_refused():
-    (x,) = parse("        /*0000*/                   UTCHMMA gdesc[UR10], tmem[UR7] ;")
+    (x,) = parse("        /*0000*/                   UTCQMMA gdesc[UR10], tmem[UR7] ;")
     with pytest.raises(ValueError, match="unknown shape"):
         _ = x.matrix_flops
+
+
+@pytest.mark.parametrize(
+    ("descriptor", "shape"),
+    [(0x8200490, (128, 128, 16)), (0x8110490, (128, 64, 16)), (0x4 << 24 | 0x4 << 17 | 0x900, (64, 32, 8))],
+)
+def test_shapes_in_instruction_descriptors(descriptor, shape):
+    """Two that Triton compiles for tiles of 128 × 128 and 128 × 64 in bf16, one made for tf32 (PTX ISA, table 42)."""
+    assert described_shape(descriptor) == shape
+
+
+def test_sparse_products_are_refused():
+    with pytest.raises(ValueError, match="sparse"):
+        described_shape(0x8200494)
 
 
 @pytest.mark.parametrize(

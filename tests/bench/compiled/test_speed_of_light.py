@@ -25,7 +25,7 @@ def cycles(*instructions, programs=MULTIPROCESSORS, on=None, size=1 << 30):
     """Cycles of each resource; each warp of a program runs the instructions once."""
     code = [*instructions, "EXIT"]
     text = "\n".join(f"        /*{16 * i:04x}*/ {line} ;" for i, line in enumerate(code))
-    emulator = Emulator(parse(text), bytes(0x300), THREADS, [Region("x", BASE, size)])
+    emulator = Emulator(parse(text), {}, THREADS, [Region("x", BASE, size)])
     counts = emulator.run((0, 0, 0))
     read = written = 0.0
     for (_, is_written), sectors in counts.sectors.items():
@@ -43,6 +43,7 @@ def cycles(*instructions, programs=MULTIPROCESSORS, on=None, size=1 << 30):
         ("LOP3.LUT R0, R1, R2, R3, 0xc0, !PT", "alu", WARPS * 32 / 64),
         ("MUFU.EX2 R0, R1", "special", WARPS * 32 / 16),
         ("HMMA.16816.F32.BF16 R0, R4, R8, R0", "tensor", WARPS * 4096 / (0.5 * 4096)),
+        ("FFMA2 R0, R2, R4, R6", "fma", WARPS * 2 * 32 / 128),
         ("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24", "tensor", 2 * (2 * 64 * 128 * 16) / 4096),
         ("SHFL.BFLY PT, R0, R1, 0x1, 0x1f", "shared", WARPS),
         ("FADD R0, R1, R2", "issue", (WARPS + WARPS) / 4),  # and EXIT
@@ -65,6 +66,15 @@ def test_operands_of_warp_group_products_come_from_shared_memory():
     both = cycles("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24")
     assert registers["shared"] == pytest.approx(2 * b / 128)
     assert both["shared"] == pytest.approx(2 * (a + b) / 128)
+
+
+def test_products_in_tensor_memory():
+    """Each of 8 warps multiplies 128 × 128 × 16 at the full rate; A and B are read once, A not from tensor memory."""
+    shape = "UMOV UR31, 0x8200490"
+    both = cycles(shape, "UTCHMMA gdesc[UR8], gdesc[UR10], tmem[UR5], tmem[UR30], idesc[UR31], UPT")
+    one = cycles(shape, "UTCHMMA tmem[UR8], gdesc[UR10], tmem[UR5], tmem[UR30], idesc[UR31], UPT")
+    assert both["tensor"] == one["tensor"] == pytest.approx(WARPS * 2 * 128 * 128 * 16 / 4096)
+    assert both["shared"] == 2 * one["shared"] == pytest.approx(WARPS * 2 * (2 * 128 * 16) / 128)
 
 
 LOAD = ["S2R R0, SR_TID.X", "SHF.L.U32 R2, R0, 0x4, RZ", f"IADD3 R2, R2, {BASE:#x}, RZ", "MOV R3, RZ"]
