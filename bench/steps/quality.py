@@ -46,7 +46,8 @@ def parse(recipes: str) -> dict[str, list[str]]:
     """
     found: dict[str, list[str]] = {}
     for recipe in filter(None, (part.strip() for part in recipes.split(";"))):
-        name, *options = (word.strip() for word in recipe.split(","))
+        # A value such as 128:0.9,512 has commas too; an option begins with a letter.
+        name, *options = (word.strip() for word in re.split(r",(?=\s*[a-zA-Z])", recipe))
         words = [f"--recipe={name}"]
         for option in options:
             key, equals, value = (word.strip() for word in option.partition("="))
@@ -127,7 +128,7 @@ def _pretrain(
     run_command("pretrain", [*given, *words], environment)
     records = read_log(out / "log.jsonl")
     about = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    tokens_a_step = about["tokens"] / about["steps"]
+    tokens = {0: 0, **{record["step"]: record["tokens"] for record in records if record["kind"] == "train"}}
     evaluations = [record for record in records if record["kind"] == "eval"]
     spent, points = 0.0, list[QualityPoint]()
     first = evaluations[0]["elapsed_s"]
@@ -137,7 +138,7 @@ def _pretrain(
         points.append(
             QualityPoint(
                 step=record["step"],
-                tokens=round(tokens_a_step * record["step"]),
+                tokens=tokens[record["step"]],
                 seconds=record["elapsed_s"] - first - spent,
                 mlm_loss=record["mlm_loss"],
                 nsp_accuracy=record["nsp_accuracy"],

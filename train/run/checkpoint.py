@@ -65,6 +65,7 @@ class TrainerState:
         step: optimisation steps done.
         batches: micro-batches consumed by all ranks.
         phases: micro-batches consumed when the second phase of --seqlen began, the third, ….
+        step_sizes: steps done when the second size of --batch-tokens began, the third, ….
         lanes: chunks that the batches are read from side by side, see `loader.batches`.
         skipped: steps, of those done, that changed nothing because loss or gradient was not finite.
         spikes: log lines with which a spike of the training loss began.
@@ -84,6 +85,7 @@ class TrainerState:
     step: int = 0
     batches: int = 0
     phases: list[int] = dataclasses.field(default_factory=list)
+    step_sizes: list[int] = dataclasses.field(default_factory=list)
     lanes: int = 1
     skipped: int = 0
     spikes: int = 0
@@ -284,6 +286,9 @@ def _read_fields(content: Any) -> TrainerState:
         "phases": isinstance(state.phases, list)
         and all(is_number(each, int) and each <= state.batches for each in state.phases)
         and state.phases == sorted(state.phases),
+        "step_sizes": isinstance(state.step_sizes, list)
+        and all(is_number(each, int) and each <= state.step for each in state.step_sizes)
+        and state.step_sizes == sorted(state.step_sizes),
         "lanes": is_number(state.lanes, int) and state.lanes > 0,
         "length": is_table(state.length) and state.length.keys() <= {"steps", "minutes"},
         "finished": isinstance(state.finished, bool),

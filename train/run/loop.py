@@ -129,7 +129,6 @@ def train(run: Run, stop: StopSignal) -> None:
     settings, plan, state, ranks, schedule = run.settings, run.plan, run.state, run.ranks, run.schedule
     if state.first_evaluation is None:
         state.first_evaluation = evaluate_and_log(run, stop).to_json()
-    micro_batches = plan.batch_tokens // plan.tokens_per_batch
     run.model.train()
     limit, skips = RunAheadLimit(plan.device), Skips(run)
     before = read_log(settings.out / "log.jsonl") if ranks.first and state.step else []
@@ -153,6 +152,7 @@ def train(run: Run, stop: StopSignal) -> None:
         stop.arm()
         while not done:
             lr = learning_rate(plan.lr, schedule.progress(), settings.warmup, settings.schedule)
+            micro_batches = run.micro_batches
             numbers = range(state.batches + ranks.rank, state.batches + micro_batches, ranks.world_size)
             seeds = [dropout_seed(settings.seed, number) for number in numbers]
             window = supply.window
@@ -170,6 +170,9 @@ def train(run: Run, stop: StopSignal) -> None:
                 run.step.forget_shapes()
                 supply.restart()
                 run.say(f"step {state.step:>6,}: from here on segments of up to {run.phase.seqlen} tokens")
+
+            if run.change_step_size():
+                run.say(f"step {state.step:>6,}: from here on steps of {run.micro_batches} micro-batches")
 
             # Prepare the next window while the device computes this one.
             counts = supply.fetch()
@@ -239,7 +242,8 @@ class Supply:
     def fetch(self) -> Counts:
         """Sets the attributes and returns the counts of all ranks' windows. Reads the clock. A collective call."""
         try:
-            self.window = self._masked([next(self._source) for _ in range(self._run.plan.accumulation)])
+            count = self._run.micro_batches // self._run.ranks.world_size
+            self.window = self._masked([next(self._source) for _ in range(count)])
         except Exception as error:  # raised when all ranks have saved
             self._error = error
         if self._error is None:

@@ -21,7 +21,7 @@ from ..step.distributed import Ranks
 from ..step.optim import OPTIMIZERS, SCHEDULES
 from ..step.precision import COMPUTE_DTYPES, PRECISIONS, check_precision, default_precision
 from ..step.sharding import PARALLEL
-from .phases import longest, phases
+from .phases import Phase, common_divisor, longest, phases, step_sizes
 from .settings import RECIPES, PretrainSettings
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -36,7 +36,6 @@ GPU_BATCH_TOKENS = 131072  # BERT's 256 sequences of 512 tokens
 # Larger values are mistakes, and would fill the memory or start that many threads.
 LARGEST = {
     "tokens_per_batch": 1 << 20,  # several batches of the host, and all activations of a batch, are in memory at once
-    "batch_tokens": 1 << 28,
     "workers": 256,
     "threads": 512,
     "processes": 512,
@@ -68,8 +67,7 @@ class Plan:
         precision: one of `precision.PRECISIONS`.
         compute_dtype: dtype of the matrix products.
         tokens_per_batch: tokens of a micro-batch, T.
-        accumulation: micro-batches of an optimisation step on each rank.
-        batch_tokens: tokens of an optimisation step on all ranks.
+        batch_tokens: tokens of an optimisation step on all ranks, or text for `step_sizes`.
         lr: peak learning rate.
         workers: processes that make batches, for each rank.
         log_every: steps between log lines.
@@ -80,11 +78,20 @@ class Plan:
     precision: str
     compute_dtype: torch.dtype
     tokens_per_batch: int
-    accumulation: int
-    batch_tokens: int
+    batch_tokens: int | str
     lr: float
     workers: int
     log_every: int
+
+    @property
+    def step_sizes(self) -> tuple[Phase, ...]:
+        """The micro-batches of a step on all ranks, in each phase of the run."""
+        return tuple(Phase(size // self.tokens_per_batch, end) for size, end in step_sizes(self.batch_tokens))
+
+    @property
+    def common_micro_batches(self) -> int:
+        """The largest number that divides the micro-batches of every step."""
+        return common_divisor(self.batch_tokens) // self.tokens_per_batch
 
 
 def resolve(settings: PretrainSettings, ranks: Ranks | None = None) -> Plan:
@@ -115,7 +122,8 @@ def resolve(settings: PretrainSettings, ranks: Ranks | None = None) -> Plan:
     if tokens is None:
         tokens = _gpu_tokens(settings, model, compute_dtype, device) if on_gpu else CPU_TOKENS_PER_BATCH
         cpu_tokens = tokens if settings.processes else tokens * ranks.world_size
-        wanted = settings.batch_tokens or (GPU_BATCH_TOKENS if on_gpu else cpu_tokens)
+        given = settings.batch_tokens and common_divisor(settings.batch_tokens)
+        wanted = given or (GPU_BATCH_TOKENS if on_gpu else cpu_tokens)
         tokens = max(min(tokens, wanted // ranks.world_size // 8 * 8), -(-longest(settings.seqlen) // 8) * 8)
     if tokens < (seqlen := longest(settings.seqlen)):
         raise UserError(
@@ -126,13 +134,14 @@ def resolve(settings: PretrainSettings, ranks: Ranks | None = None) -> Plan:
     batch_tokens, at_once = settings.batch_tokens, tokens * ranks.world_size
     if batch_tokens is None:
         batch_tokens = max(1, GPU_BATCH_TOKENS // at_once) * at_once if on_gpu else at_once
-    if batch_tokens % at_once:
-        nearest = max(1, round(batch_tokens / at_once)) * at_once
-        each = "" if ranks.alone else f" times {ranks.world_size} processes"
-        raise UserError(
-            f"--batch-tokens {batch_tokens} must be a multiple of --tokens-per-batch {tokens}{each}: {nearest} is the "
-            "nearest"
-        )
+    for size, _ in step_sizes(batch_tokens):
+        if size % at_once:
+            nearest = max(1, round(size / at_once)) * at_once
+            each = "" if ranks.alone else f" times {ranks.world_size} processes"
+            raise UserError(
+                f"--batch-tokens {size} must be a multiple of --tokens-per-batch {tokens}{each}: {nearest} is the "
+                "nearest"
+            )
     workers = settings.workers
     if workers is None:
         workers = min(8, max(1, (os.cpu_count() or 2) // ranks.local_world_size - 1)) if on_gpu else 0
@@ -142,7 +151,6 @@ def resolve(settings: PretrainSettings, ranks: Ranks | None = None) -> Plan:
         precision=precision,
         compute_dtype=compute_dtype,
         tokens_per_batch=tokens,
-        accumulation=batch_tokens // at_once,
         batch_tokens=batch_tokens,
         lr=settings.lr if settings.lr is not None else _learning_rate(settings, model),
         workers=workers,
@@ -173,7 +181,7 @@ def with_processes(settings: PretrainSettings) -> PretrainSettings:
 def _processes_that_pay(settings: PretrainSettings, cores: int) -> int:
     """As many as share a step evenly, each with SEGMENTS_PER_PROCESS or more; 1 for wide models."""
     tokens = settings.tokens_per_batch
-    batch = settings.batch_tokens or tokens or CPU_TOKENS_PER_BATCH
+    batch = common_divisor(settings.batch_tokens) if settings.batch_tokens else tokens or CPU_TOKENS_PER_BATCH
     if _hidden_size(settings) > WIDEST_FOR_PROCESSES:
         return 1
 
@@ -259,7 +267,7 @@ def _check(settings: PretrainSettings) -> None:
         if isinstance(value, int) and value > most:
             advice = ": give --batch-tokens for a larger step" if field.name == "tokens_per_batch" else ""
             raise UserError(f"{_option(field.name)} must be at most {most}; got {value}{advice}")
-    positive = ("steps", "minutes", "tokens_per_batch", "batch_tokens", "lr", "clip", "muon_scale")
+    positive = ("steps", "minutes", "tokens_per_batch", "lr", "clip", "muon_scale")
     for name in (
         *positive,
         *SIZES,
@@ -304,6 +312,8 @@ def _check(settings: PretrainSettings) -> None:
         raise UserError("--mlm-probability-end unmasks single tokens: leave out --whole-word")
     if settings.cautious_decay and settings.optimizer == "lamb":
         raise UserError("--cautious-decay is not possible with --optimizer lamb: give adamw or muon")
+    if settings.batch_tokens is not None:
+        step_sizes(settings.batch_tokens)
     if len(phases(settings.seqlen)) > 1 and (settings.keep_best or settings.patience is not None):
         raise UserError(
             "--keep-best and --patience compare evaluations, and those of --seqlen "

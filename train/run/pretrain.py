@@ -25,7 +25,7 @@ from .guesses import guess_masked_words
 from .log import read_log
 from .loop import check_inputs, errors_explained, evaluate_and_log, keeps_best, save, selected, train
 from .loss_curve import plot_loss_curve
-from .phases import in_words, trained_positions
+from .phases import in_words, phases, trained_positions
 from .places import check_places
 from .plan import choose_device
 from .report import Report
@@ -127,7 +127,7 @@ def _finish(run: Run, stop: StopSignal) -> Report | None:
         device=run.device_words,
         precision=run.plan.precision,
         steps=state.step,
-        seqlen=in_words(settings.seqlen),
+        seqlen=in_words(phases(settings.seqlen)),
         epochs=run.epochs(),
         tokens=state.tokens,
         spikes=state.spikes,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from ..step.distributed import Ranks
 from ..step.optim import learning_rate
 from .checkpoint import CheckpointError, TrainerState, clean_up, list_checkpoints, newest_good
 from .manifest import FILE, OF_A_SESSION, read_manifest, settings_json
-from .phases import phases
+from .phases import common_divisor, phases, step_sizes
 from .plan import Plan
 from .settings import PretrainSettings
 
@@ -45,22 +47,25 @@ def find_checkpoint(root: Path, settings: PretrainSettings) -> tuple[Path, Train
 def _check_progress(path: Path, state: TrainerState) -> None:
     """Raises CheckpointError unless the counts of a checkpoint agree with each other."""
     tokens, batch = state.identity.get("--tokens-per-batch"), state.identity.get("--batch-tokens")
-    if isinstance(tokens, int) and isinstance(batch, int) and 0 < tokens <= batch and batch % tokens == 0:
-        window = batch // tokens
-        fits = state.batches == state.step * window and window % state.lanes == 0
-        fits = fits and not any(each % window for each in state.phases)
-        fits = fits and len(state.phases) < _num_phases(state)
-    else:
-        fits = False
+    fits = False
+    if isinstance(tokens, int) and tokens > 0:
+        try:
+            sizes = [phase.size for phase in step_sizes(str(batch))]
+            fits = not any(size % tokens for size in sizes) and _fits([size // tokens for size in sizes], state)
+            fits = fits and len(state.phases) < len(phases(state.identity.get("--seqlen", 128)))
+        except UserError:
+            fits = False
     if not fits:
         raise CheckpointError(f"{path / 'trainer.json'} is damaged: its steps and batches do not fit together")
 
 
-def _num_phases(state: TrainerState) -> int:
-    try:
-        return len(phases(state.identity.get("--seqlen", 128)))
-    except UserError:
-        return 0
+def _fits(windows: list[int], state: TrainerState) -> bool:
+    """Whether the counts of ``state`` are those of steps with ``windows`` micro-batches, one number for each phase."""
+    common = math.gcd(*windows)
+    if len(state.step_sizes) >= len(windows) or common % state.lanes or any(each % common for each in state.phases):
+        return False
+    bounds = itertools.pairwise([0, *state.step_sizes, state.step])
+    return state.batches == sum((end - begin) * window for (begin, end), window in zip(bounds, windows, strict=False))
 
 
 def keep_batch_sizes(settings: PretrainSettings, state: TrainerState, ranks: Ranks) -> PretrainSettings:
@@ -70,10 +75,11 @@ def keep_batch_sizes(settings: PretrainSettings, state: TrainerState, ranks: Ran
         UserError: the number of processes does not divide the micro-batches of a step.
     """
     tokens, batch = state.identity["--tokens-per-batch"], state.identity["--batch-tokens"]
-    if settings.batch_tokens in (None, batch) and batch // tokens % ranks.world_size:
+    common = common_divisor(batch) // tokens
+    if settings.batch_tokens in (None, batch) and common % ranks.world_size:
         raise UserError(
-            f"the run in {settings.out} has {batch // tokens} micro-batches of {tokens} tokens in a step: continue it "
-            f"with a number of processes that divides {batch // tokens}; there are {ranks.world_size}"
+            f"the run in {settings.out} has {common} micro-batches of {tokens} tokens in a step: continue it "
+            f"with a number of processes that divides {common}; there are {ranks.world_size}"
         )
     return dataclasses.replace(
         settings,

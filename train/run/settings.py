@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from ..errors import UserError
 from ..options import Option
-from .phases import parse_seqlen
+from .phases import parse_batch_tokens, parse_seqlen
 
 LENGTH, MODEL, BATCH = "How long", "Model", "Batches and examples"
 OPTIMISER, RECORD, MACHINE = "Optimiser", "Evaluation, checkpoints, log", "Machine"
@@ -160,11 +160,14 @@ class PretrainSettings:
         ),
     ] = None
     batch_tokens: Annotated[
-        int | None,
+        int | str | None,
         Option(
             "Tokens of an optimisation step, over all processes: gradients accumulate over micro-batches. "
+            "32768:0.2,131072 takes smaller steps for the first 0.2 of the run. "
             "Default: 2048 on CPUs (under torchrun one micro-batch for each process), 131072 on GPUs.",
             BATCH,
+            metavar="N|N:SHARE,...,N",
+            parser=parse_batch_tokens,
         ),
     ] = None
     nsp: Annotated[

@@ -33,7 +33,7 @@ from .inputs import RunInputs
 from .lock import RunLock
 from .log import RunLog
 from .manifest import check_repetition, write_manifest
-from .phases import in_words
+from .phases import Phase, in_words
 from .phases import phases as parse_phases
 from .places import check_places
 from .plan import Plan, resolve
@@ -109,6 +109,18 @@ class Run:
         while self.phase.end < 1.0 and spent >= self.phase.end - 1e-9:
             self.state.phases.append(self.state.batches)
         return len(self.state.phases) > before
+
+    @property
+    def micro_batches(self) -> int:
+        """Of the next step, on all ranks."""
+        return self.plan.step_sizes[len(self.state.step_sizes)].size
+
+    def change_step_size(self) -> bool:
+        """Goes on to the next size of --batch-tokens if it is time. As `enter_phase`."""
+        spent, before = self.schedule.spent(), len(self.state.step_sizes)
+        while (end := self.plan.step_sizes[len(self.state.step_sizes)].end) < 1.0 and spent >= end - 1e-9:
+            self.state.step_sizes.append(self.state.step)
+        return len(self.state.step_sizes) > before
 
     def epochs(self) -> float:
         """How often the training text was read."""
@@ -326,9 +338,8 @@ def chosen_settings(settings: PretrainSettings, plan: Plan) -> PretrainSettings:
 def count_lanes(plan: Plan, examples: PackedExamples) -> int:
     """The largest divisor, up to `MAX_LANES`, of a step's micro-batches: it suits every number of ranks that divides
     them."""
-    micro_batches = plan.batch_tokens // plan.tokens_per_batch
     most = min(MAX_LANES, examples.chunks_per_epoch)
-    return max(lanes for lanes in range(1, most + 1) if micro_batches % lanes == 0)
+    return max(lanes for lanes in range(1, most + 1) if plan.common_micro_batches % lanes == 0)
 
 
 def _introduce(run: Run) -> None:
@@ -349,16 +360,19 @@ def _introduce(run: Run) -> None:
         device=run.device_words,
     )
     if settings.steps is not None:
-        batches = settings.steps * plan.batch_tokens // plan.tokens_per_batch
+        begins = [0.0, *(phase.end for phase in plan.step_sizes)]
+        a_step = sum(size * (end - begin) for (size, end), begin in zip(plan.step_sizes, begins, strict=False))
+        batches = settings.steps * a_step
         length = f"{settings.steps:,} steps ({batches / run.phases[0].examples.batches_per_epoch:.3g} epochs)"
     else:
         length = f"{settings.minutes:g} minutes"
-    each = f"{plan.accumulation}" if ranks.alone else f"{ranks.world_size} × {plan.accumulation}"
+    each = in_words(tuple(Phase(size // ranks.world_size, end) for size, end in plan.step_sizes))
+    each = each if ranks.alone else f"{ranks.world_size} × {each}"
     run.say(
         f"{name_of_model(settings, plan)}: {run.model.num_parameters() / 1e6:.1f} M parameters, vocabulary "
         f"{run.corpus.vocab_size:,}, on {run.device_words} in {plan.precision}; "
         f"a {run.matmul} reaches {rate_words(run.matmul_rate)} here\n"
         f"{run.corpus.split('train').num_tokens:,} training tokens; {length} of {each} × "
-        f"{plan.tokens_per_batch:,} tokens, segments up to {in_words(settings.seqlen)}, peak learning rate {plan.lr:g}"
-        + (f"; continuing after step {state.step:,}" if state.step else "")
+        f"{plan.tokens_per_batch:,} tokens, segments up to {in_words(parse_phases(settings.seqlen))}, peak learning "
+        f"rate {plan.lr:g}" + (f"; continuing after step {state.step:,}" if state.step else "")
     )

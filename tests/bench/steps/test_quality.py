@@ -19,7 +19,7 @@ from fusebert.train.errors import UserError
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     place = tmp_path_factory.mktemp("quality")
-    recipes = "bert, seqlen=32; fast, seqlen=32, steps=3"
+    recipes = "bert, seqlen=32; fast, seqlen=32, steps=3, processes=1, tokens-per-batch=512, batch-tokens=512:0.5,1024"
     words = ["quality", "--data", make_corpus(place), "--steps", 4, "--seeds", 1, "--recipes", recipes, "--no-finetune"]
     return CliRunner().invoke(app, [*map(str, words), "--out", str(place / "q.json"), "--device", DEVICE]), place
 
@@ -29,7 +29,9 @@ def test_runs_and_their_costs(measured):
     assert done.exit_code == 0, done.output
     result = read_result(place / "q.json", QualityResult)
     bert, fast = result.recipes
-    assert (bert.name, fast.name) == ("bert, seqlen=32", "fast, seqlen=32, steps=3")
+    assert (bert.name, fast.name.partition(", proc")[0]) == ("bert, seqlen=32", "fast, seqlen=32, steps=3")
+    tokens = [point.tokens for point in fast.runs[0].points]
+    assert tokens == pytest.approx([0, 512, 1024, 2048], rel=0.02)  # a few slots of a batch stay empty
     assert [point.step for point in bert.runs[0].points] == [0, 1, 2, 3, 4]
     assert fast.runs[0].last.step == 3
     assert bert.runs[0].last.tokens == 4 * 2048
@@ -40,7 +42,7 @@ def test_runs_and_their_costs(measured):
     assert str(place) not in (place / "q.json").read_text()  # a result file is published; a user's folders are not
     assert CliRunner().invoke(app, ["report", str(place / "q.json"), "--out", str(place / "report")]).exit_code == 0
     text = (place / "report" / "report.md").read_text()
-    assert "| fast, seqlen=32, steps=3 |" in text
+    assert "| fast, seqlen=32, steps=3, processes=1" in text
     assert (place / "report" / "q-recipes.png").is_file()
 
 
@@ -123,6 +125,14 @@ def test_recipes_in_words():
         "bert": ["--recipe=bert"],
         "bert, cautious-decay": ["--recipe=bert", "--cautious-decay"],
         "fast, lr=1e-3, weight_decay=0": ["--recipe=fast", "--lr=1e-3", "--weight-decay=0"],
+    }
+    assert parse("fast, seqlen=64:0.5,128, batch-tokens=512:0.25, 1024,lr=1e-3") == {
+        "fast, seqlen=64:0.5,128, batch-tokens=512:0.25, 1024, lr=1e-3": [
+            "--recipe=fast",
+            "--seqlen=64:0.5,128",
+            "--batch-tokens=512:0.25, 1024",
+            "--lr=1e-3",
+        ]
     }
     for wrong, message in (
         ("bert; bert", "is there twice"),

@@ -39,8 +39,8 @@ def test_the_option() -> None:
     assert phases(128) == (Phase(128, 1.0),)
     assert phases("64:0.25,128:0.5,512") == (Phase(64, 0.25), Phase(128, 0.75), Phase(512, 1.0))
     assert longest("64:0.25,512:0.5,128") == 512
-    assert in_words("64:0.25,128:0.5,512") == "64 for 25 % of the run, then 128 for 50 % of the run, then 512"
-    assert in_words(128) == "128"
+    assert in_words(phases("64:0.25,128:0.5,512")) == "64 for 25 % of the run, then 128 for 50 % of the run, then 512"
+    assert in_words(phases(128)) == "128"
 
 
 @pytest.mark.parametrize(

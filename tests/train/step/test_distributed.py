@@ -23,6 +23,7 @@ from small_corpus import make_corpus
 from fusebert.train.errors import UserError
 from fusebert.train.run.checkpoint import TrainerState
 from fusebert.train.run.loop import dropout_seed
+from fusebert.train.run.phases import Phase
 from fusebert.train.run.plan import resolve
 from fusebert.train.run.pretrain import pretrain
 from fusebert.train.run.resume import keep_batch_sizes
@@ -31,7 +32,8 @@ from fusebert.train.step.distributed import Ranks
 
 SMALL = {**runs.SMALL, "eval_every": 3}
 # With dropout. A step is two micro-batches, or four, so that four processes can continue it.
-TWO = {"batch_tokens": 512, "steps": 4}
+TWO = {"batch_tokens": 512, "steps": 4, "ema": 0.9}
+GROWING = {"batch_tokens": "512:0.5,1024", "steps": 4}
 FOUR = {"batch_tokens": 1024, "steps": 6, "save_every": 3}
 REL = 1e-6  # of a loss, where gradients are summed in another order
 
@@ -59,11 +61,12 @@ def made(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             pretrain(PretrainSettings(**each), resume_command="RESUME")
 
     threads = torch.get_num_threads()
-    alone(job("two, 1", **TWO), job("1", **FOUR))
+    alone(job("two, 1", **TWO), job("growing, 1", **GROWING), job("1", **FOUR))
     pretrain_in(
         2,
         [
             job("two, 2", **TWO, workers=2),
+            job("growing, 2", **GROWING),
             job("2 ddp", **FOUR),
             job("2 fsdp", **FOUR, parallel="fsdp"),
             # Without batch sizes: those of the continued run are used.
@@ -91,6 +94,31 @@ def test_two_processes_are_one_to_the_bit(made: Path) -> None:
         ours, theirs = weights(one, 4, name), weights(two, 4, name)
         assert ours.keys() == theirs.keys()
         assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+    assert any(key.endswith("/average") for key in ours)
+
+
+def test_two_processes_grow_their_steps_as_one(made: Path) -> None:
+    one, two = made / "growing, 1", made / "growing, 2"
+    for ours, theirs in zip(losses(one), losses(two), strict=True):
+        assert theirs == pytest.approx(ours, rel=REL)
+    for name in (one, two):
+        state = json.loads((name / "checkpoints" / "step-00000004" / "trainer.json").read_text())["state"]
+        assert (state["batches"], state["step_sizes"]) == (2 * 2 + 2 * 4, [2])
+    # The steps of one micro-batch a process are the same to the bit.
+    assert [r["grad_norm"] for r in records(one, "train")][:2] == [r["grad_norm"] for r in records(two, "train")][:2]
+
+
+def test_two_processes_evaluate_and_export_one_average(made: Path) -> None:
+    one, two = made / "two, 1", made / "two, 2"
+    exported, same = (load_file(each / "hf" / "model.safetensors") for each in (one, two))
+    assert [key for key in exported if not torch.equal(exported[key], same[key])] == []
+    name = "encoder.embeddings.word_embeddings.weight"
+    found = exported["bert.embeddings.word_embeddings.weight"]
+    assert torch.equal(found, weights(two, 4, "optimizer")[f"{name}/average"])
+    assert not torch.equal(found, weights(two, 4)[name])
+    assert [r["step"] for r in records(two, "eval")] == [0, 3, 4]
+    for ours, theirs in zip(records(one, "eval"), records(two, "eval"), strict=True):
+        assert theirs["mlm_loss"] == pytest.approx(ours["mlm_loss"], rel=REL)  # summed in another order
 
 
 @pytest.mark.parametrize("name", ["2 ddp", "2 fsdp", "1 to 2", "1 to 2 fsdp", "2 to 4 fsdp", "2 to 1", "2 fsdp to 1"])
@@ -201,11 +229,11 @@ def test_a_failing_process_ends_the_job_with_one_error(corpus: Path, tmp_path: P
 def test_the_size_of_a_step_is_of_all_processes() -> None:
     settings = PretrainSettings(data=Path("x"), out=Path("y"), steps=1, device="cpu")
     plan = resolve(settings, Ranks(1, 4, 1, 4))
-    assert (plan.tokens_per_batch, plan.accumulation, plan.batch_tokens) == (2048, 1, 4 * 2048)
+    assert (plan.tokens_per_batch, plan.step_sizes, plan.batch_tokens) == (2048, (Phase(4, 1.0),), 4 * 2048)
     plan = resolve(dataclasses.replace(settings, batch_tokens=4096), Ranks(1, 4, 1, 4))
-    assert (plan.tokens_per_batch, plan.accumulation, plan.batch_tokens) == (1024, 1, 4096)
+    assert (plan.tokens_per_batch, plan.step_sizes, plan.batch_tokens) == (1024, (Phase(4, 1.0),), 4096)
     plan = resolve(dataclasses.replace(settings, tokens_per_batch=256, batch_tokens=4096), Ranks(0, 2, 0, 2))
-    assert (plan.tokens_per_batch, plan.accumulation, plan.batch_tokens) == (256, 8, 4096)
+    assert (plan.tokens_per_batch, plan.step_sizes, plan.batch_tokens) == (256, (Phase(16, 1.0),), 4096)
     with pytest.raises(UserError, match=r"multiple of --tokens-per-batch 256 times 3 processes: 3840 is the nearest"):
         resolve(dataclasses.replace(settings, tokens_per_batch=256, batch_tokens=4096), Ranks(0, 3, 0, 3))
     with pytest.raises(UserError, match="choose one of ddp, fsdp"):
