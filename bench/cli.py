@@ -310,9 +310,9 @@ def tune(options: TuneOptions) -> None:
 
 
 def predict(options: PredictOptions) -> None:
-    """A training step's time on a GPU that need not be here, predicted from the compiled kernels. Nothing is timed.
+    """A training step or an operator on a GPU that need not be here, predicted from the compiled code, not timed.
 
-    For each launch of ours in the step: issue slots, arithmetic pipes,
+    For each launch of ours: issue slots, arithmetic pipes,
     special functions, matrix instructions, shared memory, L2 and HBM, each
     as the microseconds it takes if nothing else did. "bound": the largest,
     if all overlap; "sum": if none do. Matrix products and PyTorch's own
@@ -323,8 +323,22 @@ def predict(options: PredictOptions) -> None:
     \b
       fusebert bench predict --gpu h200
       fusebert bench predict --gpu h100 --model large --seqlen 512 --ragged
+    With --op, one operator, forward and backward, beside its floor: the least
+    time for its FLOPs and bytes at the GPU's rates. --shapes is written as for
+    bench kernels, and "fusebert bench kernels --help" lists the keys. What
+    does attention with B = 128 segments cost (T is B x N tokens)?
+      fusebert bench predict --op attention --gpu h200 --shapes "N=512,T=65536,H=12,D=64,p=0.1"
+      fusebert bench predict --op layernorm --gpu b200 --shapes "H=768; H=1024,p=0"
     """
     from .report.terminal import show
+
+    if options.op is None and options.shapes is not None:
+        raise UserError("--shapes belongs to one operator: give --op with it")
+    if options.op is not None:
+        from .operators.predict import run as run_operator
+
+        run_operator(options, show=show)
+        return
     from .steps.predict import run
 
     run(options, show=show)

@@ -106,6 +106,53 @@ class StepPrediction:
 
 
 @dataclasses.dataclass(frozen=True)
+class PassPrediction:
+    """A pass of an operator at a shape, on one GPU.
+
+    Attributes:
+        case: the shape as ``--shapes`` takes it. which: "forward", "backward" or "forward+backward".
+        others: operators of PyTorch that ours calls.
+        floor_us: the least time at the GPU's rates: max(FLOPs / product rate, bytes / copy rate). floor_limit: which.
+    """
+
+    case: str
+    which: str
+    kernels: list[KernelPrediction]
+    others: list[OtherCall]
+    floor_us: float
+    floor_limit: str
+
+    @property
+    def refused(self) -> bool:
+        """Whether a kernel is not predicted; then neither is the pass."""
+        return any(row.refused for row in self.kernels)
+
+    @property
+    def launches(self) -> int:
+        return sum(row.launches for row in self.kernels) + sum(row.calls for row in self.others)
+
+    @property
+    def others_us(self) -> float:
+        return sum(row.us for row in self.others)
+
+    @property
+    def bound_us(self) -> float:
+        """If each of our kernels overlaps all of its resources. Launches are not counted."""
+        return self.others_us + sum(row.launches * row.bound_us for row in self.kernels)
+
+    @property
+    def sum_us(self) -> float:
+        """If none of our kernels overlaps any."""
+        return self.others_us + sum(row.launches * row.sum_us for row in self.kernels)
+
+    @property
+    def limiter(self) -> str:
+        """What bounds the kernel that takes longest."""
+        longest = max(self.kernels, key=lambda row: row.launches * row.bound_us, default=None)
+        return longest.limiter if longest else "-"
+
+
+@dataclasses.dataclass(frozen=True)
 class KernelCalibration:
     """A predicted launch and its measured time on that GPU.
 

@@ -11,6 +11,7 @@ fusebert bench finetune-parity   finetune_parity   FinetuneParityResult
 fusebert bench quality       quality        QualityResult
 fusebert bench parity        train_parity   ParityResult
 fusebert bench predict       predict        PredictResult
+                             predict_op     OperatorPredictResult  (--op)
 fusebert bench calibrate     calibrate      CalibrationResult
 fusebert bench tune          race           RaceResult      (--kernels rows)
 fusebert.bench.record        pretrain       PretrainResult
@@ -35,7 +36,7 @@ from .case import OURS, PEER, Floor, Missing
 from .ceilings import Ceilings, Drift
 from .correctness import Verdict
 from .machine import ClockSummary, Environment
-from .prediction import KernelCalibration, KernelPrediction, OtherCall, RaceCase, StepPrediction
+from .prediction import KernelCalibration, KernelPrediction, OtherCall, PassPrediction, RaceCase, StepPrediction
 from .serialise import FLAT, OPTIONAL, REST, from_json, to_json
 from .settings import (
     EmbedBenchSettings,
@@ -44,6 +45,7 @@ from .settings import (
     FuseSettings,
     KernelsSettings,
     ParitySettings,
+    PredictOperatorSettings,
     PredictSettings,
     QualitySettings,
     StepSettings,
@@ -732,6 +734,23 @@ class PredictResult(Result):
 
 
 @dataclasses.dataclass
+class OperatorPredictResult(Result):
+    """Of ``fusebert bench predict --op``: nothing in it is measured. Passes in the order of the shapes."""
+
+    kind = "predict_op"
+    about: PredictAbout
+    settings: PredictOperatorSettings
+    passes: list[PassPrediction]
+
+    @property
+    def kernels(self) -> list[KernelPrediction]:
+        """Of all passes; ``call`` also names the shape."""
+        return [
+            dataclasses.replace(row, call=f"{each.case}, {row.call}") for each in self.passes for row in each.kernels
+        ]
+
+
+@dataclasses.dataclass
 class CalibrationResult(Result):
     """Of ``fusebert bench calibrate``; it grows while the benchmark runs.
 
@@ -809,6 +828,7 @@ ALL_KINDS: tuple[type[Result], ...] = (
     FinetuneResult,
     FuseResult,
     KernelsResult,
+    OperatorPredictResult,
     ParityResult,
     PredictResult,
     PretrainResult,

@@ -343,7 +343,21 @@ class PredictSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PredictOperatorSettings:
+    """Of ``fusebert bench predict --op``."""
+
+    gpu: str
+    op: str
+    shapes: str
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PredictOptions(PredictSettings):
+    op: Annotated[str | None, Option("One operator in place of a step, named as in bench kernels.")] = None
+    shapes: Annotated[
+        str | None, Option("Shapes for --op, as below. Default: every key's default.", show_default=False)
+    ] = None
     out: Annotated[Path | None, Option("Write settings, rates and every figure here, as JSON.")] = None
 
 

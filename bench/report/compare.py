@@ -28,10 +28,10 @@ import numpy as np
 from ...train.errors import UserError
 from ..measure.correctness import COARSE
 from ..measure.machine import Environment
-from ..measure.result import KernelsResult, PredictResult, StepResult, TrainResult, read_result
+from ..measure.result import KernelsResult, OperatorPredictResult, PredictResult, StepResult, TrainResult, read_result
 from ..measure.statistics import Ratio, ratio_of_runs
 from .columns import AnyContestant, Column, interval, milliseconds, table
-from .compare_predictions import CHANGES, compare_predictions
+from .compare_predictions import CHANGES, Prediction, compare_predictions
 from .render import terminal
 
 FAILURES = ("slower", "WRONG")
@@ -234,7 +234,7 @@ COLUMNS: tuple[Column[Finding], ...] = (
 )
 
 
-def _predictions(old: PredictResult, new: PredictResult, threshold: float, say: Callable[[str], None]) -> bool:
+def _predictions(old: Prediction, new: Prediction, threshold: float, say: Callable[[str], None]) -> bool:
     """`run` for two predictions; prints what changed."""
     changes, remarks = compare_predictions(old, new, threshold)
     changed = [change for change in changes if change.verdict != "same"]
@@ -256,8 +256,9 @@ def run(old: Path, new: Path, *, threshold: float, say: Callable[[str], None] = 
     Raises:
         UserError: a file is not a result of kernels, step, train or predict, or the two cannot be compared.
     """
-    before, after = (read_result(path, KernelsResult, PredictResult, StepResult, TrainResult) for path in (old, new))
-    if isinstance(before, PredictResult) and isinstance(after, PredictResult):
+    kinds = (KernelsResult, OperatorPredictResult, PredictResult, StepResult, TrainResult)
+    before, after = (read_result(path, *kinds) for path in (old, new))
+    if isinstance(before, Prediction) and isinstance(after, Prediction):
         return _predictions(before, after, threshold, say)
     findings, remarks = compare(before, after, threshold=threshold)  # type: ignore[arg-type]
     terminal([table(COLUMNS, findings, bad=lambda found: found.verdict in FAILURES)])

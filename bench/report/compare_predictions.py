@@ -11,9 +11,10 @@ from collections.abc import Iterator
 
 from ...train.errors import UserError
 from ..measure.prediction import KernelPrediction
-from ..measure.result import PredictResult
+from ..measure.result import OperatorPredictResult, PredictResult
 from .columns import Column
 
+Prediction = PredictResult | OperatorPredictResult
 QUANTITIES = ("issue_slots", "bound_us", "sum_us", "spill_bytes")
 
 
@@ -68,12 +69,14 @@ def _kernel_changes(name: str, old: KernelPrediction, new: KernelPrediction, thr
             yield Change(name, quantity, was, is_now, _judge(was, is_now, threshold))
 
 
-def compare_predictions(old: PredictResult, new: PredictResult, threshold: float) -> tuple[list[Change], list[str]]:
+def compare_predictions(old: Prediction, new: Prediction, threshold: float) -> tuple[list[Change], list[str]]:
     """A change for each quantity of each kernel that both have and of the step, and remarks.
 
     Raises:
-        UserError: the settings or the GPU's rates differ, or no kernel is in both.
+        UserError: step and operator are mixed, the settings or the GPU's rates differ, or no kernel is in both.
     """
+    if type(old) is not type(new):
+        raise UserError("not comparable: one is the prediction of a step, the other of an operator")
     for what, was, is_now in (
         ("settings", dataclasses.asdict(old.settings), dataclasses.asdict(new.settings)),
         ("rates of the GPU", old.about.gpu, new.about.gpu),
@@ -89,7 +92,7 @@ def compare_predictions(old: PredictResult, new: PredictResult, threshold: float
     ]
     if not changes:
         raise UserError("not comparable: no kernel in common")
-    if old.step and new.step:
+    if isinstance(old, PredictResult) and isinstance(new, PredictResult) and old.step and new.step:
         changes += [
             Change("step", name, was, is_now, _judge(was, is_now, threshold))
             for name in ("best_us", "worst_us")

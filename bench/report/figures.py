@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import os
 import re
 import sys
@@ -27,7 +28,7 @@ from typing import Any, TypeVar
 from ...model.atomic import replace_file
 from ...train.errors import UserError
 from ..measure.case import PEER
-from ..measure.prediction import RaceCase, RaceContestant
+from ..measure.prediction import PassPrediction, RaceCase, RaceContestant
 from ..measure.result import (
     AotResult,
     CalibrationResult,
@@ -36,6 +37,7 @@ from ..measure.result import (
     FinetuneResult,
     FuseResult,
     KernelsResult,
+    OperatorPredictResult,
     ParityResult,
     PredictResult,
     PretrainResult,
@@ -49,7 +51,7 @@ from ..measure.result import (
 from .blocks import Table, Text
 from .calibrations import RACE, RACE_MEASURED, calibration_table, calibration_words
 from .columns import RATIO, TOKENS_PER_S, Column, status, table
-from .predictions import SUMMARY
+from .predictions import PASSES, SUMMARY
 from .render import markdown_table
 from .sections import (
     fuse_table,
@@ -199,6 +201,23 @@ def _predict(files: Files[PredictResult]) -> list[str]:
     return [*_table(table(SUMMARY, [result for _, result in files])), *_paragraph(words)]
 
 
+def _of_pass(column: Column[PassPrediction], row: tuple[str, PassPrediction]) -> Any:
+    return column.read(row[1])
+
+
+def _predict_op(files: Files[OperatorPredictResult]) -> list[str]:
+    """A row a pass of each file's operator, with the GPU."""
+    gpu: Column[tuple[str, PassPrediction]] = Column("GPU", lambda row: row[0], words=True)
+    rest = [Column(of.title, functools.partial(_of_pass, of), of.format, of.words) for of in PASSES]
+    rows = [(result.about.gpu["name"].split()[0], each) for _, result in files for each in result.passes]
+    about, of = files[0][1].about, files[0][1].settings
+    words = (
+        f"{of.op}, {of.dtype}, Triton {about.triton}; predicted, not measured. From "
+        f"{', '.join(_link(path) for path, _ in files)}."
+    )
+    return [*_table(table((gpu, *rest), rows)), *_paragraph(words)]
+
+
 def _calibrate(files: Files[CalibrationResult]) -> list[str]:
     """A table a file: predicted against measured, a row a kernel."""
     lines: list[str] = []
@@ -269,6 +288,7 @@ VIEWS: dict[str, tuple[type[Result], Callable[[Files[Any]], list[str]]]] = {  # 
     "finetune_parity": (FinetuneParityResult, _whole),
     "aot": (AotResult, _aot),
     "predict": (PredictResult, _predict),
+    "predict_op": (OperatorPredictResult, _predict_op),
     "calibrate": (CalibrationResult, _calibrate),
     "race": (RaceResult, _race),
 }

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..measure.gpus import LAUNCH_SECONDS
-from ..measure.prediction import KernelPrediction, OtherCall, StepPrediction
-from ..measure.result import PredictResult
+from ..measure.prediction import KernelPrediction, OtherCall, PassPrediction, StepPrediction
+from ..measure.result import OperatorPredictResult, PredictAbout, PredictResult
 from .blocks import Block, Section, Table, Text
 from .columns import Column, percent, table
 
@@ -53,6 +53,25 @@ OTHERS: tuple[Column[OtherCall], ...] = (
 )
 
 
+def _unless_refused(read: Callable[[PassPrediction], float]) -> Callable[[PassPrediction], float | None]:
+    return lambda row: None if row.refused else read(row)
+
+
+PASSES: tuple[Column[PassPrediction], ...] = (
+    Column("shape", lambda row: row.case, words=True),
+    Column("pass", lambda row: row.which, words=True),
+    Column("launches", lambda row: row.launches),
+    Column("floor (µs)", lambda row: row.floor_us, US),
+    Column("floor by", lambda row: row.floor_limit, words=True),
+    Column("PyTorch's (µs)", lambda row: row.others_us or None, US),
+    Column("bound (µs)", _unless_refused(lambda row: row.bound_us), US),
+    Column("sum (µs)", _unless_refused(lambda row: row.sum_us), US),
+    Column("limiter", lambda row: "not predicted" if row.refused else row.limiter, words=True),
+    Column("floor / bound", _unless_refused(lambda row: row.floor_us / row.bound_us), percent()),
+    Column("floor / sum", _unless_refused(lambda row: row.floor_us / row.sum_us), percent()),
+)
+
+
 def step_terms(step: StepPrediction) -> Table:
     """The sums of a step, in milliseconds."""
     terms = [
@@ -83,18 +102,23 @@ def _lengths(result: PredictResult) -> str:
     return f"ragged ≤ {of.seqlen}" if of.ragged else f"equal, {of.seqlen}"
 
 
+def _how(about: PredictAbout, what: str) -> Text:
+    """How the figures were made, and what they mean."""
+    return Text(
+        f"Predicted from the code that Triton {about.triton} compiles, not measured. {what}; {about.gpu['name']} with "
+        f"copies at {about.gpu['copy_bytes_per_s'] / 1e12:.3g} TB/s and products at "
+        f"{about.gpu['matmul_flops_per_s'] / 1e12:,.0f} TFLOP/s. Microseconds of a launch by resource; bound: all "
+        "overlap; sum: none do. Latency is not counted."
+    )
+
+
 def prediction_section(result: PredictResult) -> Section:
     """Kernels by the time that they take of the step, PyTorch's operators, and the step's sums."""
-    about, of = result.about, result.settings
+    of = result.settings
     rows = sorted(result.kernels, key=lambda row: -row.launches * row.sum_us)
+    shape = f"{of.model}, {of.dtype}, lengths {_lengths(result)}, {of.tokens:,} token slots, dropout {of.dropout}"
     blocks: list[Block] = [
-        Text(
-            f"Predicted from the code that Triton {about.triton} compiles, not measured. {of.model}, {of.dtype}, "
-            f"lengths {_lengths(result)}, {of.tokens:,} token slots, dropout {of.dropout}; {about.gpu['name']} with "
-            f"copies at {about.gpu['copy_bytes_per_s'] / 1e12:.3g} TB/s and products at "
-            f"{about.gpu['matmul_flops_per_s'] / 1e12:.3g} TFLOP/s. Microseconds of a launch by resource; bound: all "
-            "overlap; sum: none do. Latency is not counted."
-        ),
+        _how(result.about, shape),
         table(KERNELS, rows, bad=lambda row: row.refused is not None),
         table(OTHERS, result.others[:MOST_OTHERS]),
     ]
@@ -102,7 +126,20 @@ def prediction_section(result: PredictResult) -> Section:
         blocks.append(Text("No sum for the step: a kernel is not predicted.", warning=True))
     else:
         blocks.append(step_terms(result.step))
-    return Section(f"Predicted step, {of.model}, {about.gpu['name']}", tuple(blocks))
+    return Section(f"Predicted step, {of.model}, {result.about.gpu['name']}", tuple(blocks))
+
+
+def operator_section(result: OperatorPredictResult) -> Section:
+    """Each pass beside its floor, then its kernels, and PyTorch's operators within it."""
+    others = sorted((row for each in result.passes for row in each.others), key=lambda row: -row.us)
+    blocks: list[Block] = [
+        _how(result.about, f"{result.settings.op}, {result.settings.dtype}"),
+        table(PASSES, result.passes, bad=lambda row: row.refused),
+        table(KERNELS, result.kernels, bad=lambda row: row.refused is not None),
+    ]
+    if others:
+        blocks.append(table(OTHERS, others[:MOST_OTHERS]))
+    return Section(f"Predicted {result.settings.op}, {result.about.gpu['name']}", tuple(blocks))
 
 
 def _of_step(title: str, read: str) -> Column[PredictResult]:

@@ -18,6 +18,7 @@ from ..measure.result import (
     FinetuneResult,
     FuseResult,
     KernelsResult,
+    OperatorPredictResult,
     ParityResult,
     PassResult,
     PredictResult,
@@ -61,7 +62,7 @@ from .columns import (
     table,
     train_columns,
 )
-from .predictions import prediction_section
+from .predictions import operator_section, prediction_section
 
 CPU_WARNING = (
     "These figures time the CPU path, which runs PyTorch's own operators: they say nothing about the Triton kernels, "
@@ -503,6 +504,12 @@ def _(result: AotResult, figures: Sequence[Figure] = ()) -> Section:
 @section.register
 def _(result: PredictResult, figures: Sequence[Figure] = ()) -> Section:
     found = prediction_section(result)
+    return dataclasses.replace(found, blocks=(*found.blocks, *figures))
+
+
+@section.register
+def _(result: OperatorPredictResult, figures: Sequence[Figure] = ()) -> Section:
+    found = operator_section(result)
     return dataclasses.replace(found, blocks=(*found.blocks, *figures))
 
 

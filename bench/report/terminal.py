@@ -17,6 +17,7 @@ from ..measure.result import (
     FuseCase,
     FuseResult,
     KernelsResult,
+    OperatorPredictResult,
     ParityResult,
     PassResult,
     PredictResult,
@@ -98,6 +99,7 @@ def _(record: RaceCase) -> None:
 @show.register(StepResult)
 @show.register(TrainResult)
 @show.register(ParityResult)
+@show.register(OperatorPredictResult)
 @show.register(PredictResult)
 @show.register(RaceResult)
 def _(record: Any) -> None:

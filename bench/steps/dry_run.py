@@ -1,4 +1,4 @@
-"""A training step without its arithmetic, on a CPU: which operators it calls, and every launch of our kernels.
+"""A training step or an operator without its arithmetic, on a CPU: which operators it calls, every launch of ours.
 
 Tensors are real, but floating-point ones are allocated and never touched, so a step of BERT-large takes address space
 and no memory. Products, sums and updates are skipped; integer operations run, because the paths of some kernels depend
@@ -7,8 +7,9 @@ on them. Our operators run their launchers within `compiled_kernels`, so each la
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from .contestants import our_step
 from .profile import bytes_of, is_view, label_of
 
 NO_KERNEL = ("aten::_local_scalar_dense", "aten::scalar_tensor", "aten::promote_types")  # on a GPU: of the CPU alone
+RANDOM = ("aten::randn", "aten::rand")
 MOST_INTEGERS = 1 << 24  # elements of an integer tensor up to which its operations run
 
 
@@ -64,7 +66,7 @@ def _skipped(func: Any, args: Any, kwargs: Any) -> Any:
     return tree_map(_untouched, found)
 
 
-class _Dry(TorchDispatchMode):
+class Dry(TorchDispatchMode):
     """Skips arithmetic and, when ``counting``, counts calls. ``operator``: of ours, the one that runs."""
 
     def __init__(self) -> None:
@@ -83,6 +85,8 @@ class _Dry(TorchDispatchMode):
                 return func.redispatch(cpu, *args, **kwargs)
         if is_view(func) or name.startswith(("prim::", "aten::empty", "aten::new_empty", "aten::detach")):
             return func(*args, **kwargs)
+        if name in RANDOM:
+            return torch.empty(args[0], dtype=kwargs.get("dtype"))
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         integers = all(not x.is_floating_point() and x.numel() <= MOST_INTEGERS for x in tensors)
         out = func(*args, **kwargs) if integers else _skipped(func, args, kwargs)
@@ -129,6 +133,26 @@ def schedule(cu_seqlens: Tensor, num_slots: int, num_rows: int, block: int) -> T
     return slots
 
 
+@contextlib.contextmanager
+def dry(gpu: GPU, observe: Callable[[str, Launch], None]) -> Iterator[Dry]:
+    """Within the block nothing is computed on CPU tensors and our operators compile for ``gpu``.
+
+    Args:
+        observe: takes our operator and its launch, at each launch while ``counting``.
+    """
+    mode = Dry()
+
+    def launched(launch: Launch) -> None:
+        with _disable_current_modes():
+            write_integers(launch)
+        if mode.counting:
+            with _disable_current_modes():
+                observe(mode.operator, launch)
+
+    with use_backend("triton"), compiled_kernels(gpu.arch, launched, gpu.multiprocessors), mode:
+        yield mode
+
+
 def dry_step(
     config: BertConfig,
     batch: PackedBatch,
@@ -139,7 +163,7 @@ def dry_step(
     """One optimiser step of one micro-batch, after a step that makes the optimiser's state.
 
     Args:
-        observe: takes our operator and its launch, at each launch.
+        observe: as of `dry`.
 
     Returns:
         The calls of all operators that are not ours, those within ours too, by name.
@@ -148,16 +172,7 @@ def dry_step(
         shapes = BertForPreTraining(config)
     model = shapes.to_empty(device="cpu").train()
     step = our_step(model, dtype)
-    dry = _Dry()
-
-    def launched(launch: Launch) -> None:
-        with _disable_current_modes():
-            write_integers(launch)
-        if dry.counting:
-            with _disable_current_modes():
-                observe(dry.operator, launch)
-
-    with use_backend("triton"), compiled_kernels(gpu.arch, launched, gpu.multiprocessors), dry:
-        for dry.counting in (False, True):
+    with dry(gpu, observe) as mode:
+        for mode.counting in (False, True):
             step([batch], 1e-4)
-    return dry.calls
+    return mode.calls

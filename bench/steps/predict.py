@@ -43,14 +43,26 @@ def _same_launch(operator: str, launch: Launch) -> tuple[Any, ...]:
     return operator, launch.resources.name, launch.grid, sizes
 
 
-class _Kernels:
-    """Predicts each launch once and counts how often it occurs."""
+class Kernels:
+    """Predicts each launch once and counts how often it occurs.
 
-    def __init__(self, gpu: GPU, ragged: bool, show: Callable[[Any], None], keep: Callable[[Launch], None]) -> None:
+    Args:
+        ragged: segments have different lengths, so more of attention's programs are sampled.
+        show, keep: as of `predicted`.
+    """
+
+    def __init__(
+        self,
+        gpu: GPU,
+        ragged: bool,
+        show: Callable[[Any], None],
+        keep: Callable[[Launch], None] = lambda _: None,
+    ) -> None:
         self._gpu, self._ragged, self._show, self._keep = gpu, ragged, show, keep
         self._found: dict[tuple[Any, ...], KernelPrediction] = {}
 
     def observe(self, operator: str, launch: Launch) -> None:
+        """A launch by one of our operators."""
         key = _same_launch(operator, launch)
         before = self._found.get(key)
         if before is not None:
@@ -62,10 +74,12 @@ class _Kernels:
         self._show(f"counted {operator}: {launch.resources.name}")
 
     def rows(self) -> list[KernelPrediction]:
+        """Of the launches so far, in the order in which they occurred first."""
         return list(self._found.values())
 
 
-def _others(calls: dict[str, Calls], gpu: GPU) -> list[OtherCall]:
+def others_of(calls: dict[str, Calls], gpu: GPU) -> list[OtherCall]:
+    """PyTorch's operators at the rates of ``gpu``, the longest first."""
     rows = []
     for name, found in calls.items():
         seconds = max(found.flops / gpu.matmul_flops_per_s, found.bytes / gpu.copy_bytes_per_s)
@@ -95,6 +109,27 @@ def _step(
     )
 
 
+def check_options(options: PredictSettings) -> None:
+    """Raises UserError: the dtype or the GPU is not one of those allowed, or the process has Triton's interpreter."""
+    if options.gpu not in GPUS:
+        raise UserError(f"--gpu {options.gpu}: choose one of {', '.join(GPUS)}")
+    if options.dtype not in ("bf16", "fp16"):
+        raise UserError(f"--dtype {options.dtype}: only bf16 and fp16 are predicted")
+    if interpreting():
+        raise UserError("TRITON_INTERPRET=1 replaces the compiler; unset it")
+
+
+def about(gpu: GPU) -> PredictAbout:
+    """How a prediction is made here and now."""
+    return PredictAbout(
+        date=f"{datetime.date.today()}",
+        commit=commit(),
+        triton=triton.__version__,
+        torch=torch.__version__,
+        gpu=dataclasses.asdict(gpu),
+    )
+
+
 def predicted(
     options: PredictSettings, gpu: GPU, *, show: Callable[[Any], None], keep: Callable[[Launch], None] = lambda _: None
 ) -> PredictResult:
@@ -105,27 +140,18 @@ def predicted(
         keep: takes the launch of each row of ``kernels``, in their order, when it occurs for the first time.
 
     Raises:
-        UserError: an option is not one of those allowed, or the process has Triton's interpreter.
+        UserError: as `check_options`.
         ValueError: a setting is out of range.
     """
-    if options.dtype not in ("bf16", "fp16"):
-        raise UserError(f"--dtype {options.dtype}: only bf16 and fp16 are predicted")
-    if interpreting():
-        raise UserError("TRITON_INTERPRET=1 replaces the compiler; unset it")
+    check_options(options)
     dtype = getattr(torch, DTYPES[options.dtype])
     config = preset(options.model, options.vocab_size, seqlen=options.seqlen, dropout=options.dropout)
     (batch,) = random_batches(options.vocab_size, options.tokens, options.seqlen, 1, ragged=options.ragged)
-    kernels = _Kernels(gpu, options.ragged, show, keep)
-    others = _others(dry_step(config, batch, dtype, gpu, kernels.observe), gpu)
+    kernels = Kernels(gpu, options.ragged, show, keep)
+    others = others_of(dry_step(config, batch, dtype, gpu, kernels.observe), gpu)
     rows = kernels.rows()
     return PredictResult(
-        about=PredictAbout(
-            date=f"{datetime.date.today()}",
-            commit=commit(),
-            triton=triton.__version__,
-            torch=torch.__version__,
-            gpu=dataclasses.asdict(gpu),
-        ),
+        about=about(gpu),
         settings=settings_of(PredictSettings, options),
         kernels=rows,
         others=others,
@@ -141,10 +167,9 @@ def run(options: PredictOptions, *, show: Callable[[Any], None] = print) -> Pred
         show: takes a line for each kernel, then the result.
 
     Raises:
-        UserError, ValueError: as `predicted`, or there is no such GPU.
+        UserError, ValueError: as `predicted`.
     """
-    if options.gpu not in GPUS:
-        raise UserError(f"--gpu {options.gpu}: choose one of {', '.join(GPUS)}")
+    check_options(options)
     result = predicted(options, GPUS[options.gpu], show=show)
     show(result)
     if options.out is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from gpu_check import ON_CPU
+from gpu_check import AUTOCAST, ON_CPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import DEVICE, DTYPES
@@ -217,7 +217,7 @@ def test_autocast(backend: str) -> None:
     """The product is bfloat16; the kernel adds the float32 bias in float32."""
     module, x = FusedLinearGELU(24, 40, device=DEVICE), make(9, 24)
     with use_backend(backend):
-        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        with torch.autocast(AUTOCAST, dtype=torch.bfloat16):
             y = module(x)
             assert y.dtype == torch.bfloat16
             assert bias_gelu(make(9, 40), module.bias).dtype == torch.float32

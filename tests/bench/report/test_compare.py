@@ -218,7 +218,7 @@ def test_what_can_not_be_compared_is_an_error(tmp_path, change, message):
 
 def test_other_kinds_are_an_error(tmp_path):
     done = gate(tmp_path, run_of(0), made.parity())
-    assert "holds a result of kind 'train_parity'; this command takes kernels, predict, step, train" in str(
+    assert "holds a result of kind 'train_parity'; this command takes kernels, predict, predict_op, step, train" in str(
         done.exception
     )
     step = made.step([made.contestant("fusebert", "ours", [1.0, 1.0])])

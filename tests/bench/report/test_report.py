@@ -281,7 +281,7 @@ def test_files_of_one_name_keep_apart(tmp_path):
         (
             '{"kind": "poem", "schema": 1}',
             "of kind 'poem'; this command takes aot, calibrate, campaign, embed, finetune, finetune_parity, fuse, "
-            "kernels, predict, pretrain, quality, race, step, train",
+            "kernels, predict, predict_op, pretrain, quality, race, step, train",
         ),
         ('{"kind": "step", "schema": 99}', "version 99 of the result files; this fusebert reads version 1"),
         ('{"kind": "step", "schema": 1}', "not a whole step result"),
