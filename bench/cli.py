@@ -243,6 +243,7 @@ def quality(options: QualityOptions) -> None:
       fusebert bench quality --data data/pydocs --recipes "bert; fast"
       fusebert bench quality --data data/pydocs --steps 600 --seeds 5 \\
         --recipes "bert; bert, optimizer=muon; fast; fast, steps=200"
+      fusebert bench quality --data data/pydocs --seeds 9 --out q.json --resume
     """
     from .report.terminal import show
     from .steps.quality import run

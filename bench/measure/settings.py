@@ -276,7 +276,13 @@ class _Quality:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QualityOptions(RunOptions, _Quality):
-    pass
+    resume: Annotated[
+        bool,
+        Option(
+            "Keep the runs in the file of --out, and add those that it lacks: further seeds or recipes.",
+            flags="--resume",
+        ),
+    ] = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ fine-tuned on one task (`quality_task`), so that a recipe cannot win by the loss
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -30,6 +31,7 @@ from ..measure.result import (
     QualityRecipe,
     QualityResult,
     QualityRun,
+    read_result,
     write_result,
 )
 from ..measure.settings import QualityOptions, QualitySettings, settings_of
@@ -70,7 +72,8 @@ def run(options: QualityOptions, device: torch.device, *, show: Callable[[Any], 
         show: takes the environment, a line a run, and the result.
 
     Raises:
-        UserError: an option is not allowed, or a run failed: with its error.
+        UserError: an option is not allowed, ``options.resume`` is given for runs of another kind, or a run failed: with
+            its error.
         CorpusError: ``options.data`` is not a corpus, or is damaged.
     """
     begin = time.monotonic()
@@ -84,27 +87,66 @@ def run(options: QualityOptions, device: torch.device, *, show: Callable[[Any], 
         corpus=CorpusSummary(corpus.vocab_size, corpus.split("train").num_tokens),
         unigram_entropy=corpus.unigram_entropy,
     )
-    runs: dict[str, list[QualityRun]] = {name: [] for name in recipes}
+    words = {**_continued(result, options), **recipes}
+    runs = {name: [run for recipe in result.recipes if recipe.name == name for run in recipe.runs] for name in words}
     with tempfile.TemporaryDirectory(prefix="fusebert-quality-") as place:
         if options.finetune:
             write_tables(Path(place))
         for seed in range(options.seeds):
-            for number, (name, words) in enumerate(recipes.items()):
-                made, result.device = _pretrain(words, options, seed, device, Path(place) / f"{number}-{seed}")
+            for number, (name, given) in enumerate(recipes.items()):
+                if any(run.seed == seed for run in runs[name]):
+                    continue
+                made, result.device = _pretrain(given, options, seed, device, Path(place) / f"{number}-{seed}")
                 runs[name].append(made)
+                result.recipes = [QualityRecipe(n, shlex.join(words[n]), tuple(r)) for n, r in runs.items() if r]
+                if options.out is not None:
+                    write_result(options.out, result)
                 last, accuracy = made.last, made.finetuned_accuracy
                 show(
                     f"{name}, seed {seed}: held-out loss {last.mlm_loss:.3f} after {last.tokens:,} tokens in "
                     f"{last.seconds:.0f} s" + (f"; accuracy {accuracy:.1%} after fine-tuning" if accuracy else "")
                 )
-            result.recipes = [QualityRecipe(n, shlex.join(recipes[n]), tuple(made)) for n, made in runs.items()]
-            if options.out is not None:
-                write_result(options.out, result)
     result.seconds = time.monotonic() - begin
     show(result)
     if options.out is not None:
         write_result(options.out, result)
     return result
+
+
+def _continued(result: QualityResult, options: QualityOptions) -> dict[str, list[str]]:
+    """Puts the recipes of the file of --out, with their runs, into ``result``, and returns their words.
+
+    Raises:
+        UserError: --out is missing, or its runs do not compare with those of ``options``.
+    """
+    if not options.resume:
+        return {}
+    if options.out is None:
+        raise UserError("--resume continues the file of --out: give --out")
+    if not options.out.exists():
+        return {}
+    before = read_result(options.out, QualityResult)
+
+    def kind(one: QualityResult) -> dict[str, Any]:
+        where, settings = one.environment, dataclasses.asdict(one.settings)
+        del settings["recipes"], settings["seeds"]
+        found = {f"--{name}": value for name, value in settings.items()}
+        found |= {"corpus": one.corpus, "commit": where.commit, "versions": where.versions}
+        return found | {"device": where.device_name}
+
+    now = kind(result)
+    for name, value in kind(before).items():
+        if now[name] != value:
+            raise UserError(
+                f"--resume: the runs in {options.out} have another {name} ({value} there, {now[name]} here): give "
+                "another --out"
+            )
+    result.recipes, result.device = before.recipes, before.device
+    names = [recipe.name for recipe in before.recipes]
+    names += [name for name in parse(options.recipes) if name not in names]
+    seeds = max(before.settings.seeds, options.seeds)
+    result.settings = dataclasses.replace(result.settings, recipes="; ".join(names), seeds=seeds)
+    return {recipe.name: shlex.split(recipe.options) for recipe in before.recipes}
 
 
 def _pretrain(

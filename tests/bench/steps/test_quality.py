@@ -92,6 +92,38 @@ def test_the_tables_of_the_task(tmp_path, monkeypatch):
         quality_task.write_tables(tmp_path)
 
 
+def test_a_file_is_continued_with_seeds_and_recipes(measured):
+    """The runs in it stay, those that it lacks are added, and runs that do not compare are refused."""
+    place = measured[1]
+    (place / "more.json").write_bytes((place / "q.json").read_bytes())
+    before = read_result(place / "more.json", QualityResult)
+
+    def again(recipes, *words):
+        given = ["quality", "--data", place / "corpus", "--steps", 4, "--recipes", recipes, "--no-finetune", "--resume"]
+        return CliRunner().invoke(app, [*map(str, [*given, *words]), "--device", DEVICE])
+
+    done = again("bert, seqlen=32; bert, seqlen=32, lr=1e-4", "--seeds", 2, "--out", place / "more.json")
+    assert done.exit_code == 0, done.output
+    assert "bert, seqlen=32, seed 0" not in done.output
+    after = read_result(place / "more.json", QualityResult)
+    assert [(recipe.name, [run.seed for run in recipe.runs]) for recipe in after.recipes] == [
+        (before.recipes[0].name, [0, 1]),
+        (before.recipes[1].name, [0]),
+        ("bert, seqlen=32, lr=1e-4", [0, 1]),
+    ]
+    assert [recipe.options for recipe in after.recipes[:2]] == [recipe.options for recipe in before.recipes]
+    assert after.recipes[0].runs[0] == before.recipes[0].runs[0]
+    assert after.recipes[1] == before.recipes[1]
+    assert after.settings.seeds == 2
+    assert list(parse(after.settings.recipes)) == [recipe.name for recipe in after.recipes]
+    assert after.recipes[0].runs[1].last.mlm_loss != after.recipes[0].runs[0].last.mlm_loss
+
+    done = again("bert, seqlen=32", "--out", place / "more.json", "--steps", 5)
+    assert re.search(r"have another --steps \(4 there, 5 here\): give another --out", str(done.exception))
+    assert "give --out" in str(again("bert, seqlen=32").exception)
+    assert read_result(place / "more.json", QualityResult) == after
+
+
 def run(*losses):
     return QualityRun(0, tuple(QualityPoint(i, 100 * i, 10.0 * i, loss, None) for i, loss in enumerate(losses)))
 
