@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from . import warps
-from .integers import EVALUATE, MASK, U32, Value, high, low, signed, u64
-from .operands import REGISTER, TERM, TO_SHARED, registers, split, written
+from .integers import EVALUATE, MASK, U32, Value, low, signed, u64
+from .operands import REGISTER, TERM, TO_SHARED, is_wide, registers, split, written
 from .operands import needed as needed_for_path
 from .sass import WARP, Graph, Instruction, Loop, described_shape
 from .shared_memory import SYSTEM_BYTES, SharedMemory
@@ -27,6 +27,7 @@ from .traffic import SECTOR, Region, Traffic, bank_cycles, fresh_sectors
 
 MOST_BLOCKS = 1_000_000  # executed basic blocks, after which a loop counts as endless
 
+WIDE = ("64", "128")  # bits of a load of constants
 _NUMBER = re.compile(r"^-?(0x[0-9a-f]+|\d+)$")
 _CONSTANT = re.compile(r"^(?P<sign>[-~]?)c\[(?P<bank>0x[0-9a-f]+)\]\[(?P<offset>0x[0-9a-f]+)\]$")
 _ADDRESS = re.compile(r"\[(?P<terms>[^\[\]]*)\]$")
@@ -202,6 +203,8 @@ class Emulator:
             return value
         if sign == "!":
             return ~np.asarray(value).astype(bool)
+        if wide:
+            return ~u64(value) if sign == "~" else u64(-u64(value).astype(np.int64))
         if sign == "~":
             return u64(value) ^ MASK
         negated = np.uint64(1 << 32) - low(value)
@@ -259,7 +262,7 @@ class Emulator:
             found = self._special(sources[0])
             return (found, np.uint64(0)) if sources[0] == "SRZ" else (found,)
         if name in ("LDC", "ULDC", "LDCU"):
-            return self._pair(self._value(sources[0], wide="64" in x.words), "64" in x.words)
+            return self._constants_at(sources[0], next((int(word) // 32 for word in x.words if word in WIDE), 1))
         if name == "LDG":
             return self._load(x, active)
         if name == "LDS":
@@ -283,7 +286,7 @@ class Emulator:
         evaluate = EVALUATE.get(name) or (EVALUATE.get(name[1:]) if name[0] == "U" else None)
         if evaluate is None:
             return ()
-        wide = "64" in x.words and name.endswith(("IADD3", "MOV"))
+        wide = is_wide(x)
         third = "WIDE" in x.words  # and the result
         adds = name.removeprefix("U") in ("IADD3", "VIADD", "LEA")
         if name.endswith("HFMA2"):
@@ -304,11 +307,13 @@ class Emulator:
             results = results[::-1] if destinations[0] not in first_registers else results
         return [value for d, value in zip(destinations, results, strict=False) if registers(d)]
 
-    @staticmethod
-    def _pair(value: Value, wide: bool) -> Sequence[Value]:
-        if value is None:
+    def _constants_at(self, operand: str, words: int) -> Sequence[Value]:
+        """Consecutive words of a constant bank."""
+        first = _CONSTANT.match(operand)
+        if first is None:
             return ()
-        return (low(value), high(value)) if wide else (value,)
+        places = (int(first["offset"], 16) + 4 * i for i in range(words))
+        return [self._value(f"c[{first['bank']}][{place:#x}]") for place in places]
 
     def _packed_predicates(self, sources: Sequence[str]) -> Value:
         """P2R: the predicates' bits under a mask, over a register's other bits."""

@@ -49,9 +49,13 @@ def _add3(x: Instruction, a: Value, b: Value, c: Value, *carries: Value) -> tupl
     return low(total), over >= 1, over >= 2
 
 
-def _add3_64(x: Instruction, a: Value, b: Value, c: Value) -> tuple[Value, ...]:
+def _add_64(x: Instruction, a: Value, b: Value, c: Value = 0) -> tuple[Value, ...]:
     total = u64(a) + u64(b) + u64(c)
     return low(total), high(total)
+
+
+def _add(x: Instruction, a: Value, b: Value) -> tuple[Value, ...]:
+    return _add_64(x, a, b) if "64" in x.words else (low(u64(a) + u64(b)),)
 
 
 def _multiply_add(x: Instruction, a: Value, b: Value, c: Value, *carry: Value) -> tuple[Value, ...]:
@@ -130,9 +134,16 @@ COMPARE: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
+def _as_compared(x: Instruction, a: Value, b: Value) -> tuple[Any, Any]:
+    """Operands as integers that numpy orders as the instruction does."""
+    if "S64" in x.words:
+        return u64(a).astype(np.int64), u64(b).astype(np.int64)
+    return (u64(a), u64(b)) if "U32" in x.words or "U64" in x.words else (signed(a), signed(b))
+
+
 def _compare(x: Instruction, a: Value, b: Value, also: Value, below: Value = None) -> tuple[Value, ...]:
     """ISETP. With EX ``below`` is the comparison of the lower halves, which decides where the upper ones are equal."""
-    a, b = (u64(a), u64(b)) if "U32" in x.words else (signed(a), signed(b))
+    a, b = _as_compared(x, a, b)
     found = COMPARE[x.words[1]](a, b)
     if "EX" in x.words:
         if x.words[1] == "EQ":
@@ -147,9 +158,10 @@ def _compare(x: Instruction, a: Value, b: Value, also: Value, below: Value = Non
     return joined(found, also), joined(~found, also)
 
 
-def _smaller_or_larger(x: Instruction, a: Value, b: Value, smaller: Value) -> tuple[Value, ...]:
-    a, b = (u64(a), u64(b)) if "U32" in x.words else (signed(a), signed(b))
-    return (low(np.where(smaller, np.minimum(a, b), np.maximum(a, b))),)
+def _smaller_or_larger(x: Instruction, a: Value, b: Value, smaller: Value, *_: Value) -> tuple[Value, ...]:
+    a, b = _as_compared(x, a, b)
+    found = np.where(smaller, np.minimum(a, b), np.maximum(a, b))
+    return (low(found), high(found)) if "S64" in x.words or "U64" in x.words else (low(found),)
 
 
 def _add_smaller_or_larger(x: Instruction, a: Value, b: Value, c: Value, smaller: Value) -> tuple[Value, ...]:
@@ -222,7 +234,7 @@ def _half_constant(x: Instruction, *sources: Value) -> tuple[Value, ...]:
 
 
 def _select(x: Instruction, a: Value, b: Value, chosen: Value) -> tuple[Value, ...]:
-    return (np.where(chosen, u64(a), u64(b)),)
+    return _copy(x, np.where(chosen, u64(a), u64(b)))
 
 
 def _absolute(x: Instruction, a: Value) -> tuple[Value, ...]:
@@ -230,7 +242,7 @@ def _absolute(x: Instruction, a: Value) -> tuple[Value, ...]:
 
 
 def _copy(x: Instruction, a: Value, *_: Value) -> tuple[Value, ...]:
-    return (u64(a),)
+    return (low(a), high(a)) if "64" in x.words else (u64(a),)
 
 
 def _first_lane(x: Instruction, a: Value, *_: Value) -> tuple[Value, ...]:
@@ -260,8 +272,9 @@ def _shuffle(x: Instruction, a: Value, lane: Value, _: Value) -> tuple[Value, ..
 
 EVALUATE: dict[str, Callable[..., Sequence[Value]]] = {
     "MOV": _copy,
-    "VIADD": lambda x, a, b: (low(u64(a) + u64(b)),),
-    "IADD3": lambda x, *sources: (_add3_64 if "64" in x.words else _add3)(x, *sources),
+    "IADD": _add,
+    "VIADD": _add,
+    "IADD3": lambda x, *sources: (_add_64 if "64" in x.words else _add3)(x, *sources),
     "IMAD": _multiply_add,
     "LEA": _lea,
     "SHF": _shift,

@@ -40,6 +40,14 @@ def split(x: Instruction) -> tuple[list[str], list[str]]:
     return operands[:end], operands[end:]
 
 
+def is_wide(x: Instruction) -> bool:
+    """Whether the operands of an integer instruction are pairs of registers."""
+    name = x.words[0].removeprefix("U")
+    if name in ("ISETP", "IMNMX"):
+        return "U64" in x.words or "S64" in x.words
+    return "64" in x.words and name in ("IADD3", "IADD", "MOV", "SEL")
+
+
 def _width(x: Instruction) -> int:
     """32-bit registers that the destination has."""
     name = x.words[0].removeprefix("U")
@@ -54,7 +62,7 @@ def _width(x: Instruction) -> int:
         return 2
     if name == "CS2R":
         return 1 if "32" in x.words else 2
-    if "WIDE" in x.words or (name in ("LDC", "LDCU", "IADD3", "MOV") and "64" in x.words) or name.startswith("D"):
+    if "WIDE" in x.words or is_wide(x) or (name in ("LDC", "LDCU") and "64" in x.words) or name.startswith("D"):
         return 2
     return 4 if "128" in x.words else 1
 
@@ -82,7 +90,7 @@ def written(x: Instruction) -> list[str]:
 
 
 def _read(x: Instruction) -> list[str]:
-    wide = 2 if "WIDE" in x.words or "64" in x.words or "HI" in x.words else 1
+    wide = 2 if "WIDE" in x.words or "64" in x.words or "HI" in x.words or is_wide(x) else 1
     names = [name for operand in split(x)[1] for name in registers(operand, wide)]
     if x.words[0] == "P2R":
         names += [f"P{i}" for i in range(7)]

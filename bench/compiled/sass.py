@@ -26,7 +26,7 @@ PACKED_SHAPES = {"16816": (16, 8, 16), "1688": (16, 8, 8), "1684": (16, 8, 4)}  
 
 PIPES = {
     "xu": ("MUFU", "I2F", "F2I", "F2F", "I2I", "FRND", "POPC", "FLO", "BREV"),
-    "fma": ("FFMA", "FMUL", "FADD", "FFMA32I", "FADD32I", "FMUL32I", "FSWZADD"),
+    "fma": ("FFMA", "FMUL", "FADD", "FFMA32I", "FADD32I", "FMUL32I", "FSWZADD", "FHADD", "FHFMA"),
     "fma2": ("FFMA2", "FMUL2", "FADD2"),  # two in one, since sm_100
     "imad": ("IMAD",),
     "half": ("HFMA2", "HADD2", "HMUL2", "HSET2", "HSETP2", "HMNMX2"),

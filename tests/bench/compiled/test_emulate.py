@@ -123,6 +123,8 @@ def test_literals():
     code = ["ULDC.64 UR4, c[0x2][0x8]", "ISETP.EQ.U32.AND P0, PT, RZ, UR4, PT", "@P0 EXIT", "FADD R5, R5, R5", "EXIT"]
     text = '.section .nv.constant2.kernel,"a"\n /*0000*/ .byte 0x1, 0x2, 0x0, 0x0\n .word 0x0, 0x5\n'
     assert literals(text + ".section .text.kernel\n") == {2: bytes([1, 2, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0])}
+    four = ["LDCU.128 UR4, c[0x0][0x0]", "ISETP.EQ.U32.AND P0, PT, RZ, UR7, PT", *code[2:]]
+    assert run(four, constants={0: bytes(12) + b"\x05" + bytes(3)}).executed[-2:] == [1, 1]
     assert run(code, constants={2: bytes(8) + b"\x05" + bytes(7)}).executed[-2:] == [1, 1]
     with pytest.raises(Unknown, match="depends on data"):
         run(code)
@@ -234,6 +236,15 @@ RULES = [
     ("ISETP.GE.U32.AND P0, PT, R1, 0x1, PT", {"R1": 0xFFFFFFFF}, {"P0": True}),
     ("ISETP.GT.AND.EX P0, PT, R1, R2, PT, P1", {"R1": 4, "R2": 4, "P1": True}, {"P0": True}),
     ("ISETP.GT.AND.EX P0, PT, R1, R2, PT, P1", {"R1": 3, "R2": 4, "P1": True}, {"P0": False}),
+    ("IADD R0, R1, -R2", {"R1": 5, "R2": 6}, {"R0": 0xFFFFFFFF}),
+    ("IADD.64 R0, R2, -R4", {"R2": 5, "R3": 0, "R4": 6, "R5": 0}, {"R0": 0xFFFFFFFF, "R1": 0xFFFFFFFF}),
+    ("IADD.64 R0, R2, UR4", {"R2": 0xFFFFFFFF, "R3": 1, "UR4": 1, "UR5": 2}, {"R0": 0, "R1": 4}),
+    ("ISETP.LT.S64.AND P0, PT, R2, RZ, PT", {"R2": 0, "R3": 0x80000000}, {"P0": True}),
+    ("ISETP.LT.U64.AND P0, PT, R2, UR4, PT", {"R2": 5, "R3": 1, "UR4": 4, "UR5": 2}, {"P0": True}),
+    ("IMNMX.S64 PT, PT, R0, RZ, R2, !PT, !PT", {"R2": 7, "R3": 0xFFFFFFFF}, {"R0": 0, "R1": 0}),
+    ("IMNMX.S64 PT, PT, R0, R2, UR4, PT, !PT", {"R2": 7, "R3": 1, "UR4": 8, "UR5": 0}, {"R0": 8, "R1": 0}),
+    ("MOV.64 R0, UR4", {"UR4": 3, "UR5": 4}, {"R0": 3, "R1": 4}),
+    ("SEL.64 R0, R2, RZ, P1", {"R2": 3, "R3": 4, "P1": True}, {"R0": 3, "R1": 4}),
     ("SEL R0, R1, R2, !P0", {"R1": 1, "R2": 2, "P0": True}, {"R0": 2}),
     ("VIMNMX R0, PT, PT, R1, R2, !PT", {"R1": 0xFFFFFFFF, "R2": 2}, {"R0": 2}),
     ("VIMNMX R0, R1, R2, !PT", {"R1": 0xFFFFFFFF, "R2": 2}, {"R0": 2}),
