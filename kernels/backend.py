@@ -139,8 +139,9 @@ def choose_backend(x: torch.Tensor) -> str:
         RuntimeError: ``triton`` is selected and cannot run on x's device, or the call is inside a torch.func transform.
     """
     backend = _choose(x)
-    transformed = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
-    if backend == "triton" and transformed:
+    if backend == "reference" or torch.compiler.is_compiling():
+        return backend
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         raise RuntimeError(
             "the Triton kernels do not run inside torch.vmap, torch.func.grad and the like: call the operator within "
             'use_backend("reference") there'

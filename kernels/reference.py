@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .torch_dropout import draws_here, keep_scale
+
 
 def dropout(x: Tensor, p: float, dropout_mask: Tensor | None = None) -> Tensor:
     """Inverted dropout (Srivastava et al. 2014): kept elements are scaled by 1 / (1 − p), dropped ones are 0.
@@ -26,7 +28,9 @@ def dropout(x: Tensor, p: float, dropout_mask: Tensor | None = None) -> Tensor:
     """
     if p == 0.0:
         return x
-    return F.dropout(x, p) if dropout_mask is None else x * dropout_mask / (1.0 - p)
+    if dropout_mask is not None:
+        return x * dropout_mask / (1.0 - p)
+    return x * keep_scale(x, p) if draws_here(x, p) else F.dropout(x, p)
 
 
 def widest(x: Tensor, *parameters: Tensor | None) -> tuple[Any, ...]:

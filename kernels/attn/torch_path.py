@@ -7,6 +7,7 @@ seed gives the same dropout mask as the kernels. Autograd differentiates all of 
 from __future__ import annotations
 
 import functools
+import math
 import operator
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from .. import reference
 from ..checks import segment_lengths
+from ..torch_dropout import draws_here
 from .dropout_tile import attention_dropout_mask
 
 # Scores of padding a segment up to which one call for all segments is faster than a call for each. Measured on a CPU,
@@ -38,14 +40,36 @@ def padded(
     n_k = k.shape[2]
     if window is None and not return_lse and (seed is None or dropout_p == 0.0):
         mask = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale, enable_gqa=bool(h != k.shape[1])
-        ), None
+        return attend(q, k, v, mask, dropout_p, scale), None
     kept = None
     if dropout_p > 0.0 and seed is not None:
         kept = attention_dropout_mask(dropout_p, seed, n_q, n_k, b * h, q.device).view(b, h, n_q, n_k)
     return reference.attention(
         q, k, v, key_padding_mask=key_padding_mask, scale=scale, dropout_p=dropout_p, dropout_mask=kept, window=window
+    )
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, scale: float | None) -> Tensor:
+    """Attention [B, H, N_q, D] of q [B, H, N_q, D] to k, v [B, H_k, N_k, D]; its memory is often [B, N_q, H, D].
+
+    SDPA has no fused kernel for dropout on a CPU: its products, softmax and dropout are written here with faster masks.
+
+    Args:
+        mask: None; bool, True where a query attends to a key; or a term that is added to the scores. It broadcasts, and
+            in a term each query must have a key, which SDPA would look for.
+        scale: multiplies the scores; None: 1/√D.
+    """
+    groups = q.shape[1] // k.shape[1]
+    has_keys = mask is None or mask.dtype != torch.bool
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if dropout_p > 0.0 and has_keys and q.dtype == torch.float32 and draws_here(q, dropout_p):
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        scores = (q * scale) @ k.transpose(-1, -2)  # [B, H, N_q, N_k]
+        weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
+        return reference.dropout(weights, dropout_p) @ v
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale, enable_gqa=bool(groups != 1)
     )
 
 
@@ -103,21 +127,19 @@ def _segment_by_segment(
     pairs = [pair for pair in lengths if any(pair)] or [(0, 0)]  # a batch of static shape ends with empty segments
     lengths_q, lengths_k = ([pair[i] for pair in pairs] for i in range(2))
     rest_q, rest_k = q.shape[0] - sum(lengths_q), k.shape[0] - sum(lengths_k)  # rows after the last segment
-    sdpa = functools.partial(
-        F.scaled_dot_product_attention, dropout_p=dropout_p, scale=scale, enable_gqa=bool(q.shape[1] != k.shape[1])
-    )
+    attend_to = functools.partial(attend, dropout_p=dropout_p, scale=scale)
     if rest_q == rest_k == 0 and len(set(lengths_q)) == len(set(lengths_k)) == 1 and lengths_q[0] and lengths_k[0]:
         batch = [x.unflatten(0, (len(lengths_q), -1)).transpose(1, 2) for x in (q, k, v)]  # each [S, h, n, D]
-        return sdpa(*batch).transpose(1, 2).flatten(0, 1)
+        return attend_to(*batch, mask=None).transpose(1, 2).flatten(0, 1)
 
     longest_q, longest_k = max(lengths_q), max(lengths_k)
     scores = sum(map(operator.mul, lengths_q, lengths_k))
     if longest_q * longest_k - scores / len(lengths_q) < WORTH_PADDING and min(lengths_q) and min(lengths_k):
-        rows_q, slots = _padding(tuple(lengths_q), q.device)[:2]
-        rows_k, _, real = _padding(tuple(lengths_k), k.device)
-        out = sdpa(
+        rows_q, slots = _padding(tuple(lengths_q), q.device, q.dtype)[:2]
+        rows_k, _, mask = _padding(tuple(lengths_k), k.device, k.dtype)
+        out = attend_to(
             *(_spread(x, rows, len(lengths_q)) for x, rows in ((q, rows_q), (k, rows_k), (v, rows_k))),
-            attn_mask=real[:, None, None],
+            mask=mask,
         )
         out = out.transpose(1, 2).flatten(0, 1).index_select(0, slots)
         return torch.cat([out, reference.zeros_of(q[q.shape[0] - rest_q :])]) if rest_q else out
@@ -128,7 +150,7 @@ def _segment_by_segment(
     *queries, rest = split(q, [*lengths_q, rest_q])
     keys, values = split(k, [*lengths_k, rest_k])[:-1], split(v, [*lengths_k, rest_k])[:-1]
     outs = [
-        sdpa(x, y, z) if y.shape[2] else reference.zeros_of(x)
+        attend_to(x, y, z, mask=None) if y.shape[2] else reference.zeros_of(x)
         for x, y, z in zip(queries, keys, values, strict=True)
         if x.shape[2]
     ]
@@ -138,9 +160,9 @@ def _segment_by_segment(
 
 
 @functools.lru_cache(maxsize=4)  # every layer has the same segments
-def _padding(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Segments, none empty, padded to the longest: the row of each slot [S·longest], the slot of each row [T], and
-    whether a slot holds a row, bool [S, longest].
+def _padding(lengths: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Segments, none empty, padded to the longest: the row of each slot [S·longest], the slot of each row [T], and the
+    term that masks the keys of slots without a row, [S, 1, 1, longest]. SDPA would make it of a bool mask at each call.
 
     A slot of padding repeats the last row of its own segment: NaN in another segment cannot reach it.
     """
@@ -149,7 +171,8 @@ def _padding(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Te
         position = torch.arange(max(lengths), device=device)
         real = position < n
         rows = n.cumsum(0) - n + torch.minimum(position, n - 1)
-        return rows.flatten(), real.flatten().nonzero().squeeze(-1), real
+        mask = torch.zeros(real.shape, device=device, dtype=dtype).masked_fill(~real, -math.inf)
+        return rows.flatten(), real.flatten().nonzero().squeeze(-1), mask[:, None, None]
 
 
 def _spread(x: Tensor, rows: Tensor, segments: int) -> Tensor:

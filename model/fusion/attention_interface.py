@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels.attn import attention, attention_varlen_separate
+from ...kernels.attn import attention, attention_varlen_separate, torch_path
+from ...kernels.backend import choose_backend, in_autocast_dtype
 from ...kernels.checks import MAX_HEAD_DIM
 from .masks import additive_mask, build_mask, expanded_mask, padding_form
 
@@ -117,6 +118,10 @@ def attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
     real, window = padding  # [B, N_k]
+    if real is None and window is None and choose_backend(query) == "reference":
+        # On a CPU the argument checks of `attention` would take as long as SDPA for a short sequence.
+        q, k, v = in_autocast_dtype(query, key, value)
+        return torch_path.attend(q, k, v, None, dropout, scaling).transpose(1, 2), None
     out = attention(query, key, value, key_padding_mask=real, scale=scaling, dropout_p=dropout, window=window)
     return out.transpose(1, 2), None
 

@@ -32,8 +32,8 @@ class Fused(nn.Module):
 
     Attributes:
         by: what runs now, for the report.
-        only_kernels: nothing but kernels is gained, so that the original forward runs where they do not run, as on a
-            CPU.
+        only_kernels: the original forward runs where `runs` is False: where the kernels do not run, as on a CPU, unless
+            the template gains something else.
         asks: the template's forward calls `is_untouched` itself, after a cheaper question.
         template: the template of a fused class.
         original: the class that the instance had before.
@@ -59,6 +59,11 @@ class Fused(nn.Module):
     def touched(cls, module: Any) -> str | None:
         """The reason why a part of ``module`` may differ from what its class says, or None. Holds at every call."""
         return None
+
+    @classmethod
+    def runs(cls, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the template's forward gains anything in this call. Asked for `only_kernels`."""
+        return kernels_run(args, kwargs)
 
     @classmethod
     def parts(cls, module: Any) -> Iterable[Any]:
@@ -205,7 +210,7 @@ def _fused_class(template: Any, original: Any) -> Any:
     if "forward" in vars(template):
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if template.only_kernels and not kernels_run(args, kwargs):
+            if template.only_kernels and not template.runs(self, args, kwargs):
                 return original.forward(self, *args, **kwargs)
             fused = isinstance(self, Fused) and (template.asks or is_untouched(self, template))
             return (template if fused else original).forward(self, *args, **kwargs)

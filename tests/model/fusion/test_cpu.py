@@ -8,7 +8,7 @@ from hf_families import batch, build
 from oracle import DEVICE
 from torch import nn
 
-from fusebert.kernels import use_backend
+from fusebert.kernels import reference, use_backend
 from fusebert.model import fuse
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU the kernels run")
@@ -54,3 +54,26 @@ def test_the_kernels_run_where_they_are_chosen(as_on_this_device):
     norm(x)
     with use_backend("triton"), pytest.raises(ValueError, match="eps"):
         norm(x)
+
+
+def test_post_norms_drop_in_training(as_on_this_device):
+    """LayerNorm(residual + dropout(dense(x))): half the elements are dropped, in training only."""
+    model = build("bert").train()
+    fuse(model)
+    output = model.encoder.layer[0].output
+    output.dropout.p = 0.5
+    x, residual = torch.randn(64, 48), torch.zeros(64, 32)
+    output.LayerNorm.register_forward_hook(lambda module, args, out: seen.append(args[0]))  # runs the original
+    seen: list[torch.Tensor] = []
+    output(x, residual)
+    output.LayerNorm._forward_hooks.clear()
+    dense = output.dense(x)
+    torch.manual_seed(0)
+    found = output(x, residual)
+    torch.manual_seed(0)
+    dropped = reference.dropout(dense, 0.5)
+    assert 0.4 < (dropped == 0).float().mean() < 0.6
+    assert 0.4 < (seen[0] == 0).float().mean() < 0.6
+    assert torch.equal(found, output.LayerNorm(dropped + residual))
+    model.eval()
+    assert torch.equal(output(x, residual), output.LayerNorm(dense + residual))
