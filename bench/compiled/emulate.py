@@ -18,19 +18,15 @@ from typing import Any
 import numpy as np
 
 from . import warps
-from .integers import EVALUATE, MASK, U32, Value, low, signed, u64
-from .operands import REGISTER, TERM, TO_SHARED, is_wide, registers, split, written
+from .integers import EVALUATE, Value, u64
+from .operands import TO_SHARED, is_wide, registers, split, written
 from .operands import needed as needed_for_path
+from .registers import Registers
 from .sass import WARP, Graph, Instruction, Loop, described_shape
 from .shared_memory import SYSTEM_BYTES, SharedMemory
 from .traffic import SECTOR, Region, Traffic, bank_cycles, fresh_sectors
 
 MOST_BLOCKS = 1_000_000  # executed basic blocks, after which a loop counts as endless
-
-WIDE = ("64", "128")  # bits of a load of constants
-_NUMBER = re.compile(r"^-?(0x[0-9a-f]+|\d+)$")
-_CONSTANT = re.compile(r"^(?P<sign>[-~]?)c\[(?P<bank>0x[0-9a-f]+)\]\[(?P<offset>0x[0-9a-f]+)\]$")
-_ADDRESS = re.compile(r"\[(?P<terms>[^\[\]]*)\]$")
 
 
 class Unknown(RuntimeError):
@@ -102,16 +98,14 @@ class Emulator:
         Raises:
             Unknown: a branch depends on an unknown value, or a loop does not end.
         """
-        self._state: dict[str, Value] = {}
-        self._unknown: dict[str, np.ndarray] = {}  # register → the threads for which its value is not known
-        self._alive = np.ones(self._threads, bool)
+        self.registers = Registers(self._constants, self._threads)
         self._program = program
         self._steps = 0
         self._shared = SharedMemory(zeros=SYSTEM_BYTES if self._has_tensor_memory else 0)
         executed, entries = [0] * len(self.code), [0] * len(self.graph.blocks)
         self._counts = Counts(self.code, self.graph, executed, entries, {}, *(collections.Counter() for _ in range(3)))
         self._loop_of = {loop.header: loop for loop in self.graph.loops}
-        self._run(0, self._alive.copy(), None, None)
+        self._run(0, np.ones(self._threads, bool), None, None)
         for b, block in enumerate(self.graph.blocks):
             for i in range(block.first, block.end):
                 self._counts.executed[i] = self._counts.entries[b]
@@ -123,7 +117,7 @@ class Emulator:
             self._steps += 1
             if self._steps > MOST_BLOCKS:
                 raise Unknown(f"no end after {MOST_BLOCKS:,} basic blocks")
-            block, self._active = self.graph.blocks[b], active
+            block, self.registers.active = self.graph.blocks[b], active
             entering = int(active.reshape(-1, WARP).any(axis=1).sum())
             self._counts.entries[b] += entering
             if b in self._loop_of and (came_from is None or came_from not in self._loop_of[b].blocks):
@@ -138,7 +132,7 @@ class Emulator:
             taken = active & self._condition(last)
             rest = active & ~taken
             if last.ends_thread:
-                self._alive &= ~taken
+                self.registers.alive = self.registers.alive & ~taken
                 came_from, b, active = b, following, rest
             elif not rest.any():
                 came_from, b = b, self._target(last)
@@ -148,7 +142,7 @@ class Emulator:
                 join = self.graph.join[b]
                 self._run(self._target(last), taken, join, b)
                 self._run(following, rest, join, b)
-                came_from, b, active = b, join, active & self._alive
+                came_from, b, active = b, join, active & self.registers.alive
 
     def _target(self, x: Instruction) -> int:
         # Without a return in the code a call is a jump: that is how ptxas ends some loops for sm_80.
@@ -164,51 +158,11 @@ class Emulator:
         parts += [operand for operand in x.operands if re.fullmatch(r"!?U?P\w", operand)]
         taken = np.ones(self._threads, bool)
         for part in parts:
-            value = self._value(part)
+            value = self.registers.value(part)
             if value is None:
                 raise Unknown(f"{x}: the branch depends on data")
             taken = taken & value
         return taken
-
-    def _value(self, operand: str, wide: bool = False, borrow: bool = False) -> Value:
-        """The value of a source operand; None: unknown. borrow: a negated operand is 2³² − b also where b is 0."""
-        register = REGISTER.match(operand)
-        sign = ""
-        if register:
-            name, sign = register["name"], register["sign"]
-            if name in ("PT", "UPT"):
-                return np.bool_(sign != "!")
-            if name in ("RZ", "URZ"):
-                value: Value = np.uint64(0)
-            elif wide and "R" in name:
-                lower, upper = (self._register(part) for part in registers(name, 2))
-                value = None if lower is None or upper is None else u64(lower) | (u64(upper) << U32)
-            else:
-                value = self._register(name)
-            if value is not None and register["abs"]:
-                value = low(np.abs(signed(value)))
-        elif _NUMBER.match(operand):
-            value = np.uint64(int(operand, 0) & (0xFFFFFFFFFFFFFFFF if wide else 0xFFFFFFFF))
-        else:
-            constant = _CONSTANT.match(operand)
-            if constant is None:
-                return None
-            offset, sign = int(constant["offset"], 16), constant["sign"]
-            size = 8 if wide else 4
-            bank = self._constants.get(int(constant["bank"], 16), b"")
-            if offset + size > len(bank):
-                return None
-            value = np.uint64(int.from_bytes(bank[offset : offset + size], "little"))
-        if value is None or not sign:
-            return value
-        if sign == "!":
-            return ~np.asarray(value).astype(bool)
-        if wide:
-            return ~u64(value) if sign == "~" else u64(-u64(value).astype(np.int64))
-        if sign == "~":
-            return u64(value) ^ MASK
-        negated = np.uint64(1 << 32) - low(value)
-        return negated if borrow else low(negated)
 
     def _execute(self, i: int, active: np.ndarray) -> None:
         x = self.code[i]
@@ -218,7 +172,7 @@ class Emulator:
             self._multiply(i, x, active)
         if not self._needed[i]:
             return
-        guard = self._value(x.guard) if x.guard else np.bool_(True)
+        guard = self.registers.value(x.guard) if x.guard else np.bool_(True)
         if x.words[0] in TO_SHARED:
             self._to_shared(x, None if guard is None else active & guard)
         names = written(x)
@@ -227,32 +181,9 @@ class Emulator:
         values = self._results(x, active)
         mask = None if guard is None else active & guard
         for name, value in zip(names, values, strict=False):
-            self._store(name, value, mask)
+            self.registers.store(name, value, mask)
         for name in names[len(values) :]:
-            self._store(name, None, mask)
-
-    def _register(self, name: str) -> Value:
-        """A register's value, if it is known for all active threads."""
-        unknown = self._unknown.get(name)
-        if unknown is not None and (unknown & self._active).any():
-            return None
-        return self._state.get(name, np.bool_(False) if "P" in name else np.uint64(0))
-
-    def _store(self, name: str, value: Value, mask: np.ndarray | None) -> None:
-        if mask is not None and not mask.any():
-            return
-        if mask is None or not (self._alive & ~mask).any():
-            self._state[name] = None if mask is None else value
-            self._unknown.pop(name, None)
-            return
-        zero = np.bool_(False) if "P" in name else np.uint64(0)
-        old = self._state.get(name, zero)
-        unknown = self._unknown.get(name, np.zeros(self._threads, bool)) if old is not None else ~mask
-        unknown = unknown & ~mask if value is not None else unknown | mask
-        self._unknown.pop(name, None)
-        if unknown.any():
-            self._unknown[name] = unknown
-        self._state[name] = np.where(mask, zero if value is None else value, zero if old is None else old)
+            self.registers.store(name, None, mask)
 
     def _results(self, x: Instruction, active: np.ndarray) -> Sequence[Value]:
         """The values of the destinations, in the order of `_written`."""
@@ -262,22 +193,23 @@ class Emulator:
             found = self._special(sources[0])
             return (found, np.uint64(0)) if sources[0] == "SRZ" else (found,)
         if name in ("LDC", "ULDC", "LDCU"):
-            return self._constants_at(sources[0], next((int(word) // 32 for word in x.words if word in WIDE), 1))
+            bits = next((int(word) for word in x.words if word in ("64", "128")), 32)
+            return self.registers.constants_at(sources[0], bits // 32)
         if name == "LDG":
             return self._load(x, active)
         if name == "LDS":
             return self._from_shared(x, active)
         if name in ("REDUX", "CREDUX"):
             kind = x.words[1] if len(x.words) > 1 else "AND"
-            return (warps.reduce(kind, self._value(sources[0]), active, "S32" in x.words),)
+            return (warps.reduce(kind, self.registers.value(sources[0]), active, "S32" in x.words),)
         if name == "SYNCS":
             return (np.bool_(True),)  # a wait has ended
         if name == "ELECT":
             return (self._lanes % WARP == 0,)
         if name == "P2R":
-            return (self._packed_predicates(sources),)
+            return (self.registers.packed_predicates(sources),)
         if name == "R2P":
-            bits = self._value(sources[0])
+            bits = self.registers.value(sources[0])
             return [None if bits is None else u64(bits) >> np.uint64(int(d[1:])) & 1 != 0 for d in destinations]
         if name in ("VOTE", "VOTEU"):
             return self._voted(x, destinations, sources[0], active)
@@ -293,7 +225,7 @@ class Emulator:
             values: list[Value] = [np.uint64(0)] * len(sources)
         else:
             values = [
-                self._value(text, wide or (j == 2 and (third or "HI" in x.words) and "IMAD" in name), adds)
+                self.registers.value(text, wide or (j == 2 and (third or "HI" in x.words) and "IMAD" in name), adds)
                 for j, text in enumerate(sources)
             ]
         if any(value is None for value in values):
@@ -306,28 +238,6 @@ class Emulator:
             results = results if first_registers != destinations else results[:1]
             results = results[::-1] if destinations[0] not in first_registers else results
         return [value for d, value in zip(destinations, results, strict=False) if registers(d)]
-
-    def _constants_at(self, operand: str, words: int) -> Sequence[Value]:
-        """Consecutive words of a constant bank."""
-        first = _CONSTANT.match(operand)
-        if first is None:
-            return ()
-        places = (int(first["offset"], 16) + 4 * i for i in range(words))
-        return [self._value(f"c[{first['bank']}][{place:#x}]") for place in places]
-
-    def _packed_predicates(self, sources: Sequence[str]) -> Value:
-        """P2R: the predicates' bits under a mask, over a register's other bits."""
-        base, mask = self._value(sources[1]), int(sources[2], 16)
-        if base is None:
-            return None
-        result = u64(base) & np.uint64(0xFFFFFFFF ^ mask)
-        for p in range(7):
-            if mask >> p & 1:
-                value = self._value(f"P{p}")
-                if value is None:
-                    return None
-                result = result | (u64(value) << np.uint64(p))
-        return result
 
     def _special(self, name: str) -> Value:
         axes = dict(zip("XYZ", self._program, strict=True))
@@ -342,52 +252,35 @@ class Emulator:
             "SR_CgaCtaId": np.uint64(0),
         }.get(name)
 
-    def _address(self, operand: str, global_memory: bool) -> Value:
-        """The threads' addresses; None: unknown."""
-        found = _ADDRESS.search(operand)
-        if found is None:
-            return None
-        total: Any = np.zeros(self._threads, np.uint64)
-        for term in TERM.finditer(found["terms"]):
-            if term["offset"]:
-                total = total + np.uint64(int(term["offset"], 16) & 0xFFFFFFFFFFFFFFFF)
-                continue
-            wide = bool(term["wide"]) or (global_memory and term["name"].startswith("UR"))
-            value = self._value(term["name"], wide)
-            if value is None:
-                return None
-            total = total + u64(value) * np.uint64(int(term["scale"][1:]) if term["scale"] else 1)
-        return total if global_memory else low(total)
-
     def _to_shared(self, x: Instruction, mask: np.ndarray | None) -> None:
         """STS, ATOMS and LDGSTS: what is stored, where it is known."""
-        to = self._address(next(text for text in x.operands if "[" in text), False)
+        to = self.registers.address(next(text for text in x.operands if "[" in text), False)
         size = x.access_bytes
         if to is None or mask is None or x.words[0] == "STSM":
             self._shared.forget()
         elif not mask.any():
             return
         elif x.words[0] == "ATOMS":
-            self._shared.combine(x.words[1], to, mask, self._value(x.operands[-1]))
+            self._shared.combine(x.words[1], to, mask, self.registers.value(x.operands[-1]))
         elif x.words[0] == "STS":
-            found = [self._value(name) for name in registers(x.operands[1], max(1, size // 4))]
+            found = [self.registers.value(name) for name in registers(x.operands[1], max(1, size // 4))]
             self._shared.store(to, mask, found or [np.uint64(0)], size)  # RZ
         else:
-            copied = self._value(x.operands[-1]) if re.fullmatch(r"!?P\w", x.operands[-1]) else np.bool_(True)
-            source = self._address(x.operands[1], True)
+            copied = self.registers.value(x.operands[-1]) if re.fullmatch(r"!?P\w", x.operands[-1]) else np.bool_(True)
+            source = self.registers.address(x.operands[1], True)
             words = () if copied is None else self._read_global(x, source, mask & copied)
             self._shared.store(to, mask, words, size)
 
     def _from_shared(self, x: Instruction, active: np.ndarray) -> Sequence[Value]:
         """LDS; unknown where a byte is."""
-        source = self._address(x.operands[-1], False)
-        guard = self._value(x.guard) if x.guard else np.bool_(True)
+        source = self.registers.address(x.operands[-1], False)
+        guard = self.registers.value(x.guard) if x.guard else np.bool_(True)
         if source is None or guard is None:
             return ()
         return self._shared.load(source, active & guard, x.access_bytes)
 
     def _voted(self, x: Instruction, destinations: Sequence[str], operand: str, active: np.ndarray) -> Sequence[Value]:
-        value = self._value(operand)
+        value = self.registers.value(operand)
         if value is None:
             return ()
         ballot, found = warps.vote(x.words[1], value, active)
@@ -395,8 +288,8 @@ class Emulator:
 
     def _multiply(self, i: int, x: Instruction, active: np.ndarray) -> None:
         """Counts a matrix instruction with its shape in a register; one warp's threads issue one product."""
-        guard = self._value(x.guard) if x.guard else np.bool_(True)
-        descriptor = self._value(registers(x.operands[-2])[0])
+        guard = self.registers.value(x.guard) if x.guard else np.bool_(True)
+        descriptor = self.registers.value(registers(x.operands[-2])[0])
         if guard is None or descriptor is None:
             raise Unknown(f"{x}: the product depends on data")
         for warp in np.flatnonzero((active & guard).reshape(-1, WARP).any(axis=1)):
@@ -405,8 +298,8 @@ class Emulator:
 
     def _load(self, x: Instruction, active: np.ndarray) -> Sequence[Value]:
         """LDG."""
-        address = self._address(x.operands[-1] if "[" in x.operands[-1] else x.operands[-2], True)
-        guard = self._value(x.guard) if x.guard else np.bool_(True)
+        address = self.registers.address(x.operands[-1] if "[" in x.operands[-1] else x.operands[-2], True)
+        guard = self.registers.value(x.guard) if x.guard else np.bool_(True)
         return () if guard is None else self._read_global(x, address, active & guard)
 
     def _read_global(self, x: Instruction, address: Value, mask: np.ndarray) -> Sequence[Value]:
@@ -433,10 +326,10 @@ class Emulator:
 
     def _account(self, i: int, x: Instruction, active: np.ndarray) -> None:
         """Adds an execution of a memory instruction to its traffic."""
-        guard = self._value(x.guard) if x.guard else np.bool_(True)
+        guard = self.registers.value(x.guard) if x.guard else np.bool_(True)
         mask = active if guard is None else active & guard
         if x.words[0] == "LDGSTS" and re.fullmatch(r"!?P\w", x.operands[-1]):
-            copied = self._value(x.operands[-1])  # false: zeros are stored, nothing is read
+            copied = self.registers.value(x.operands[-1])  # false: zeros are stored, nothing is read
             mask = mask if copied is None else mask & copied
             certain = guard is not None and copied is not None
         else:
@@ -445,7 +338,7 @@ class Emulator:
             return
         in_global = x.pipe == "global"
         operand = [text for text in x.operands if "[" in text][-1 if x.words[0] == "LDGSTS" else 0]
-        address = self._address(operand, in_global)
+        address = self.registers.address(operand, in_global)
         traffic = self._counts.traffic.setdefault(i, Traffic())
         by_warp = mask.reshape(-1, WARP)
         lanes = int(mask.sum())

@@ -263,12 +263,13 @@ def test_integer_instructions(instruction, before, after):
     execute = emulator._execute
 
     def start(i, active):
-        emulator._state.update({k: np.bool_(v) if "P" in k else np.uint64(v) for k, v in before.items()})
+        for name, value in before.items():
+            emulator.registers.store(name, np.bool_(value) if "P" in name else np.uint64(value), active)
         execute(i, active)
 
     emulator._execute = start
     emulator.run((0, 0, 0))
-    assert {name: int(np.broadcast_to(emulator._state[name], 32)[5]) for name in after} == after
+    assert {name: int(np.broadcast_to(emulator.registers.value(name), 32)[5]) for name in after} == after
 
 
 def test_division_by_a_number_that_only_the_launch_gives():
@@ -289,12 +290,13 @@ def test_division_by_a_number_that_only_the_launch_gives():
 
         def start(i, active, a=a, b=b):
             if i == 0:
-                emulator._state.update({"R8": np.uint64(a), "R9": np.uint64(b)})
+                emulator.registers.store("R8", np.uint64(a), active)
+                emulator.registers.store("R9", np.uint64(b), active)
             execute(i, active)
 
         emulator._execute = start
         emulator.run((0, 0, 0))
-        assert int(np.broadcast_to(emulator._state["R5"], 32)[0]) == a // b
+        assert int(np.broadcast_to(emulator.registers.value("R5"), 32)[0]) == a // b
 
 
 @pytest.mark.parametrize(
