@@ -326,10 +326,10 @@ def predict(options: PredictOptions) -> None:
       fusebert bench predict --gpu h100 --model large --seqlen 512 --ragged
     With --op, one operator, forward and backward, beside its floor: the least
     time for its FLOPs and bytes at the GPU's rates. --shapes is written as for
-    bench kernels, and "fusebert bench kernels --help" lists the keys. What
-    does attention with B = 128 segments cost (T is B x N tokens)?
-      fusebert bench predict --op attention --gpu h200 --shapes "N=512,T=65536,H=12,D=64,p=0.1"
-      fusebert bench predict --op layernorm --gpu b200 --shapes "H=768; H=1024,p=0"
+    bench kernels; "fusebert bench kernels --help" lists the keys. Attention of
+    B segments of N tokens has T = B x N, H heads of size D, dropout p:
+      fusebert bench predict --op attention --shapes "N=512,T=65536,H=12,D=64"
+      fusebert bench predict --op layernorm --shapes "H=768; H=1024" --gpu b200
     """
     from .report.terminal import show
 

@@ -362,7 +362,7 @@ class PredictOperatorSettings:
 class PredictOptions(PredictSettings):
     op: Annotated[str | None, Option("One operator in place of a step, named as in bench kernels.")] = None
     shapes: Annotated[
-        str | None, Option("Shapes for --op, as below. Default: every key's default.", show_default=False)
+        str | None, Option("Shapes for --op, as in bench kernels. Default: each key's own.", show_default=False)
     ] = None
     out: Annotated[Path | None, Option("Write settings, rates and every figure here, as JSON.")] = None
 
