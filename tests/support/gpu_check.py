@@ -35,6 +35,7 @@ CANNOT_RUN = {
     "*::test_an_argument_of_another_kind*": _ONE_DEVICE,
     "*::test_errors_name_the_argument*must be on*": _ONE_DEVICE,
     "*::test_errors*must be on x's device*": _ONE_DEVICE,
+    "*::test_bad_segments_on_the_cpu*": _ONE_DEVICE,
     "*/test_layernorm.py::test_meta_and_fake_tensors[[]auto-fake]": _NO_CUDA,
     "*/test_layernorm.py::test_activation_checkpointing[[]*-triton]": (
         "torch compares the repeated forward's devices with the first one's: the backward's thread sees a CPU's tensors"

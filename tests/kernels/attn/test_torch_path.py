@@ -16,13 +16,8 @@ def reference_backend():
         yield
 
 
-# Segment by segment, in one call of equal segments, and in one call with padding.
-@pytest.mark.parametrize(
-    ("lengths_q", "lengths_k"),
-    [([7, 0, 20, 5], [9, 3, 20, 0]), ([16, 16], [20, 20]), ([7, 0, 20, 5, 0], [9, 0, 20, 13, 0])],
-)
-@pytest.mark.parametrize("spare", [0, 2])
-def test_packed(lengths_q, lengths_k, spare, reference_backend):
+def packed(lengths_q, lengths_k, spare):
+    """(ours, the definition, q k v) of packed cross-attention with ``spare`` rows after the last segment."""
     cu_q, cu_k = lengths_to_cu(lengths_q), lengths_to_cu(lengths_k)
     q = randn(32 + spare, 4, 16)
     k, v = (randn(sum(lengths_k), 2, 16) for _ in range(2))
@@ -33,8 +28,28 @@ def test_packed(lengths_q, lengths_k, spare, reference_backend):
     def ours(*x):
         return attention_varlen_separate(*x, cu_q, 20, cu_k, 20)
 
-    compare(ours, definition, [q, k, v])
-    compare(torch.compile(ours, fullgraph=True, backend="aot_eager"), definition, [q, k, v])
+    return ours, definition, [q, k, v]
+
+
+# Segment by segment, in one call of equal segments, and in one call with padding.
+PACKED = pytest.mark.parametrize(
+    ("lengths_q", "lengths_k"),
+    [([7, 0, 20, 5], [9, 3, 20, 0]), ([16, 16], [20, 20]), ([7, 0, 20, 5, 0], [9, 0, 20, 13, 0])],
+)
+SPARE = pytest.mark.parametrize("spare", [0, 2])
+
+
+@PACKED
+@SPARE
+def test_packed(lengths_q, lengths_k, spare, reference_backend):
+    compare(*packed(lengths_q, lengths_k, spare))
+
+
+@PACKED
+@SPARE
+def test_compiles_as_one_graph(lengths_q, lengths_k, spare, reference_backend):
+    ours, definition, tensors = packed(lengths_q, lengths_k, spare)
+    compare(torch.compile(ours, fullgraph=True, backend="aot_eager"), definition, tensors)
 
 
 @pytest.mark.parametrize(
