@@ -27,8 +27,6 @@ from .settings import RECIPES, PretrainSettings
 DEVICES = ("auto", "cpu", "cuda")
 # base and large: Devlin et al. 2018. The others are the highest stable rates measured, which suit short runs.
 LEARNING_RATES = {"tiny": 2e-3, "mini": 1e-3, "small": 5e-4, "base": 1e-4, "large": 1e-4}
-# A recipe's rate over these. Measured for tiny: docs/recipes.md.
-RATE_OF_RECIPE = {"bert": 1.0, "fast": 2.0}
 CPU_MODEL, GPU_MODEL = "tiny", "base"
 CPU_TOKENS_PER_BATCH = 2048  # a larger batch is hardly faster on a CPU
 # Measured on 2 cores: see docs/scale-out.md.
@@ -239,11 +237,7 @@ def _config_file(path: Path) -> dict[str, Any]:
 
 
 def _learning_rate(settings: PretrainSettings, model: str) -> float:
-    """That of the preset, or of the narrowest preset that is as wide where sizes are given, for the recipe."""
-    return RATE_OF_RECIPE[settings.recipe] * _preset_rate(settings, model)
-
-
-def _preset_rate(settings: PretrainSettings, model: str) -> float:
+    """That of the preset; of the narrowest preset that is as wide, where sizes are given."""
     if settings.init_from is not None:
         return LEARNING_RATES["base"]
     width = sizes(settings, model)["hidden_size"]

@@ -95,8 +95,8 @@ class PretrainSettings:
     recipe: Annotated[
         str,
         Option(
-            "Defaults of the options below. bert: as in the paper. fast: muon, 30 % masked, no dropout, twice the "
-            "learning rate, for a third of the tokens (docs/recipes.md). An option that is given wins.",
+            "Defaults of the options below. bert: as in the paper. fast: muon, 30 % masked, no dropout, for a third of "
+            "the tokens (docs/recipes.md). An option that is given wins.",
             MODEL,
             defaults=_recipe,
             reads=("resume", "reproduce", "out"),
@@ -208,9 +208,7 @@ class PretrainSettings:
     lr: Annotated[
         float | None,
         Option(
-            "Peak learning rate. Default by model: 2e-3 tiny, 1e-3 mini, 5e-4 small, 1e-4 base and large; twice that "
-            "with --recipe fast.",
-            OPTIMISER,
+            "Peak learning rate. Default by model: 2e-3 tiny, 1e-3 mini, 5e-4 small, 1e-4 base and large.", OPTIMISER
         ),
     ] = None
     warmup: Annotated[float, Option("Share of the run in which the learning rate rises to its peak.", OPTIMISER)] = 0.1

@@ -4,12 +4,10 @@ import dataclasses
 import json
 from pathlib import Path
 
-import pytest
 import typer
 from typer.testing import CliRunner
 
 from fusebert.train.options import command
-from fusebert.train.run.plan import RATE_OF_RECIPE, resolve
 from fusebert.train.run.settings import RECIPES, PretrainSettings
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(PretrainSettings)}
@@ -38,15 +36,6 @@ def test_an_option_that_is_given_wins(tmp_path: Path) -> None:
     assert chosen(parsed("--out", tmp_path, "--recipe", "fast", "--resume")) == RECIPES["fast"]  # nothing to continue
     for words in (("--dropout", 0.2, "--recipe", "fast"), ("--recipe", "fast", "--dropout", 0.2)):
         assert chosen(parsed(*words, "--out", tmp_path)) == {**RECIPES["fast"], "dropout": 0.2}
-
-
-@pytest.mark.parametrize(("model", "rate"), [("tiny", 2e-3), ("mini", 1e-3), ("base", 1e-4)])
-def test_fast_has_twice_the_learning_rate(tmp_path: Path, model: str, rate: float) -> None:
-    given = ("--out", tmp_path, "--model", model, "--device", "cpu")
-    assert resolve(parsed(*given)).lr == rate
-    assert resolve(parsed(*given, "--recipe", "fast")).lr == 2 * rate
-    assert resolve(parsed(*given, "--recipe", "fast", "--lr", 3e-4)).lr == 3e-4
-    assert RATE_OF_RECIPE.keys() == RECIPES.keys()
 
 
 def test_a_continued_run_keeps_what_it_had(tmp_path: Path) -> None:
