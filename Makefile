@@ -55,7 +55,7 @@ gpu-check-quick: $(VENV)/.gpu-check  ## the part of gpu-check that .ci/run inclu
 
 # Every Triton that setup.py allows, each in a folder of its own that comes before the installed one. TRITONS=3.9.0 takes one.
 TRITONS ?= 3.6.0 3.8.0 3.9.0
-ARCHS ?= 90
+ARCHS ?= 80 90 100 120
 build/triton-%/triton: | $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --no-deps --target build/triton-$* triton==$*
 # Triton 3.6's interpreter does not run with numpy 2.4.

@@ -116,6 +116,15 @@ def architecture() -> int:
     return 10 * major + minor
 
 
+def tile_architecture() -> int:
+    """The architecture that tiles of matrix products are chosen for, where it decides: 80 on sm_120 and later.
+
+    sm_120 (GeForce, RTX PRO) has neither Hopper's nor Blackwell's matrix instructions, but Ampere's, and 99 KiB of
+    shared memory to a block, as sm_86 and sm_89 have: less than sm_80, and all entries for 80 fit it.
+    """
+    return 80 if architecture() >= 120 else architecture()
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """``input_precision`` of ``tl.dot`` for operands of ``dtype``: TF32 for float32 where torch would use it."""
     # fp32_precision reflects allow_tf32 too. Reading allow_tf32 raises where the program has set fp32_precision.

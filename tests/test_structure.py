@@ -56,7 +56,7 @@ KERNEL_PREFIXES = {
     "kernels/mlm": ("cross_entropy_", "mlm_"),
     "kernels/gelu.py": ("bias_gelu_",),
     "kernels": ("rows_", "dropout_"),
-    "bench/operators": ("linear_gelu_", "gelu_linear_"),
+    "bench/operators": ("linear_gelu_", "gelu_linear_", "attn_"),
 }
 
 

@@ -33,10 +33,15 @@ class Limits(NamedTuple):
     shared_bytes: int
 
 
-LIMITS = {80: Limits(65536, 64, 163 * 1024), 90: Limits(65536, 64, 227 * 1024), 100: Limits(65536, 64, 227 * 1024)}
+LIMITS = {
+    80: Limits(65536, 64, 163 * 1024),
+    90: Limits(65536, 64, 227 * 1024),
+    100: Limits(65536, 64, 227 * 1024),
+    120: Limits(65536, 48, 99 * 1024),
+}
 MAX_BLOCKS = 32
 TENSOR_MEMORY_COLUMNS = 512  # of a multiprocessor of sm_100 (PTX ISA, tcgen05)
-MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # each chip's own matrix instruction
+MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}  # each chip's own matrix instruction
 
 
 @dataclasses.dataclass(frozen=True)

@@ -134,10 +134,9 @@ def _table_entries(
             for n in _longest(plain, head_dim):
                 if heaviest or n not in _longest(masked, head_dim):
                     yield dtype, head_dim, n, n, DROPOUT
-        if not heaviest:
-            for n in (16, 32, 64):
-                if n < max(_longest(plain, head_dim), default=0) and n not in _longest(masked, head_dim):
-                    yield dtype, head_dim, n, n, WINDOW
+        for n in (32,) if heaviest else (16, 32, 64):  # with 32 rows a warp holds most: `short_config`
+            if n < max(_longest(plain, head_dim), default=0) and n not in _longest(masked, head_dim):
+                yield dtype, head_dim, n, n, WINDOW
         own = any(getattr(plain, name)[head_dim] != getattr(masked, name)[head_dim] for name in Table._fields)
         for variant in (GROUPED, *([DROPOUT] if own else [])) if heaviest else (GROUPED, WINDOW, DROPOUT, PLAIN):
             yield dtype, head_dim, LONG, LONG, variant

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from ...kernels import backend
+from ...kernels.attn import launch as attention
 from ...kernels.attn.config import Config as AttentionConfig
-from ...kernels.attn.launch import NO_WINDOW, Problem, launch_backward, launch_forward, new_output, new_stats
+from ...kernels.attn.launch import NO_WINDOW, Problem, new_output, new_stats
 from ...kernels.embedding import launch as embedding
 from ...kernels.norm import launch as norm
 from ...kernels.rows import Config
@@ -36,6 +37,8 @@ from ..measure.settings import TuneOptions
 from ..measure.statistics import ratio
 from ..measure.timing import Work, interleave
 from ..measure.verify import one_line
+from ..operators.persistent_attention_kernels import Persistent
+from ..operators.whole_backward_kernel import WholeBackward
 from .aot import Launch, compiled_kernels
 from .speed_of_light import predict
 
@@ -50,11 +53,11 @@ class Race:
     """A kernel at a shape, and how else it could be launched.
 
     Attributes:
-        kernel: the name of the Triton function.
+        kernel: the name of the Triton function, or what the names of those begin with that are launched in sequence.
         call: launches it, with what it needs, on the device.
         per_step: launches in a step of the preset with this shape.
-        owner, function: what gives the configuration: an attribute of a module or class.
-        others: candidates.
+        owner, function: what gives the configuration, an attribute of a module or class.
+        others: candidates: configurations, or other kernels, which install themselves.
     """
 
     kernel: str
@@ -68,8 +71,13 @@ class Race:
     @contextlib.contextmanager
     def launched_as(self, config: Any) -> Iterator[None]:
         """Within the block the kernel is launched as ``config``; None: as always."""
-        patch = mock.patch.object(self.owner, self.function, return_value=config)
-        with contextlib.nullcontext() if config is None else patch:
+        if config is None:
+            context: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        elif isinstance(config, (Persistent, WholeBackward)):
+            context = config.installed()
+        else:
+            context = mock.patch.object(self.owner, self.function, return_value=config)
+        with context:
             yield
 
 
@@ -87,9 +95,9 @@ def _attention(seqlen: int, backward: bool) -> Callable[[torch.device, torch.dty
         problem = Problem(q, k, v, bounds, bounds, None, seed, seqlen, seqlen, HEAD_DIM**-0.5, P, NO_WINDOW)
         out, stats = new_output(q), new_stats(q)
         if not backward:
-            return lambda: launch_forward(problem, out, stats)
+            return lambda: attention.launch_forward(problem, out, stats)
         gradients = new_output(q), new_output(k), new_output(v)
-        return lambda: launch_backward(problem, out, stats, dout, *gradients)
+        return lambda: attention.launch_backward(problem, out, stats, dout, *gradients)
 
     return call
 
@@ -126,15 +134,22 @@ def races() -> list[Race]:
     """At BERT's shapes: base and large, 65,536 tokens; of attention also shorter segments."""
     found = []
     for seqlen, forward, backward in (
-        (16, [_short(16, 1)], [_short(16, 1)]),
-        (32, [_short(32, 1), _short(32, 2)], [_short(32, 1), _short(32, 2)]),
+        (16, [_short(16, 4)], [_short(16, 4)]),
+        (32, [_short(32, 2), _short(32, 4), _persistent("forward", 1, 8)], [_short(32, 2), _short(32, 4)]),
+        (64, [_persistent("forward", 4, 2)], [_persistent("backward", 4, 2)]),
         # The backward's sum is worse (368 bytes spill), but it has two resident blocks, which the prediction ignores.
-        (128, [_short(128, 4)], [_short(128, 8, maxnreg=128)]),
+        (
+            128,
+            [_short(128, 4), _persistent("forward", 8, 1)],
+            [_short(128, 8, maxnreg=128), _persistent("backward", 8, 1)],
+        ),
     ):
         for name, others in (("forward", forward), ("backward", backward)):
             call = _attention(seqlen, name == "backward")
             shape = f"N={seqlen} D={HEAD_DIM}"
             found.append(Race(f"attn_short_{name}", shape, 12, call, Problem, "short_config", tuple(others)))
+    long = _attention(256, True)
+    found.append(Race("attn_long_backward", "N=256 D=64", 12, long, Problem, "long_config", (WholeBackward(64, 8),)))
     for hidden, layers in ((768, 12), (1024, 24)):
         shape = f"H={hidden}"
         ahead = Config(4, 1024, 2), Config(2, 1024, 1)
@@ -155,13 +170,38 @@ def _short(seqlen: int, num_warps: int, maxnreg: int | None = None) -> Attention
     return AttentionConfig(seqlen, seqlen, num_warps, 1, maxnreg)
 
 
+def _persistent(name: str, num_warps: int, blocks: int) -> Persistent:
+    return Persistent(f"attn_short_{name}", num_warps, 2, blocks)
+
+
 def predicted(race: Race, config: Any, gpu: GPU, dtype: torch.dtype) -> KernelPrediction:
-    """The kernel, launched as ``config``."""
+    """The kernel, launched as ``config``; where several have the race's name and more, all of them, in sequence."""
     launches: list[Launch] = []
     with compiled_kernels(gpu.arch, launches.append, gpu.multiprocessors), race.launched_as(config):
         race.call(torch.device("cpu"), dtype)()
-    launch = next(each for each in launches if each.resources.name == race.kernel)
-    return predict(launch, gpu, call=race.shape, sample=SAMPLE)
+    name = config.name if isinstance(config, (Persistent, WholeBackward)) else race.kernel
+    found = [each for each in launches if each.resources.name.startswith(name)]
+    return _in_sequence(race.kernel, [predict(each, gpu, call=race.shape, sample=SAMPLE) for each in found])
+
+
+def _in_sequence(kernel: str, rows: list[KernelPrediction]) -> KernelPrediction:
+    """One row of several kernels: times and counts add up, resources are those of the kernel with the most."""
+    if len(rows) == 1:
+        return rows[0]
+    return dataclasses.replace(
+        max(rows, key=lambda row: row.registers),
+        kernel=kernel,
+        spill_bytes=max(row.spill_bytes for row in rows),
+        blocks=min(row.blocks for row in rows),
+        programs=sum(row.programs for row in rows),
+        waves=sum(row.waves for row in rows),
+        issue_slots=sum(row.issue_slots for row in rows),
+        flops=sum(row.flops for row in rows),
+        hbm_bytes=sum(row.hbm_bytes for row in rows),
+        us={name: sum(row.us[name] for row in rows) for name in rows[0].us},
+        roofline_us=sum(row.roofline_us for row in rows),
+        refused=next((row.refused for row in rows if row.refused), None),
+    )
 
 
 def _numbered(numbers: tuple[int, int], gpu: GPU, dtype: torch.dtype) -> KernelPrediction:
@@ -183,6 +223,10 @@ def predictions(gpu: GPU, dtype: torch.dtype) -> Iterator[KernelPrediction]:
 def _words(config: Any) -> str:
     if config is None:
         return "launched"
+    if isinstance(config, Persistent):
+        return f"persistent warps={config.num_warps} stages={config.num_stages}"
+    if isinstance(config, WholeBackward):
+        return f"one kernel N={config.block_n} warps={config.num_warps}"
     stages = config.num_stages if isinstance(config, AttentionConfig) else config.stages
     tile = f"M={config[0]} {'N' if isinstance(config, AttentionConfig) else 'H'}={config[1]}"
     limit = f" maxnreg={config.maxnreg}" if getattr(config, "maxnreg", None) else ""

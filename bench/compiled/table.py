@@ -1,7 +1,7 @@
 """The ahead-of-time table: resources of every kernel, compiled for GPUs that need not be here.
 
-    python -m fusebert.bench.aot --arch 80 90 100                        # prints it
-    python -m fusebert.bench.aot --arch 80 90 100 --out bench/results    # also writes a JSON file an architecture
+    python -m fusebert.bench.aot --arch 80 90 100 120                        # prints it
+    python -m fusebert.bench.aot --arch 80 90 100 120 --out bench/results    # also writes a JSON file an architecture
 
 A kernel of attention that spills, does not fit or misses its chip's matrix instructions is named, and the exit status
 is 1. Another Triton comes first in PYTHONPATH (``make aot`` installs each in a folder of its own), and its files carry

@@ -11,7 +11,7 @@ mma_sync                          share of the rate that Hopper's HMMA reaches: 
                                   et al., arXiv 2501.12084
 shared memory, L1                 white papers: 128 bytes a clock and multiprocessor
 l2_bytes                          A100's white paper: 5,120 bytes a clock; assumed for the others
-copy, matmul                      H100, H200: measured (../shared/DESIGN.md, goals); A100, B200: their share of the data
+copy, matmul                      H100, H200: measured on one card each, not here; A100, B200: their share of the data
                                   sheet on Hopper, 0.90 and 0.80, assumed
 launch                            assumed: 2 µs from a kernel's end to the next one's full grid, inside a CUDA graph
 """

@@ -57,7 +57,7 @@ class Tiling(NamedTuple):
 
 TILINGS = ("pair", "wide")
 # Chosen by what the compiler makes of them (`fusebert.bench.aot`): no spills, and `programs` of them fit. A key is the
-# lowest architecture of its entry; below 90 there is no TMA.
+# lowest `tile_architecture` of its entry; below 90 there is no TMA, or too little shared memory for it.
 _LINEAR_GELU = {
     80: {"pair": Tiling(128, 128, 32, 1, 4, 4, 2), "wide": Tiling(128, 256, 32, 1, 8, 4, 1)},
     90: {"pair": Tiling(128, 128, 64, 2, 4, 3, 2), "wide": Tiling(128, 256, 64, 1, 8, 3, 1)},
@@ -235,7 +235,7 @@ def _choose(tilings: dict[int, dict[str, Tiling]], tiling: str, *matrices: Tenso
     """The tiling, and whether TMA can address the matrices: 16 bits per element, rows at multiples of 16 bytes."""
     if matrices[0].element_size() != 2:
         return _FLOAT32, False
-    tma = backend.architecture() >= 90 and all(x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 for x in matrices)
+    tma = backend.tile_architecture() >= 90 and all(x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 for x in matrices)
     return tilings[90 if tma else 80][tiling], tma
 
 

@@ -140,15 +140,27 @@ TABLES[100, 4] = TABLES[80, 4]._replace(
     short_backward={16: 32, 32: 32, 64: 32, 128: 16, 256: 16},
 )
 
+# sm_120 (GeForce, RTX PRO) has Ampere's matrix instructions and less shared memory, and spills more: fewer rows, or a
+# limit where the assembler would spill to fit one more block. In float32 at D = 256 grouped heads spill 8 bytes in dQ.
+TABLES[120, 2] = TABLES[80, 2]._replace(short_backward=TABLES[80, 2].short_backward | {128: 32})
+_ampere = TABLES[80, 4]
+TABLES[120, 4] = _ampere._replace(
+    long_forward=_ampere.long_forward | {256: Config(16, 16, 8, 1, maxnreg=255)},
+    long_backward_dq=_ampere.long_backward_dq | {128: Config(16, 16, 4, 1)},
+    long_backward_dk_dv=_ampere.long_backward_dk_dv | {16: Config(32, 32, 4, 2, maxnreg=255)},
+)
+
 NO_ENTRIES = Table({}, {}, {}, {}, {})
 
 # Replacements under a padding mask, a window or grouped heads: these take more registers, and some entries would spill.
+_masked_ampere = NO_ENTRIES._replace(
+    short_forward={128: 32},
+    long_forward={32: Config(128, 64, 8, 3), 128: Config(32, 32, 4, 2, maxnreg=168)},
+    long_backward_dq={128: Config(32, 16, 4, 2)},
+)
 MASKED: dict[tuple[int, int], Table] = {
-    (80, 2): NO_ENTRIES._replace(
-        short_forward={128: 32},
-        long_forward={32: Config(128, 64, 8, 3), 128: Config(32, 32, 4, 2, maxnreg=168)},
-        long_backward_dq={128: Config(32, 16, 4, 2)},
-    ),
+    (80, 2): _masked_ampere,
+    (120, 2): _masked_ampere,
     (90, 2): NO_ENTRIES._replace(long_backward_dk_dv={256: Config(16, 32, 8, 2)}),
     (100, 2): NO_ENTRIES._replace(
         long_forward={16: Config(128, 64, 8, 3), 32: Config(128, 64, 8, 3), 64: Config(128, 64, 8, 3)},
@@ -157,17 +169,36 @@ MASKED: dict[tuple[int, int], Table] = {
 }
 
 # Replacements, under a mask too, for versions of Triton with which entries above would spill: (major, minor) -> tables.
-# For sm_90. With 3.8, entries of sm_80 spill too and have no replacement yet; sm_100 is compiled with 3.7 only.
+_ampere_since_3_8 = NO_ENTRIES._replace(
+    short_forward={128: 32},
+    short_backward={64: 64, 128: 32},
+    long_backward_dq={64: Config(64, 32, 4, 2, maxnreg=255)},
+    long_backward_dk_dv={32: Config(32, 128, 8, 2)},
+)
 BY_TRITON: dict[tuple[int, int], dict[tuple[int, int], Table]] = {
+    (3, 6): {(arch, 2): NO_ENTRIES._replace(short_forward={128: 32}) for arch in (80, 120)},
     (3, 8): {
+        (80, 2): _ampere_since_3_8,
+        (120, 2): _ampere_since_3_8,
         (90, 2): NO_ENTRIES._replace(
             short_backward={128: 64},
             long_backward_dk_dv={64: Config(64, 128, 8, 1), 128: Config(16, 128, 8, 2)},
         ),
+        (100, 2): NO_ENTRIES._replace(
+            short_backward={128: 64},
+            long_backward_dk_dv={d: Config(64, 128, 8, 1) for d in (16, 32, 64)},
+        ),
     },
     (3, 9): {
+        (80, 2): _ampere_since_3_8,
+        (120, 2): _ampere_since_3_8,
         (90, 2): NO_ENTRIES._replace(
             long_backward_dk_dv={64: Config(64, 128, 8, 1), 128: Config(32, 128, 8, 1)},
+        ),
+        (100, 2): NO_ENTRIES._replace(
+            short_forward={64: 64},
+            short_backward={128: 64},
+            long_backward_dk_dv={d: Config(64, 128, 8, 1) for d in (32, 64)},
         ),
     },
 }
@@ -216,7 +247,14 @@ def short_config(
     if max(max_q, max_k) > longest:
         return None
     block_m, block_n = block(max_q), block(max_k)
-    return Config(block_m, block_n, 8 if max(block_m, block_n) > 64 else 4, 1)
+    return Config(block_m, block_n, _short_warps(max(block_m, block_n), head_dim, dtype), 1)
+
+
+def _short_warps(rows: int, head_dim: int, dtype: torch.dtype) -> int:
+    if rows > 64:
+        return 8
+    # A matrix instruction takes 16 rows: with more warps than rows / 16 they compute the same.
+    return 1 if rows <= 32 and head_dim <= 64 and dtype.itemsize == 2 else 4
 
 
 def long_config(kernel: LongKernel, head_dim: int, dtype: torch.dtype, masked: bool) -> Config:

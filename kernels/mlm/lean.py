@@ -37,7 +37,7 @@ def _launch_statistics(
         return losses, row_max, row_sum, correct
     block_m, block_n, block_k = (128, 128, 64) if hidden.element_size() == 2 else (64, 64, 32)
     if backend.architecture() >= 100:
-        block_n = 64  # a tile of 128 columns, read whole from tensor memory, spills
+        block_n = 64  # 128 columns spill: sm_100 reads them whole from tensor memory, sm_120 lacks a few registers
     block_k = min(block_k, max(triton.next_power_of_2(hidden_size), 16))
     tiles, word_blocks = triton.cdiv(rows, block_m), triton.cdiv(vocab_size, block_n)
     share = triton.cdiv(word_blocks, min(word_blocks, max(MOST_PROGRAMS // tiles, 1))) * block_n
@@ -65,7 +65,7 @@ def _tiling(own: Tensor, skip: bool) -> tuple[bool, int, int, int, int]:
     Chosen by what the compiler makes of them (`fusebert.bench.aot`): nothing spills. Not yet timed on a GPU. The sums,
     at most 1024 columns of 32 vectors, take half of the register file; on Blackwell they are in tensor memory.
     """
-    hidden_size, arch = own.shape[1], backend.architecture()
+    hidden_size, arch = own.shape[1], backend.tile_architecture()
     whole = max(triton.next_power_of_2(hidden_size), 16)
     if own.element_size() == 4:
         return False, 256, 32, 16, min(64, whole)
@@ -94,7 +94,7 @@ def _launch_gradient(
     """Writes ``out``, the gradient of ``own``, and ``dbias``; (own, visited) is (weight, hidden) or the reverse."""
     (num_own, hidden_size), num_visited = own.shape, visited.shape[0]
     # Triton 3.7 cannot carry sums in tensor memory through a branch: on Blackwell nothing is skipped.
-    skip = tolerance > 0 and backend.architecture() < 100
+    skip = tolerance > 0 and backend.tile_architecture() < 100
     resident, most, block_own, block_visited, block_h = _tiling(own, skip)
     slices = triton.cdiv(min(hidden_size, most), block_h)
     word_tiles = triton.cdiv(num_own, block_own) if owns_words else triton.cdiv(num_visited, block_visited)

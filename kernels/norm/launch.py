@@ -31,10 +31,11 @@ def backward_config(hidden_size: int, linear_bias_grad: bool, dropout: bool, dty
     if hidden_size > 4096:
         # The float32 sums and a whole row exceed the registers of one program (450 bytes a thread spill at H = 16384):
         # programs share the row. Masks, Philox, float32 or a third sum leave room for 8 elements a thread only.
-        heavy = (dropout or hidden_size > 8192) and (hidden_size % 8192 != 0 or dtype.itemsize == 4)
-        columns = 4096 if linear_bias_grad or heavy else 8192
-    # Two stages of whole float32 rows exceed sm_80's shared memory.
-    stages = 2 if hidden_size <= columns or dtype.itemsize == 2 else 1
+        crowded = (dropout or hidden_size > 8192) and (hidden_size % 8192 != 0 or dtype.itemsize == 4)
+        columns = 4096 if linear_bias_grad or crowded else 8192
+    # Two stages of whole rows exceed the shared memory: that of sm_80 in float32, that of sm_86 with dlinear_bias.
+    heavy = dtype.itemsize == 4 or (linear_bias_grad and hidden_size > 8192)
+    stages = 1 if heavy and hidden_size > columns else 2
     return Config(min(64, max(1, elements // columns)), columns, 8 if hidden_size <= elements else 16, stages)
 
 

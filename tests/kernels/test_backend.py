@@ -134,6 +134,39 @@ def test_a_version_of_triton_has_entries_of_its_own(monkeypatch: pytest.MonkeyPa
         assert after == before._replace(long_forward=before.long_forward | {64: other})
 
 
+@pytest.mark.parametrize(
+    ("here", "taken"),
+    [(75, 80), (80, 80), (86, 80), (89, 80), (90, 90), (100, 100), (103, 100), (120, 120), (121, 120)],
+)
+def test_the_architecture_of_a_table(here: int, taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "architecture", lambda: here)
+    assert config.table_key(torch.bfloat16) == (taken, 2)
+    assert config.table_key(torch.float32) == (80 if taken == 90 else taken, 4)
+    assert backend.tile_architecture() == (
+        80 if taken == 120 else here
+    )  # newer than sm_100, with a smaller chip's means
+
+
+@pytest.mark.parametrize(
+    ("rows", "head_dim", "dtype", "warps"),
+    [
+        (16, 64, torch.bfloat16, 1),
+        (32, 64, torch.float16, 1),
+        (33, 64, torch.bfloat16, 4),
+        (64, 64, torch.bfloat16, 4),
+        (65, 64, torch.bfloat16, 8),
+        (32, 65, torch.bfloat16, 4),  # spills with one warp
+        (32, 64, torch.float32, 4),
+    ],
+)
+def test_warps_of_a_short_tile(rows: int, head_dim: int, dtype: torch.dtype, warps: int) -> None:
+    for kernel in ("short_forward", "short_backward"):
+        for max_q, max_k in ((rows, 7), (7, rows)):
+            found = config.short_config(kernel, head_dim, max_q, max_k, 1, dtype, False)
+            assert found is not None
+            assert found.num_warps == warps
+
+
 def test_every_launch_says_whether_products_and_sums_are_fused() -> None:
     """Triton's default is an environment variable that a later version turns."""
     folder = Path(backend.__file__).parent

@@ -88,4 +88,4 @@ def test_only_the_kernel_in_question_is_changed():
 def test_an_architecture_that_cannot_be_compiled_for():
     done = CliRunner().invoke(app, ["tune", "--arch", "70"])
     assert isinstance(done.exception, UserError)
-    assert "--arch 70: choose one of 80, 90, 100" in str(done.exception)
+    assert "--arch 70: choose one of 80, 90, 100, 120" in str(done.exception)

@@ -25,7 +25,7 @@ def test_several_tiles_of_rows_words_and_hidden(hidden_size, dtype):
     compare((hidden, weight, bias), labels, "mean", lean=True, label_smoothing=0.1, z_loss=1e-3)
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
 @pytest.mark.parametrize("dtype", DOT_DTYPES, ids=str)
 def test_the_tiling_of_every_architecture(monkeypatch, arch, dtype):
     monkeypatch.setattr(backend, "architecture", lambda: arch)
