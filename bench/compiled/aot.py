@@ -125,18 +125,20 @@ def _tool(name: str) -> str:
 
 
 def _read_cubin(cubin: bytes) -> tuple[int, int, str]:
-    """(registers, spill bytes, SASS) of a cubin."""
+    """(registers, spill bytes, SASS with the compiler's literals) of a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        commands = [_tool("cuobjdump"), "-res-usage", file.name], [_tool("nvdisasm"), "-c", file.name]
+        commands = [_tool("cuobjdump"), "-res-usage", file.name], [_tool("nvdisasm"), file.name]
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             usage, sass = pool.map(
                 functools.partial(subprocess.run, capture_output=True, text=True, check=True), commands
             )
     registers = max(int(n) for n in re.findall(r"REG:(\d+)", usage.stdout))
     stack = max(int(n) for n in re.findall(r"STACK:(\d+)", usage.stdout))
-    return registers, stack, sass.stdout
+    sections = re.split(r"^(?=\s*\.section\s)", sass.stdout, flags=re.MULTILINE)
+    wanted = re.compile(r"\s*\.section\s+\.(text|nv\.constant[1-9])")
+    return registers, stack, "".join(part for part in sections if wanted.match(part))
 
 
 def opcode_counts(sass: str) -> collections.Counter[str]:

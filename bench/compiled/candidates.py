@@ -181,10 +181,10 @@ def predicted(race: Race, config: Any, gpu: GPU, dtype: torch.dtype) -> KernelPr
         race.call(torch.device("cpu"), dtype)()
     name = config.name if isinstance(config, (Persistent, WholeBackward)) else race.kernel
     found = [each for each in launches if each.resources.name.startswith(name)]
-    return _in_sequence(race.kernel, [predict(each, gpu, call=race.shape, sample=SAMPLE) for each in found])
+    return in_sequence(race.kernel, [predict(each, gpu, call=race.shape, sample=SAMPLE) for each in found])
 
 
-def _in_sequence(kernel: str, rows: list[KernelPrediction]) -> KernelPrediction:
+def in_sequence(kernel: str, rows: list[KernelPrediction]) -> KernelPrediction:
     """One row of several kernels: times and counts add up, resources are those of the kernel with the most."""
     if len(rows) == 1:
         return rows[0]

@@ -18,8 +18,8 @@ from .sass import WARP, Instruction, literals, parse
 from .traffic import SECTOR, Region
 
 # Architecture → (offset of the arguments, offset of the block's and grid's dimensions) in constant bank 0.
-BANKS = {80: (0x160, 0x0), 90: (0x210, 0x0), 100: (0x380, 0x360)}
-DIMENSIONS = {80: 0xC, 90: 0xC, 100: 0x10}  # from the block's dimensions to the grid's
+BANKS = {80: (0x160, 0x0), 90: (0x210, 0x0), 100: (0x380, 0x360), 120: (0x380, 0x360)}
+DIMENSIONS = {80: 0xC, 90: 0xC, 100: 0x10, 120: 0x10}  # from the block's dimensions to the grid's
 FORMATS = {"i1": "<b", "i8": "<b", "i16": "<h", "i32": "<i", "i64": "<q", "u32": "<I", "u64": "<Q", "fp32": "<f"}
 # Integer tensors that the caller fills: the path through a kernel may depend on them.
 KNOWN = ("cu_seqlens", "_ids", "labels", "key_mask", "seed", "keys", "order", "slots")

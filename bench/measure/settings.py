@@ -336,7 +336,7 @@ class TuneOptions:
 class PredictSettings:
     """Of ``fusebert bench predict``."""
 
-    gpu: Annotated[str, Option("a100, h100, h200 or b200.")] = "h100"
+    gpu: Annotated[str, Option("a100, h100, h200, b200 or rtx-pro-6000.")] = "h100"
     model: Annotated[str, Option("tiny, mini, small, base or large.")] = "base"
     seqlen: Seqlen = 128
     tokens: Annotated[int, Option("Token slots in a batch.")] = 65536
@@ -371,7 +371,7 @@ class PredictOptions(PredictSettings):
 class CalibrateOptions(RunOptions, PredictSettings):
     """Of ``fusebert bench calibrate``; its files hold `PredictSettings`."""
 
-    gpu: Annotated[str, Option("Rates to predict with: auto, a100, h100, h200 or b200.")] = "auto"
+    gpu: Annotated[str, Option("Rates to predict with: auto, a100, h100, h200, b200 or rtx-pro-6000.")] = "auto"
     minutes: Minutes = None
 
 

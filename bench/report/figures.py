@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 from ...model.atomic import replace_file
 from ...train.errors import UserError
 from ..measure.case import PEER
+from ..measure.gpus import short_name
 from ..measure.prediction import PassPrediction, RaceCase, RaceContestant
 from ..measure.result import (
     AotResult,
@@ -209,7 +210,7 @@ def _predict_op(files: Files[OperatorPredictResult]) -> list[str]:
     """A row a pass of each file's operator, with the GPU."""
     gpu: Column[tuple[str, PassPrediction]] = Column("GPU", lambda row: row[0], words=True)
     rest = [Column(of.title, functools.partial(_of_pass, of), of.format, of.words) for of in PASSES]
-    rows = [(result.about.gpu["name"].split()[0], each) for _, result in files for each in result.passes]
+    rows = [(short_name(result.about.gpu["name"]), each) for _, result in files for each in result.passes]
     about, of = files[0][1].about, files[0][1].settings
     words = (
         f"{of.op}, {of.dtype}, Triton {about.triton}; predicted, not measured. From "

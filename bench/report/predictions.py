@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ..measure.gpus import LAUNCH_SECONDS
+from ..measure.gpus import LAUNCH_SECONDS, short_name
 from ..measure.prediction import KernelPrediction, OtherCall, PassPrediction, StepPrediction
 from ..measure.result import OperatorPredictResult, PredictAbout, PredictResult
 from .blocks import Block, Section, Table, Text
@@ -164,7 +164,7 @@ def _tokens_per_s(title: str, first: str, second: str | None = None) -> Column[P
 SUMMARY: Sequence[Column[PredictResult]] = (
     Column("preset", lambda x: x.settings.model, words=True),
     Column("lengths", _lengths, words=True),
-    Column("GPU", lambda x: x.about.gpu["name"].split()[0], words=True),
+    Column("GPU", lambda x: short_name(x.about.gpu["name"]), words=True),
     _of_step("products", "products_us"),
     _of_step("other operators", "others_us"),
     _of_step("our kernels, all overlap", "kernels_bound_us"),

@@ -90,15 +90,15 @@ def test_what_is_predicted_without_a_gpu(predictions, monkeypatch, tmp_path):
     assert f"attn_short_backward, N=128 D=64: expected gain {case.expected_gain_us:,.0f} µs a step" in done.output
 
 
-def test_kernels_in_sequence_are_one_row():
+def test_kernelsin_sequence_are_one_row():
     """One kernel takes the place of two: what those take together is what it is compared with."""
     one = made.typed(made.predict()).kernels[0]
     two = dataclasses.replace(one, registers=one.registers + 1, spill_bytes=8, blocks=1)
-    both = candidates._in_sequence("attn_long_backward", [one, two])
+    both = candidates.in_sequence("attn_long_backward", [one, two])
     assert both.us == {name: 2 * time for name, time in one.us.items()}
     assert both.sum_us == 2 * one.sum_us
     assert (both.kernel, both.registers, both.spill_bytes, both.blocks) == ("attn_long_backward", two.registers, 8, 1)
-    assert candidates._in_sequence("attn_long_backward", [one]) is one
+    assert candidates.in_sequence("attn_long_backward", [one]) is one
 
 
 def test_what_is_measured(predictions, monkeypatch, tmp_path):

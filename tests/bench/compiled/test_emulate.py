@@ -21,7 +21,7 @@ WARP = 32
 PROGRAM = Path(__file__).parents[2] / "support" / "counted_kernels.py"
 
 
-ARCHS = pytest.mark.parametrize("arch", [80, 90, 100])
+ARCHS = pytest.mark.parametrize("arch", [80, 90, 100, 120])
 
 
 @functools.cache
@@ -50,7 +50,7 @@ def test_special_functions_and_a_masked_last_tile(arch):
         assert found["bytes"]["x False"] == 4 * 1056
 
 
-OWN = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+OWN = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 
 
 @ARCHS

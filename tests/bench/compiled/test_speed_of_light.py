@@ -9,7 +9,7 @@ from fusebert.bench.compiled.launches import Work
 from fusebert.bench.compiled.sass import parse
 from fusebert.bench.compiled.speed_of_light import times
 from fusebert.bench.compiled.traffic import Region
-from fusebert.bench.measure.gpus import GPU, GPUS
+from fusebert.bench.measure.gpus import GPU, GPUS, named, short_name
 
 CLOCK = 1e9  # a cycle is a nanosecond
 BASE = 0x10000
@@ -98,8 +98,25 @@ def test_the_busiest_multiprocessor_counts():
     assert cycles("MUFU.EX2 R0, R1", programs=MULTIPROCESSORS + 1)["special"] == 2 * one
 
 
-@pytest.mark.parametrize(("name", "flops"), [("a100", 312e12), ("h100", 989e12), ("h200", 989e12), ("b200", 2250e12)])
+@pytest.mark.parametrize(
+    ("name", "flops"),
+    [("a100", 312e12), ("h100", 989e12), ("h200", 989e12), ("b200", 2250e12), ("rtx-pro-6000", 503.8e12)],
+)
 def test_rates_agree_with_the_data_sheets(name, flops):
     of = GPUS[name]
     assert of.multiprocessors * of.tensor_flops * of.clock_hz == pytest.approx(flops, rel=0.01)
     assert 0.7 * flops < of.matmul_flops_per_s < flops
+
+
+@pytest.mark.parametrize(
+    ("device", "key", "short"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100", "H100"),
+        ("NVIDIA A100-SXM4-80GB", "a100", "A100"),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "rtx-pro-6000", "RTX PRO 6000"),
+        ("NVIDIA RTX 6000 Ada Generation", None, None),
+    ],
+)
+def test_a_gpu_by_its_name(device, key, short):
+    assert named(device) == key
+    assert key is None or short_name(GPUS[key].name) == short

@@ -47,7 +47,7 @@ def test_no_kernel_is_refused():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seqlen", [SEQLEN, 256])
-@pytest.mark.parametrize("gpu", ["b200"])
+@pytest.mark.parametrize("gpu", ["a100", "b200", "rtx-pro-6000"])
 def test_no_kernel_is_refused_on_other_architectures(gpu, seqlen):
     """Short and long attention; on B200 its products are in tensor memory."""
     found = predicted(gpu, seqlen)
