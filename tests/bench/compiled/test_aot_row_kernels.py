@@ -6,6 +6,8 @@ pytest.importorskip("triton")
 
 from compiled import compile_kernels
 
+from fusebert.bench.compiled.aot import LIMITS
+
 CALL = """
 import torch
 from fusebert.kernels import bias_gelu, dropout_add_layernorm, embed_layernorm
@@ -53,6 +55,12 @@ WIDE = [
     layernorm(90, 16384, 0.1, False),
     layernorm(80, 16384, 0.1, True, "float32"),
 ]
+
+
+def test_the_widest_rows_fit_the_smallest_shared_memory():
+    """sm_86, sm_89 and sm_120 have 99 KiB for a block; with two stages dlinear_bias would need 112."""
+    (kernels,) = compile_kernels(CALL, layernorm(120, 16384, 0.1, True))
+    assert max(kernel.shared_bytes for kernel in kernels) <= LIMITS[120].shared_bytes
 
 
 def test_layernorm():
